@@ -1,0 +1,212 @@
+"""Moving averages of the statistics: how much of the old value stays, where it starts, and how that start is undone.
+
+Every average here moves as `value <- decay * value + (1 - decay) * new`, and differs only in its decay. A debiased
+average keeps the debiased value itself: dividing a zero-started average by 1 - a^t is the same as moving with
+
+    decay_t = a (1 - a^(t-1)) / (1 - a^t),      decay_1 = 0
+
+so that the stored value can be used at any time, whatever it started from.
+"""
+
+import dataclasses
+import warnings
+from collections.abc import Callable
+from numbers import Real
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+INITIAL_MEAN = 0.0
+INITIAL_VAR = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Averaging:
+    """How a running statistic moves; make one with `constant`, `scheduled`, `cumulative` or `horizon`.
+
+    `count` is what the average has seen so far, float32 `[]`: training steps, or samples for `horizon`.
+    """
+
+    counts: ClassVar[bool] = True  # whether the state holds a count
+
+    def decay(self, count: jax.Array, samples: jax.Array) -> jax.Array:
+        """Weight of the old value when a batch of `samples` comes after `count`."""
+        raise NotImplementedError
+
+    def advance(self, count: jax.Array, samples: jax.Array) -> jax.Array:
+        """The count after this batch; float32 stays at 2^24 steps, where no average depends on it any more."""
+        del samples
+        return count + 1
+
+
+@dataclasses.dataclass(frozen=True)
+class _Constant(Averaging):
+    momentum: ArrayLike
+    counts: ClassVar[bool] = False
+
+    def decay(self, count: jax.Array, samples: jax.Array) -> jax.Array:
+        return jnp.asarray(self.momentum, jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Debiased(Averaging):
+    momentum: ArrayLike
+
+    def decay(self, count: jax.Array, samples: jax.Array) -> jax.Array:
+        a = jnp.asarray(self.momentum, jnp.float32)
+        # 1 - a^t = -expm1(t log a) keeps its digits for a near 1; a = 0 gives log a = -inf, and decay 0.
+        log_a = jnp.log(a)
+        before = jnp.where(count > 0, -jnp.expm1(count * jnp.where(count > 0, log_a, 0)), 0)
+        return a * before / -jnp.expm1((count + 1) * log_a)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Scheduled(Averaging):
+    schedule: Callable[[jax.Array], ArrayLike]
+
+    def decay(self, count: jax.Array, samples: jax.Array) -> jax.Array:
+        return jnp.asarray(self.schedule(count), jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Cumulative(Averaging):
+    def decay(self, count: jax.Array, samples: jax.Array) -> jax.Array:
+        return count / (count + 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Horizon(Averaging):
+    samples: float
+
+    def decay(self, count: jax.Array, samples: jax.Array) -> jax.Array:
+        # The debiased average in which a sample that is h samples old weighs exp(-h / samples).
+        kept = jnp.exp(-samples / self.samples)
+        seen = -jnp.expm1(-count / self.samples)
+        return kept * seen / -jnp.expm1(-(count + samples) / self.samples)
+
+    def advance(self, count: jax.Array, samples: jax.Array) -> jax.Array:
+        return count + samples
+
+
+def constant(momentum: ArrayLike = 0.99, *, debias: bool = False) -> Averaging:
+    """The exponential moving average; `batch_norm(momentum=0.9)` is short for `batch_norm(momentum=constant(0.9))`.
+
+    Args:
+        momentum: Weight of the OLD value, in [0, 1). PyTorch's momentum is one minus this.
+        debias: Undo the initial values 0 and 1 exactly, from the first step on; adds a `count` to the state.
+
+    Returns:
+        An `Averaging`.
+
+    Raises:
+        ValueError: If `momentum` is outside [0, 1).
+
+    Example:
+        >>> bn = jaxbn.batch_norm(momentum=jaxbn.constant(0.99, debias=True))
+        >>> params, state = bn.init(1)
+        >>> _, state = bn.train(params, state, jnp.array([[1.0], [3.0]]))
+        >>> float(state.mean[0]), float(state.var[0])
+        (2.0, 1.0)
+    """
+    check_momentum(momentum)
+    return _Debiased(momentum) if debias else _Constant(momentum)
+
+
+def scheduled(schedule: Callable[[jax.Array], ArrayLike]) -> Averaging:
+    """A moving average whose decay depends on the step; adds a `count` to the state.
+
+    Args:
+        schedule: Maps the number of steps so far, float32 `[]`, to the weight of the old value in [0, 1): any optax
+            schedule. Return 0 at step 0 to drop the initial values.
+
+    Returns:
+        An `Averaging`.
+
+    Raises:
+        TypeError: If `schedule` cannot be called.
+
+    Example:
+        >>> warm_up = jaxbn.scheduled(lambda step: jnp.minimum(step / (step + 1), 0.99))
+        >>> jaxbn.batch_norm(momentum=warm_up).init(4)[1].count
+        Array(0., dtype=float32)
+    """
+    if not callable(schedule):
+        raise TypeError(f"scheduled() takes a function of the step; given: {schedule!r}. For a number use constant().")
+    return _Scheduled(schedule)
+
+
+def cumulative() -> Averaging:
+    """The plain average of all steps, each with equal weight: what PyTorch means by momentum=None.
+
+    Returns:
+        An `Averaging`.
+
+    Example:
+        >>> bn = jaxbn.batch_norm(momentum=jaxbn.cumulative())
+        >>> params, state = bn.init(1)
+        >>> for v in (1.0, 2.0, 6.0):
+        ...     _, state = bn.train(params, state, jnp.full((2, 1), v))
+        >>> round(float(state.mean[0]), 5)
+        3.0
+    """
+    return _Cumulative()
+
+
+def horizon(samples: float) -> Averaging:
+    """A debiased moving average that forgets by samples and not by steps, so that it survives a change of batch size.
+
+    A sample that is h samples old weighs exp(-h / samples), whatever the batches and devices it came in.
+
+    Args:
+        samples: Examples (rows, over all devices) after which the weight has fallen to 1/e; positive. 64 / (1 - 0.99)
+            = 6400 is about momentum 0.99 at batch size 64.
+
+    Returns:
+        An `Averaging`.
+
+    Raises:
+        ValueError: If `samples` is not positive.
+
+    Example:
+        >>> bn = jaxbn.batch_norm(momentum=jaxbn.horizon(6400))
+        >>> _, state = bn.train(*bn.init(1), jnp.array([[1.0], [3.0]]))
+        >>> float(state.mean[0]), float(state.count)
+        (2.0, 2.0)
+    """
+    if not samples > 0:
+        raise ValueError(f"horizon() takes a positive number of samples; given: {samples}.")
+    return _Horizon(float(samples))
+
+
+def as_averaging(momentum: "ArrayLike | Averaging | None") -> Averaging | None:
+    """What a `momentum=` argument means: a number is `constant`, None is no running average."""
+    if momentum is None or isinstance(momentum, Averaging):
+        return momentum
+    if callable(momentum):
+        raise TypeError(f"momentum={momentum!r} is a function; write momentum=jaxbn.scheduled(...).")
+    return constant(momentum)
+
+
+def check_momentum(momentum: ArrayLike) -> None:
+    """Raises outside [0, 1), and warns of values that look like PyTorch's. A traced number cannot be checked."""
+    if not isinstance(momentum, Real):
+        return
+    if not 0 <= momentum < 1:
+        raise ValueError(
+            f"momentum={momentum} is outside [0, 1): it is the weight of the OLD value, 0.99 by default. For training "
+            f"without running averages pass momentum=None; for the plain average of all steps jaxbn.cumulative()."
+        )
+    if 0 < momentum < 0.5:
+        warnings.warn(
+            f"momentum={momentum} is the weight of the OLD value. PyTorch's momentum is the weight of the new one: if "
+            f"this number comes from there, pass {1 - momentum:g}.",
+            stacklevel=4,
+        )
+
+
+def move(value: jax.Array, new: jax.Array, decay: jax.Array, where: jax.Array) -> jax.Array:
+    """One step of the average where `where` is true; the dtype of the value stays, and no gradient flows."""
+    moved = (decay * value + (1 - decay) * new).astype(value.dtype)
+    return jax.lax.stop_gradient(jnp.where(where, moved, value))

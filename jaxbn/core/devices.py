@@ -1,0 +1,175 @@
+"""The devices in sight, and the only collectives of the library: one gather forward, one sum backward.
+
+A batch may lie on several devices in two ways, which may be combined. Under `jit` on sharded arrays the mesh is part of
+the array's type and the compiler inserts the communication; the rows are then cut into one block for each device, so
+that everything up to the gather stays where it is. Under `shard_map`, `pmap` and `vmap` the devices are a named axis
+and the communication is written out.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+AxisName = str | tuple[str, ...]
+Groups = tuple[tuple[int, ...], ...]
+
+
+def count_blocks(x: jax.Array, rows: int) -> int:
+    """Into how many blocks of equal size the rows (axis `rows` of x) are cut: one for each device of the mesh in sight.
+
+    One where there is no mesh, or where its size does not divide the rows.
+    """
+    sharding = jax.typeof(x).sharding
+    size = dict(zip(sharding.mesh.axis_names, sharding.mesh.axis_sizes, strict=True))
+    types = dict(zip(sharding.mesh.axis_names, sharding.mesh.axis_types, strict=True))
+    explicit = math.prod(size[name] for name in _names(sharding.spec[rows]) if types[name] is AxisType.Explicit)
+    automatic = math.prod(size[name] for name in size if types[name] is AxisType.Auto)
+    return next(blocks for blocks in (explicit * automatic, explicit, 1) if blocks and x.shape[rows] % blocks == 0)
+
+
+def cut(x: jax.Array, rows: int, blocks: int) -> jax.Array:
+    """[.., N, ..] -> [.., blocks, N / blocks, ..] along axis `rows`, moving nothing; an axis of size 1 is kept."""
+    blocks = blocks if x.shape[rows] > 1 else 1
+    shape = (*x.shape[:rows], blocks, x.shape[rows] // blocks, *x.shape[rows + 1 :])
+    sharding = jax.typeof(x).sharding
+    if not _is_explicit(sharding):
+        return x.reshape(shape)
+    spec = PartitionSpec(*sharding.spec[: rows + 1], None, *sharding.spec[rows + 1 :])
+    return lax.reshape(x, shape, out_sharding=NamedSharding(sharding.mesh, spec))
+
+
+def gather(blocks: jax.Array, axis_name: AxisName | None, groups: Groups | None) -> jax.Array:
+    """The rows [B, ...] of all devices as [P * B, ...], the same on each, in one all-gather.
+
+    With groups, rows of the other groups are zeros: only `pmap` has collectives over groups, and this is right
+    everywhere.
+    """
+    blocks = _replicate(blocks)
+    if axis_name is None:
+        return blocks
+    everywhere = lax.all_gather(_vary(blocks, axis_name), axis_name, to=_result_type(axis_name))
+    if groups is not None:
+        members = _members(axis_name, groups).reshape((-1,) + (1,) * blocks.ndim)
+        everywhere = jnp.where(members, everywhere, jnp.zeros((), everywhere.dtype))
+    return everywhere.reshape(-1, *blocks.shape[1:])
+
+
+def total(partial: jax.Array, axis_name: AxisName | None, groups: Groups | None) -> jax.Array:
+    """The sum [...] of [B, ...] over blocks and devices, in one collective."""
+    if axis_name is None:
+        return partial.sum(0)
+    if groups is not None:
+        return gather(partial.sum(0, keepdims=True), axis_name, groups).sum(0)
+    return lax.psum(_vary(partial.sum(0), axis_name), axis_name)
+
+
+def group_size(axis_name: AxisName | None, groups: Groups | None) -> int:
+    """How many devices share their statistics."""
+    if axis_name is None:
+        return 1
+    return lax.axis_size(axis_name) if groups is None else len(groups[0])
+
+
+def is_bound(axis_name: AxisName) -> bool:
+    """Whether the axis exists here: a surrounding shard_map, pmap or vmap has it."""
+    try:
+        lax.axis_index(axis_name)
+    except NameError:
+        return False
+    return True
+
+
+def check_groups(axis_name: AxisName | None, groups: Any) -> Groups | None:
+    """`axis_index_groups` as tuples; a ValueError where they cannot be groups of one axis."""
+    if groups is None:
+        return None
+    groups = tuple(tuple(int(index) for index in group) for group in groups)
+    members = [index for group in groups for index in group]
+    if axis_name is None:
+        raise ValueError("axis_index_groups needs axis_name= of the axis that it groups.")
+    if len({len(group) for group in groups}) != 1 or sorted(members) != list(range(len(members))):
+        raise ValueError(
+            f"axis_index_groups must hold each index of the axis once, in groups of equal size, as in "
+            f"[[0, 1], [2, 3]]; given: {groups}."
+        )
+    return groups
+
+
+def varying(x: jax.Array) -> frozenset[str]:
+    """The axes of a surrounding shard_map over which x may differ; none known with check_vma=False and under pmap."""
+    return frozenset(jax.typeof(x).manual_axis_type.varying)
+
+
+def vary_like(x: jax.Array | None, like: jax.Array) -> jax.Array | None:
+    """Gives x a type that varies at least over the axes over which `like` does."""
+    missing = () if x is None else tuple(sorted(varying(like) - varying(x)))
+    return lax.pcast(x, missing, to="varying") if missing else x
+
+
+def match_cotangent(
+    local: jax.Array, primal: jax.Array, summed: jax.Array | None, axis_name: AxisName | None
+) -> jax.Array:
+    """The cotangent of `primal`, summed over the axes over which the primal does not vary.
+
+    Under shard_map with check_vma=True a replicated parameter wants the sum over devices; where that is the sum
+    `summed` over `axis_name` that the layer has made already, the parameters cost no collective of their own. Under
+    pmap and with check_vma=False the cotangent stays `local`, and the user reduces it as for any other parameter.
+    """
+    missing = varying(local) - varying(primal)
+    if not missing:
+        return local
+    if summed is not None and missing == set(_names(axis_name)) and not missing & varying(summed):
+        return summed
+    return lax.psum(local, tuple(sorted(missing)))
+
+
+def _names(entry: Any) -> tuple[str, ...]:
+    """Axis names in one entry of a PartitionSpec or in an `axis_name` argument."""
+    if entry is None or entry is PartitionSpec.UNCONSTRAINED:
+        return ()
+    return tuple(entry) if isinstance(entry, Sequence) and not isinstance(entry, str) else (entry,)
+
+
+def _is_explicit(sharding: Any) -> bool:
+    return any(kind is AxisType.Explicit for kind in sharding.mesh.axis_types)
+
+
+def _replicate(blocks: jax.Array) -> jax.Array:
+    """Makes the leading axis whole on every device of the mesh that `jit` shards over; features stay as they are."""
+    sharding = jax.typeof(blocks).sharding
+    if blocks.shape[0] == 1 or sharding.mesh.empty:
+        return blocks
+    if _is_explicit(sharding):
+        return jax.sharding.reshard(blocks, NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec[1:])))
+    free = PartitionSpec(None, *[PartitionSpec.UNCONSTRAINED] * (blocks.ndim - 1))
+    return lax.with_sharding_constraint(blocks, NamedSharding(sharding.mesh, free))
+
+
+def _in_manual_mesh(axis_name: AxisName) -> bool:
+    """Whether the axis belongs to a shard_map or pmap, rather than to a vmap."""
+    return set(_names(axis_name)) <= set(jax.sharding.get_abstract_mesh().manual_axes)
+
+
+def _result_type(axis_name: AxisName) -> str:
+    # Replicated results must have a replicated type, or a shard_map could not return the state with out_specs=P().
+    return "invarying" if _in_manual_mesh(axis_name) else "varying"
+
+
+def _vary(x: jax.Array, axis_name: AxisName) -> jax.Array:
+    """Marks x as differing over the axis, as collectives want it, where a shard_map keeps track of that."""
+    missing = tuple(name for name in _names(axis_name) if name not in varying(x))
+    return lax.pcast(x, missing, to="varying") if missing and _in_manual_mesh(axis_name) else x
+
+
+def _members(axis_name: AxisName, groups: Groups) -> jax.Array:
+    """bool[P]: which devices along the axis are in the group of this one."""
+    group_of = np.empty(sum(map(len, groups)), np.int32)
+    for number, group in enumerate(groups):
+        group_of[list(group)] = number
+    return jnp.asarray(group_of) == jnp.asarray(group_of)[lax.axis_index(axis_name)]

@@ -1,0 +1,27 @@
+"""Dtype rules: what is computed, stored and returned in which precision."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+
+def promote(*dtypes: DTypeLike) -> np.dtype:
+    """JAX's promotion of dtypes, which also holds where the user has made promotion strict."""
+    with jax.numpy_dtype_promotion("standard"):
+        return functools.reduce(jnp.promote_types, [jnp.dtype(d) for d in dtypes])
+
+
+def compute(x: jax.Array) -> np.dtype:
+    """Statistics and the normalization are computed in at least float32; float64 and complex stay."""
+    return promote(x.dtype, jnp.float32)
+
+
+def output(dtype: DTypeLike | None, *operands: jax.Array | None) -> np.dtype:
+    """Dtype of the result by Flax's rule: `dtype` if given, else what the operands promote to, at least a float."""
+    if dtype is not None:
+        return jnp.dtype(dtype)
+    found = promote(*(operand.dtype for operand in operands if operand is not None))
+    return found if jnp.issubdtype(found, jnp.inexact) else promote(found, jnp.float32)

@@ -1,0 +1,208 @@
+"""The affine normalization y = activation((x - mean) * (scale / s) + bias + residual), and its derivative.
+
+`normalize` takes the statistics as constants (evaluation, frozen layers). `batch_normalize` takes the moments of x
+itself and differentiates through them: with z = (x - mean) / s, dz = dL / d(pre-activation), weights w of total n,
+
+    dx = scale / s * (dz - w / n * (sum dz + z sum dz z));   dscale = sum dz z;   dbias = sum dz      (sums over all)
+
+The sums run over all positions, masked ones too (their outputs depend on the moments); only the weighted positions pay
+the correction. Saved for the backward pass are x, mean and 1/s, and the output where there is a residual; all else is
+recomputed, as reading memory is what a normalization costs. One collective serves all the sums.
+"""
+
+import functools
+from collections.abc import Callable
+from numbers import Real
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import ArrayLike, DTypeLike
+
+from jaxbn.core import axes as _axes
+from jaxbn.core import devices as _devices
+from jaxbn.core import dtypes as _dtypes
+from jaxbn.core import moments as _moments
+
+Activation = Callable[[jax.Array], jax.Array]
+
+# Activations whose derivative shows in the sign of their output: (at the output 0, below 0); above it is 1.
+_SLOPES: dict[Activation, tuple[float, float]] = {jax.nn.relu: (0.0, 0.0), jax.nn.leaky_relu: (1.0, 0.01)}
+
+
+class Spec(NamedTuple):
+    """The static side of a normalization, as a method's factory fixes it."""
+
+    axis: _axes.Axis
+    epsilon: float
+    activation: Activation | None = None
+    dtype: DTypeLike | None = None  # of the output; None: Flax's rule
+    axis_name: _devices.AxisName | None = None
+    axis_index_groups: _devices.Groups | None = None
+
+
+class Operands(NamedTuple):
+    """What a normalization computes from, besides its statistics."""
+
+    x: jax.Array  # [..., C]
+    scale: jax.Array | None = None  # [C]
+    bias: jax.Array | None = None  # [C]
+    residual: jax.Array | None = None  # [..., C]
+    weights: jax.Array | None = None  # of the rank of x, constant
+
+
+def check_spec(spec: Spec) -> None:
+    """Raises a ValueError for hyper-parameters that no normalization can have."""
+    if isinstance(spec.epsilon, Real) and not spec.epsilon > 0:
+        raise ValueError(f"epsilon={spec.epsilon} must be positive: it keeps a constant channel from dividing by 0.")
+    if spec.activation is not None and not callable(spec.activation):
+        raise TypeError(f"activation={spec.activation!r} must be a function of arrays, such as jax.nn.relu, or None.")
+
+
+def operands(
+    spec: Spec,
+    scale: jax.Array | None,
+    bias: jax.Array | None,
+    mean: jax.Array,
+    x: ArrayLike,
+    mask: ArrayLike | None,
+    residual: ArrayLike | None,
+) -> Operands:
+    """Everything that a call computes from, checked against the statistics `mean` that it has."""
+    x = jnp.asarray(x)
+    _axes.check_features(x.shape, spec.axis, mean.shape)
+    if jnp.iscomplexobj(x) and not jnp.iscomplexobj(mean):
+        raise TypeError(
+            f"The input is {x.dtype}, but the statistics are {mean.dtype}. Initialize with a complex input, or with "
+            f"init(..., dtype={x.dtype})."
+        )
+    if residual is not None and jnp.shape(residual) != x.shape:
+        raise ValueError(f"residual {jnp.shape(residual)} must have the shape of the input, {x.shape}.")
+    residual = None if residual is None else jnp.asarray(residual)
+    if not jnp.issubdtype(x.dtype, jnp.inexact):
+        x = x.astype(_dtypes.compute(x))
+    return Operands(x, scale, bias, residual, _axes.weights_like(mask, x.shape))
+
+
+def normalize(spec: Spec, operands: Operands, mean: jax.Array, var: jax.Array) -> jax.Array:
+    """Normalizes with the statistics `mean` and `var` `[C]`; all derivatives are JAX's own, in either mode."""
+    return _forward(spec, operands, mean, lax.rsqrt(var + spec.epsilon))
+
+
+def batch_normalize(spec: Spec, operands: Operands, mean: jax.Array, var: jax.Array, count: jax.Array) -> jax.Array:
+    """Normalizes with `mean`, `var` and `count` `[C]` of x itself, and differentiates through them.
+
+    The statistics are taken as constants by the caller's autodiff: their share in the derivative of x is in the rule
+    of this function. Reverse mode only.
+    """
+    inverse = lax.rsqrt(var + spec.epsilon)
+    share = 1 / jnp.where(count > 0, count, 1)
+    operands = operands._replace(residual=_devices.vary_like(operands.residual, operands.x))
+    fused = spec.activation is None or spec.activation in _SLOPES
+    inner = spec if fused else spec._replace(activation=None)
+    y = _batch_normalize(inner, operands, *lax.stop_gradient((mean, inverse, share)))
+    return y if fused or spec.activation is None else spec.activation(y)
+
+
+def _forward(spec: Spec, operands: Operands, mean: jax.Array, inverse: jax.Array) -> jax.Array:
+    """Flax's order of operations, so that results agree to the last bit."""
+    x, scale, bias, residual, weights = operands
+    lay_out = _layout(spec, x)
+    y = _centre(x, lay_out(mean), weights)
+    y = y * lay_out(_multiplier(inverse, scale))
+    if bias is not None:
+        y = y + lay_out(bias)
+    if residual is not None:
+        y = y + residual.astype(y.dtype)
+    y = y.astype(_dtypes.output(spec.dtype, x, scale, bias, residual))
+    y = y if spec.activation is None else spec.activation(y)
+    return y if weights is None else jnp.where(_usable(x, weights), y, lax.stop_gradient(y))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _batch_normalize(
+    spec: Spec, operands: Operands, mean: jax.Array, inverse: jax.Array, share: jax.Array
+) -> jax.Array:
+    del share
+    return _forward(spec, operands, mean, inverse)
+
+
+def _save(
+    spec: Spec, operands: Operands, mean: jax.Array, inverse: jax.Array, share: jax.Array
+) -> tuple[jax.Array, tuple[Any, ...]]:
+    y = _forward(spec, operands, mean, inverse)
+    if operands.residual is None:
+        return y, (operands, mean, inverse, share, None)
+    # Of the residual only the dtype is needed from here on. The output is kept in its place: it tells where the
+    # activation was cut off, which could not be computed again without the residual.
+    operands = operands._replace(residual=jnp.zeros((), operands.residual.dtype))
+    return y, (operands, mean, inverse, share, None if spec.activation is None else y)
+
+
+def _backward(spec: Spec, saved: tuple[Any, ...], dy: jax.Array) -> tuple[Operands, None, None, None]:
+    (x, scale, bias, residual, weights), mean, inverse, share, y = saved
+    lay_out = _layout(spec, x)
+    centred = _centre(x, lay_out(mean), weights)
+    multiplier = _multiplier(inverse, scale)
+    dz = dy.astype(centred.dtype)
+    if spec.activation is not None:
+        if y is None:
+            y = centred * lay_out(multiplier) + (0 if bias is None else lay_out(bias))
+        dz = dz * _activation_slope(spec.activation, y, dz.dtype)
+    if weights is not None:
+        dz = jnp.where(_usable(x, weights), dz, 0)
+
+    partial = _moments.sum_in_blocks(_axes.split(x.ndim, spec.axis), dz, dz * centred)
+    local_dz, local_dzx = partial.sum(0)
+    total = _devices.total(partial, spec.axis_name, spec.axis_index_groups)
+    sum_dz, sum_dzx = total
+    correction = lay_out(sum_dz * share) + centred * lay_out(sum_dzx * share * jnp.square(inverse))
+    if weights is not None:
+        correction = correction * weights.astype(dz.dtype)
+    dx = lay_out(multiplier) * (dz - correction)
+
+    def cotangent(local: jax.Array, primal: jax.Array, summed: jax.Array | None = None) -> jax.Array:
+        return _devices.match_cotangent(local, primal, summed, spec.axis_name).astype(primal.dtype)
+
+    return (
+        Operands(
+            x=cotangent(dx, x),
+            scale=None if scale is None else cotangent(local_dzx * inverse, scale, sum_dzx * inverse),
+            bias=None if bias is None else cotangent(local_dz, bias, sum_dz),
+            residual=None if residual is None else dz.astype(residual.dtype),
+            weights=None,
+        ),
+        None,
+        None,
+        None,
+    )
+
+
+_batch_normalize.defvjp(_save, _backward)
+
+
+def _layout(spec: Spec, x: jax.Array) -> Callable[[jax.Array], jax.Array]:
+    """Per-channel arrays in the dtype of the computation, laid out to broadcast against x."""
+    axes, dtype = _axes.split(x.ndim, spec.axis), _dtypes.compute(x)
+    return lambda stat: _axes.expand(stat.astype(dtype), x.ndim, axes)
+
+
+def _centre(x: jax.Array, mean: jax.Array, weights: jax.Array | None) -> jax.Array:
+    """The input less its mean, and 0 for what is not usable."""
+    centred = x.astype(mean.dtype) - mean
+    return centred if weights is None else jnp.where(_usable(x, weights), centred, 0)
+
+
+def _usable(x: jax.Array, weights: jax.Array) -> jax.Array:
+    """False for padding that is NaN or infinite: its output is the bias, a constant, so that it harms nothing."""
+    return (weights > 0) | jnp.isfinite(x)
+
+
+def _multiplier(inverse: jax.Array, scale: jax.Array | None) -> jax.Array:
+    return inverse if scale is None else inverse * scale.astype(_dtypes.promote(inverse.dtype, scale.dtype))
+
+
+def _activation_slope(activation: Activation, y: jax.Array, dtype: Any) -> jax.Array:
+    at_zero, below = _SLOPES[activation]
+    return jnp.where((y > 0) | ((y == 0) & (at_zero > 0)), jnp.ones((), dtype), jnp.asarray(below, dtype))

@@ -1,0 +1,216 @@
+"""Moments out of any linen model, jaxbn's layers and stock `flax.linen.BatchNorm` alike, without changing the model.
+
+Three parts. A `Slot` goes in beside the statistics of each layer: it says which flat positions of the layer a call
+holds, whatever transformation carried the statistics there, and being part of the tree structure it keeps compiled
+programs with and without capture apart. An interceptor at the layer's call measures the input once, normalizes with the
+wanted statistics, whatever flags the model passes, and marks the output. `harvest` brings the marked moments out.
+"""
+
+import dataclasses
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import flax
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxbn.core import devices as _devices
+from jaxbn.core import harvest as _harvest
+from jaxbn.core import moments as _moments
+from jaxbn.linen.modules import STATISTICS, Norm
+from jaxbn.methods.base import NormParams, NormTransform, State
+from jaxbn.methods.batch_norm import BatchNormState, batch_norm
+
+MODES = ("batch", "eval", "as_called")
+Call = Callable[[Any, Any], Any]
+
+_SLOT = "jaxbn_slot"
+# Fields of the stock layer that matter once its statistics are given.
+_STOCK_FIELDS = (
+    "axis epsilon dtype param_dtype use_bias use_scale bias_init scale_init force_float32_reductions".split()
+)
+
+
+class Layer(NamedTuple):
+    """What tells one layer's marks from another's, in one mode of capture."""
+
+    path: str
+    shape: tuple[int, ...]
+    mode: str
+
+    @property
+    def size(self) -> int:
+        """Number of flat positions."""
+        return math.prod(self.shape)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Slot:
+    """Which flat positions of the layer the statistics beside it are. `layer` is part of the tree structure."""
+
+    index: jax.Array
+    layer: Layer = dataclasses.field(metadata={"static": True})
+
+
+def capture_moments(
+    call: Call, *, mode: str = "batch"
+) -> Callable[[Any, Any], tuple[Any, dict[str, _moments.Moments]]]:
+    """Makes a function that also returns the moments of every normalization layer's input.
+
+    The model needs no change, and nothing needs to be mutable. The function is pure, and may be jitted.
+
+    Args:
+        call: Runs the model, for one `lambda variables, batch: net.apply(variables, batch["image"], train=False)`.
+        mode: What the layers normalize with, whatever flags the model passes them: `"batch"`, the statistics of their
+            batch; `"eval"`, the stored ones; `"as_called"`, what the model asks for.
+
+    Returns:
+        A function `(variables, batch) -> (outputs, moments)`. `moments` maps the path of each layer, such as
+        `"Block_0/BatchNorm_1"`, to `Moments` in the shape of its statistics; their count is 0 where the layer was not
+        reached.
+
+    Raises:
+        ValueError: If `mode` is none of these; in the function, if the variables hold no statistics.
+
+    Example:
+        >>> net = flax.linen.BatchNorm(use_running_average=True)
+        >>> x = jnp.array([[1.0], [3.0]])
+        >>> variables = net.init(jax.random.key(0), x)
+        >>> _, moments = jaxbn.linen.capture_moments(net.apply)(variables, x)
+        >>> float(moments[""].mean[0])
+        2.0
+    """
+    if mode not in MODES:
+        raise ValueError(f"mode={mode!r} is none of {', '.join(map(repr, MODES))}.")
+
+    def captured(variables: Any, batch: Any) -> tuple[Any, dict[str, _moments.Moments]]:
+        variables = flax.core.unfreeze(variables)
+        slots = {path: _slot(path, state, mode) for path, state in find_states(variables).items()}
+        whole = {slot.layer: slot.index for slot in slots.values()}
+
+        def run(variables: Any, batch: Any) -> Any:
+            with nn.intercept_methods(_intercept):
+                return call(variables, batch)
+
+        outputs, records = _harvest.harvest(run)(_with_slots(variables, slots), batch)
+        found = _harvest.collect(records, whole)
+        return _without_slots(outputs), {path: _shaped(found, slot) for path, slot in slots.items()}
+
+    return captured
+
+
+def find_states(variables: Mapping[str, Any]) -> dict[str, State]:
+    """The state of every normalization layer by its path, in the order of the variables."""
+    flat = flax.traverse_util.flatten_dict(flax.core.unfreeze(variables.get(STATISTICS, {})))
+    parents = dict.fromkeys(path[:-1] for path in flat if path[-1] == "mean" and (*path[:-1], "var") in flat)
+    states = {
+        "/".join(path): BatchNormState(*(flat.get((*path, name)) for name in BatchNormState._fields))
+        for path in parents
+    }
+    if not states:
+        raise ValueError(
+            f"There are no statistics of a normalization layer (mean and var) in variables[{STATISTICS!r}]; the "
+            f"collections given are {sorted(variables)}. Pass all the variables of the model, not its params alone."
+        )
+    return states
+
+
+def _slot(path: str, state: State, mode: str) -> Slot:
+    layer = Layer(path, state.mean.shape, mode)
+    return Slot(jnp.arange(layer.size, dtype=jnp.int32).reshape(layer.shape), layer)
+
+
+def _with_slots(variables: dict[str, Any], slots: dict[str, Slot]) -> dict[str, Any]:
+    flat = flax.traverse_util.flatten_dict(variables[STATISTICS])
+    flat |= {(*_keys(path), _SLOT): slot for path, slot in slots.items()}
+    return variables | {STATISTICS: flax.traverse_util.unflatten_dict(flat)}
+
+
+def _without_slots(tree: Any) -> Any:
+    """Outputs in which the call returned its variables, as `mutable=` does, without the slots."""
+    if isinstance(tree, dict | flax.core.FrozenDict):
+        return type(tree)({key: _without_slots(value) for key, value in tree.items() if key != _SLOT})
+    if isinstance(tree, list | tuple) and not hasattr(tree, "_fields"):
+        return type(tree)(map(_without_slots, tree))
+    return tree
+
+
+def _shaped(found: Mapping[Any, _moments.Moments], slot: Slot) -> _moments.Moments:
+    flat = found.get(slot.layer)
+    if flat is None:
+        return _moments.Moments(*(jnp.zeros(slot.layer.shape, jnp.float32) for _ in range(3)))
+    return jax.tree.map(lambda part: part.reshape(slot.layer.shape), flat)
+
+
+def _keys(path: str) -> tuple[str, ...]:
+    return tuple(path.split("/")) if path else ()
+
+
+def _intercept(next_call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+    """Runs in the place of every method of every module, and lets all but the calls of normalization layers pass."""
+    layer: Any = context.module
+    # The interceptor is given the method as a partial of the plain function; a subclass that calls super().__call__
+    # comes past here with the function of the class that defines it.
+    function = getattr(context.orig_method, "func", None)
+    stock = function is inspect.unwrap(nn.BatchNorm.__call__)
+    if not stock and function is not inspect.unwrap(Norm.__call__) or layer.is_initializing():
+        return next_call(*args, **kwargs)
+    slot = layer.get_variable(STATISTICS, _SLOT)
+    if slot is None:  # not a layer of the variables that were passed in: a frozen teacher, or our own call below
+        return next_call(*args, **kwargs)
+    x, mask, residual = _arguments(*args, **kwargs)
+    transform = _transform_of(layer)
+    moments = transform.measure(x, mask=mask)
+    if slot.layer.mode == "as_called":
+        y = next_call(*args, **kwargs)
+    else:
+        state = _wanted_state(layer, transform, moments, slot.layer.mode)
+        normalize = _normalize_stock if stock else _normalize
+        y = normalize(layer, state, x, mask=mask, residual=residual)
+    return _harvest.mark(y, slot.index, moments, layer=slot.layer)
+
+
+def _arguments(
+    x: Any, use_running_average: bool | None = None, *, mask: Any = None, residual: Any = None
+) -> tuple[jax.Array, Any, Any]:
+    """The arguments of a layer's call; the flag is overruled by the mode."""
+    return jnp.asarray(x), mask, residual
+
+
+def _transform_of(layer: Any) -> NormTransform:
+    """The pure functions of a layer; a stock one is a batch_norm."""
+    if isinstance(layer, Norm):
+        return layer.transform()
+    return batch_norm(axis=layer.axis, epsilon=layer.epsilon, use_fast_variance=layer.use_fast_variance)
+
+
+def _wanted_state(layer: Any, transform: NormTransform, moments: _moments.Moments, mode: str) -> State:
+    """The statistics that the layer is to normalize with: the stored ones, or in mode "batch" those of the batch."""
+    _, initial = transform.init(moments.mean.shape)
+    names = (name for name, leaf in initial._asdict().items() if leaf is not None)
+    stored = initial._replace(**{name: layer.get_variable(STATISTICS, name) for name in names})
+    if mode == "eval":
+        return stored
+    if layer.axis_name is not None and _devices.is_bound(layer.axis_name):
+        moments = _moments.merge_over(moments, layer.axis_name, layer.axis_index_groups)
+    return transform.postproc(stored, moments)
+
+
+def _normalize(layer: Any, state: State, x: jax.Array, *, mask: Any, residual: Any) -> jax.Array:
+    params = flax.core.meta.unbox(layer.variables.get("params", {}))
+    affine = NormParams(params.get("scale"), params.get("bias"))
+    return layer.transform().eval(affine, state, x, mask=mask, residual=residual)
+
+
+def _normalize_stock(layer: Any, state: State, x: jax.Array, *, mask: Any, residual: Any) -> jax.Array:
+    """Through a stock layer of the same fields that stands outside the model, so that Flax's own rules hold."""
+    del mask, residual  # which Flax ignores with given statistics, and does not have
+    detached = nn.BatchNorm(**{name: getattr(layer, name) for name in _STOCK_FIELDS}, parent=None)
+    variables = {name: value for name, value in layer.variables.items() if name == "params"}
+    variables[STATISTICS] = {"mean": state.mean, "var": state.var}
+    y: jax.Array = detached.apply(variables, x, use_running_average=True)  # type: ignore[assignment]  # not mutable
+    return y

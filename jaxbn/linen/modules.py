@@ -1,0 +1,167 @@
+"""Normalization layers for flax.linen: fields and variables. What they compute is in jaxbn.methods."""
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.linen.initializers import ones, zeros
+from flax.typing import Initializer
+from jax.typing import ArrayLike, DTypeLike
+
+from jaxbn.core import axes as _axes
+from jaxbn.core.averaging import Averaging
+from jaxbn.methods.base import NormParams, NormTransform, State
+from jaxbn.methods.batch_norm import batch_norm
+
+STATISTICS = "batch_stats"
+
+
+class Norm(nn.Module):
+    """What all layers share: Flax's fields, and the plumbing between a transform and the variables.
+
+    A layer names the `factory` of its method, whose arguments are its fields.
+    """
+
+    factory: ClassVar[Callable[..., NormTransform]]
+
+    # Flax's fields in Flax's order, which is also that of its positional arguments.
+    use_running_average: bool | None = None
+    axis: int | Sequence[int] = -1
+    momentum: ArrayLike | Averaging | None = 0.99
+    epsilon: float = 1e-5
+    dtype: DTypeLike | None = None
+    param_dtype: DTypeLike = jnp.float32
+    use_bias: bool = True
+    use_scale: bool = True
+    bias_init: Initializer = zeros
+    scale_init: Initializer = ones
+    axis_name: str | tuple[str, ...] | None = None
+    axis_index_groups: Any = None
+    use_fast_variance: bool = True
+    force_float32_reductions: bool = True
+    _: dataclasses.KW_ONLY
+    activation: Callable[[jax.Array], jax.Array] | None = None
+    allow_single_value: bool = False
+    autodiff: bool = False
+
+    def transform(self, **changes: Any) -> NormTransform:
+        """The pure functions of this layer, with some of its fields changed."""
+        names = inspect.signature(self.factory).parameters
+        return self.factory(**{name: getattr(self, name) for name in names} | changes)
+
+    @nn.compact
+    def __call__(
+        self,
+        x: ArrayLike,
+        use_running_average: bool | None = None,
+        *,
+        mask: ArrayLike | None = None,
+        residual: ArrayLike | None = None,
+    ) -> jax.Array:
+        """Normalizes x `[..., C]`, adds the residual and applies the activation.
+
+        Args:
+            x: The input; its shape but for the features may change from call to call.
+            use_running_average: True: normalize with the stored statistics. False: with those of the batch, and move
+                the stored ones, for which the collection `batch_stats` must be mutable. Give it here or as a field.
+            mask: Booleans or real weights, broadcastable to `x`, of the values from which statistics are computed.
+            residual: Added to the normalized input before the activation, of the shape of `x`.
+
+        Returns:
+            An array of the shape of `x`.
+
+        Raises:
+            ValueError: If `use_running_average` is given twice or never, or the input does not fit; see `batch_norm`.
+        """
+        use_running_average = nn.merge_param("use_running_average", self.use_running_average, use_running_average)
+        x = jnp.asarray(x)
+        state = self._load_state(x)
+        params = self._load_params(_axes.feature_shape(x.shape, self.axis))
+        arguments = {"mask": mask, "residual": residual}
+        if use_running_average:
+            return self.transform().eval(params, state, x, **arguments)
+        if self.is_initializing():  # an example of any size, on one device, that leaves no trace in the statistics
+            alone = self.transform(axis_name=None, axis_index_groups=None, allow_single_value=True)
+            return alone.train(params, state, x, **arguments)[0]
+        y, new_state = self.transform().train(params, state, x, **arguments)
+        self._store_state(state, new_state)
+        return y
+
+    def _load_state(self, x: jax.Array) -> State:
+        dtype = x.dtype if jnp.iscomplexobj(x) else jnp.float32
+        _, initial = self.transform().init(_axes.feature_shape(x.shape, self.axis), dtype=dtype)
+        values = {
+            name: self.variable(STATISTICS, name, lambda leaf=leaf: leaf).value
+            for name, leaf in initial._asdict().items()
+            if leaf is not None
+        }
+        for value in values.values():
+            if value.ndim:  # a counter has no features
+                _axes.check_features(x.shape, self.axis, value.shape)
+        return initial._replace(**values)
+
+    def _load_params(self, shape: tuple[int, ...]) -> NormParams:
+        return NormParams(
+            scale=self.param("scale", self.scale_init, shape, self.param_dtype) if self.use_scale else None,
+            bias=self.param("bias", self.bias_init, shape, self.param_dtype) if self.use_bias else None,
+        )
+
+    def _store_state(self, old: State, new: State) -> None:
+        """Writes what has changed: without a running average nothing has, and nothing needs to be mutable."""
+        for name, leaf in new._asdict().items():
+            if leaf is not getattr(old, name):
+                self.put_variable(STATISTICS, name, leaf)
+
+
+class BatchNorm(Norm):
+    r"""Batch normalization; takes the place of `flax.linen.BatchNorm`, with its variables and its checkpoints.
+
+    Change the import and nothing else. Differs from Flax's layer:
+
+    1. The variance is numerically safe: `use_fast_variance=True` sums about a shift, False centres first.
+       `force_float32_reductions=False` is accepted, but statistics stay float32.
+    2. A mask may hold real weights; counts are summed over devices; a batch that is masked altogether leaves the
+       statistics alone and is normalized with the stored ones (Flax: NaN).
+    3. One value per channel, counted over devices, is an error in training unless `allow_single_value=True`.
+    4. No gradient flows into the stored statistics, and a non-finite batch statistic never enters them.
+    5. Forward-mode differentiation needs `autodiff=True`.
+    6. The statistics keep the dtype of their initialization; NaN in masked positions harms nothing; groups of
+       devices work under shard_map too.
+
+    Attributes:
+        use_running_average: See the call.
+        axis: Feature axis, or several.
+        momentum: Weight of the OLD running value, in [0, 1); None keeps no running average; or a
+            :class:`jaxbn.Averaging`. All but a plain number add the variable `count`.
+        epsilon: Added to the variance.
+        dtype: Of the result; None: what input and parameters promote to.
+        param_dtype: Of the parameters.
+        use_bias: Whether to learn a bias.
+        use_scale: Whether to learn a scale.
+        bias_init: Initializer of the bias.
+        scale_init: Initializer of the scale.
+        axis_name: Axis of a `shard_map`, `pmap` or `vmap` over which the batch is spread; not used in evaluation.
+        axis_index_groups: Groups of devices that share statistics.
+        use_fast_variance: See 1.
+        force_float32_reductions: See 1.
+        activation: Applied to the result; `jax.nn.relu` and `jax.nn.leaky_relu` cost no memory traffic here.
+        allow_single_value: See 3.
+        autodiff: See 5.
+
+    Example:
+        >>> layer = jaxbn.linen.BatchNorm(use_running_average=False, momentum=0.9)
+        >>> x = jnp.array([[1.0, 0.0], [3.0, 8.0]])
+        >>> variables = layer.init(jax.random.key(0), x)
+        >>> y, updates = layer.apply(variables, x, mutable=["batch_stats"])
+        >>> updates["batch_stats"]["mean"].round(3)
+        Array([0.2, 0.4], dtype=float32)
+
+    References:
+        Ioffe & Szegedy, `Batch Normalization <https://arxiv.org/abs/1502.03167>`_, 2015.
+    """
+
+    factory = staticmethod(batch_norm)

@@ -1,0 +1,43 @@
+"""The protocol of a normalization method: six pure functions in a tuple. Read from top to bottom, then write your own.
+
+A method is a factory that checks its hyper-parameters once and returns a `NormTransform`. State goes in and comes out:
+nothing is kept, nothing is mutated, and train, postproc and eval compile to three programs. The Flax layers only carry
+the variables of a transform; they compute nothing themselves.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+from jaxbn.core.moments import Moments
+
+State = Any  # a NamedTuple of float32 arrays in the shape of the features, counters float32 []
+
+
+class NormParams(NamedTuple):
+    """The learned affine map of a normalization; either may be None."""
+
+    scale: jax.Array | None  # f32[C]
+    bias: jax.Array | None  # f32[C]
+
+
+class NormTransform(NamedTuple):
+    """What a normalization layer does, as pure functions. All of them may be jitted, vmapped and scanned.
+
+    Shapes: x and residual `[..., C]`, mask broadcastable to x, params and state `[C]`. Structure and dtypes of the
+    state that goes in come out, and no gradient flows through it.
+    """
+
+    # (feature_shape: int | tuple[int, ...], *, dtype=float32) -> (params, state)
+    init: Callable[..., tuple[NormParams, State]]
+    # (params, state, x, *, mask=None, residual=None) -> (y, state): normalize with the batch, move the averages
+    train: Callable[..., tuple[jax.Array, State]]
+    # (params, state, x, *, mask=None, residual=None) -> y: normalize with the stored statistics
+    eval: Callable[..., jax.Array]
+    # (x, *, mask=None) -> Moments of the values on this device: what a statistics pass accumulates
+    measure: Callable[..., Moments]
+    # (state, moments) -> state: install the moments of the population
+    postproc: Callable[[State, Moments], State]
+    # (params, state, grads) -> state: learn from the gradient of the params, for methods that need it
+    backward: Callable[[NormParams, State, NormParams], State]

@@ -1,0 +1,194 @@
+r"""Batch normalization: each channel is normalized with the mean and variance of the batch.
+
+.. math:: y = \gamma \frac{x - \mu_B}{\sqrt{\sigma_B^2 + \epsilon}} + \beta
+
+in training, and with the statistics of the population, :math:`E[\mu_B]` and :math:`Var[x]`, in evaluation. Those are
+estimated by a running average (Method ONE) or by a pass over the data when training is over (Method TWO).
+
+Ioffe & Szegedy, Batch Normalization: Accelerating Deep Network Training by Reducing Internal Covariate Shift, 2015,
+Algorithm 1 (training) and Algorithm 2 (evaluation).
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import ArrayLike, DTypeLike
+
+from jaxbn.core import averaging as _averaging
+from jaxbn.core import axes as _axes
+from jaxbn.core import devices as _devices
+from jaxbn.core import dtypes as _dtypes
+from jaxbn.core import moments as _moments
+from jaxbn.core import normalize as _normalize
+from jaxbn.methods.base import NormParams, NormTransform
+
+
+class BatchNormState(NamedTuple):
+    """The statistics of the population, as far as they are known."""
+
+    mean: jax.Array  # f32[C]; complex for complex inputs
+    var: jax.Array  # f32[C], biased
+    count: jax.Array | None = None  # type: ignore[assignment]  # hides tuple.count; f32[]: steps (samples for a horizon) averaged so far; None if not needed
+
+
+def batch_norm(
+    *,
+    momentum: ArrayLike | _averaging.Averaging | None = 0.99,
+    epsilon: float = 1e-5,
+    axis: int | Sequence[int] = -1,
+    dtype: DTypeLike | None = None,
+    use_bias: bool = True,
+    use_scale: bool = True,
+    axis_name: str | tuple[str, ...] | None = None,
+    axis_index_groups: Sequence[Sequence[int]] | None = None,
+    use_fast_variance: bool = True,
+    activation: _normalize.Activation | None = None,
+    allow_single_value: bool = False,
+    autodiff: bool = False,
+) -> NormTransform:
+    r"""Batch normalization as pure functions: state in, state out.
+
+    Use it where batches are large (16 or more values per channel) and drawn at random. The statistics do not depend
+    on how a batch is spread over devices: nothing needs to be named under `jit` on sharded arrays; under `shard_map`,
+    `pmap` and `vmap` give `axis_name`. A step costs one collective forward and one backward.
+
+    Args:
+        momentum: Weight of the OLD running value, in [0, 1). PyTorch's momentum is one minus this. None: training
+            keeps no running average, and the statistics come from a postproc pass (Method TWO). Or an average made by
+            `constant`, `scheduled`, `cumulative` or `horizon`.
+        epsilon: Added to the variance, positive.
+        axis: Feature axis of `x`, or several.
+        dtype: Of the output. None: what x, scale, bias and residual promote to.
+        use_bias: Learn the bias :math:`\beta`.
+        use_scale: Learn the scale :math:`\gamma`.
+        axis_name: Axis or axes of the surrounding `shard_map`, `pmap` or `vmap` over which a batch is spread; used in
+            training alone.
+        axis_index_groups: Groups of devices along `axis_name`, of equal size, that share statistics.
+        use_fast_variance: True sums about a shift and reads x once, False centres first and reads it twice. Both are
+            numerically safe.
+        activation: Applied to the result, after the residual. `jax.nn.relu` and `jax.nn.leaky_relu` share the memory
+            traffic of the normalization; any other elementwise function is applied behind it.
+        allow_single_value: Accept one value per channel in training, which is an error otherwise: its output is the
+            bias, and no gradient passes.
+        autodiff: Use JAX's own derivative instead of the hand-written one: same numbers, more memory, and forward
+            mode works.
+
+    Returns:
+        A `NormTransform` with state `BatchNormState` and params `NormParams`.
+
+    Raises:
+        ValueError: Here for hyper-parameters outside their range; in `train`, while tracing, for a wrong number of
+            features, a mask or residual that does not fit, an empty batch, or one value per channel.
+
+    Example:
+        >>> bn = jaxbn.batch_norm(momentum=0.9)
+        >>> params, state = bn.init(2)
+        >>> y, state = bn.train(params, state, jnp.array([[1.0, 0.0], [3.0, 8.0]]))
+        >>> y.round(3)
+        Array([[-1., -1.],
+               [ 1.,  1.]], dtype=float32)
+        >>> state.mean.round(3)
+        Array([0.2, 0.4], dtype=float32)
+
+    References:
+        Ioffe & Szegedy, `Batch Normalization <https://arxiv.org/abs/1502.03167>`_, 2015, Algorithms 1 and 2. Differs:
+        the running variance is the biased one, as in Flax; the unbiased one is an estimator of the postproc pass.
+    """
+    average = _averaging.as_averaging(momentum)
+    groups = _devices.check_groups(axis_name, axis_index_groups)
+    spec = _normalize.Spec(_axes.static(axis), epsilon, activation, dtype, axis_name, groups)
+    _normalize.check_spec(spec)
+
+    def init(
+        feature_shape: int | Sequence[int], *, dtype: DTypeLike = jnp.float32
+    ) -> tuple[NormParams, BatchNormState]:
+        shape = (feature_shape,) if isinstance(feature_shape, int) else tuple(feature_shape)
+        params = NormParams(
+            jnp.ones(shape, dtype) if use_scale else None,
+            jnp.zeros(shape, dtype) if use_bias else None,
+        )
+        mean = jnp.full(shape, _averaging.INITIAL_MEAN, _dtypes.promote(dtype, jnp.float32))
+        var = jnp.full(shape, _averaging.INITIAL_VAR, mean.real.dtype)
+        count = jnp.zeros((), jnp.float32) if average is not None and average.counts else None
+        return params, BatchNormState(mean, var, count)
+
+    def train(
+        params: NormParams,
+        state: BatchNormState,
+        x: ArrayLike,
+        *,
+        mask: ArrayLike | None = None,
+        residual: ArrayLike | None = None,
+    ) -> tuple[jax.Array, BatchNormState]:
+        operands = _normalize.operands(spec, params.scale, params.bias, state.mean, x, mask, residual)
+        x = operands.x
+        values = _axes.values_per_channel(x.shape, axis) * _devices.group_size(axis_name, groups)
+        _axes.check_training_batch(x.shape, axis, values, allow_single_value)
+        moments = _moments.batch_moments(
+            x,
+            axis=axis,
+            mask=mask,
+            axis_name=axis_name,
+            axis_index_groups=groups,
+            use_fast_variance=use_fast_variance,
+        )
+        seen = moments.count > 0  # a batch that is masked altogether is normalized with the stored statistics
+        mean = jnp.where(seen, moments.mean, state.mean.astype(moments.mean.dtype))
+        var = jnp.where(seen, moments.var, state.var.astype(moments.m2.dtype))
+        if autodiff or jnp.iscomplexobj(x):
+            y = _normalize.normalize(spec, operands, mean, var)
+        else:
+            y = _normalize.batch_normalize(spec, operands, mean, var, moments.count)
+        if average is None:
+            return y, state
+        samples = moments.count.max() / math.prod(x.shape[a] for a in _axes.split(x.ndim, axis).reduced[1:])
+        return y, _move(average, state, moments, samples)
+
+    def evaluate(
+        params: NormParams,
+        state: BatchNormState,
+        x: ArrayLike,
+        *,
+        mask: ArrayLike | None = None,
+        residual: ArrayLike | None = None,
+    ) -> jax.Array:
+        operands = _normalize.operands(spec, params.scale, params.bias, state.mean, x, mask, residual)
+        return _normalize.normalize(spec, operands, *lax.stop_gradient((state.mean, state.var)))
+
+    def measure(x: ArrayLike, *, mask: ArrayLike | None = None) -> _moments.Moments:
+        return _moments.batch_moments(x, axis=axis, mask=mask, use_fast_variance=use_fast_variance)
+
+    def postproc(state: BatchNormState, moments: _moments.Moments) -> BatchNormState:
+        seen = moments.count > 0
+        mean = jnp.where(seen, moments.mean.astype(state.mean.dtype), state.mean)
+        return state._replace(mean=mean, var=jnp.where(seen, moments.var.astype(state.var.dtype), state.var))
+
+    def backward(params: NormParams, state: BatchNormState, grads: NormParams) -> BatchNormState:
+        del params, grads
+        return state
+
+    return NormTransform(init, train, evaluate, measure, postproc, backward)
+
+
+def _move(
+    average: _averaging.Averaging, state: BatchNormState, moments: _moments.Moments, samples: jax.Array
+) -> BatchNormState:
+    """One step of the running averages, left alone in channels that saw nothing or something that is not finite."""
+    if average.counts and state.count is None:
+        raise ValueError(
+            f"momentum={average} counts steps, but the state has no `count`: it was made for a constant momentum. Add "
+            f"state._replace(count=jnp.zeros(())), or initialize anew."
+        )
+    good = (moments.count > 0) & jnp.isfinite(moments.mean) & jnp.isfinite(moments.var)
+    count = jnp.zeros((), jnp.float32) if state.count is None else state.count
+    decay = average.decay(count, samples)
+    after = jnp.where(good.any(), average.advance(count, samples), count)
+    return BatchNormState(
+        mean=_averaging.move(state.mean, moments.mean, decay, good),
+        var=_averaging.move(state.var, moments.var, decay, good),
+        count=None if state.count is None else lax.stop_gradient(after),
+    )

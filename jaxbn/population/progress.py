@@ -1,0 +1,41 @@
+"""A progress bar for long work: on standard error, from one process, and only where somebody is looking."""
+
+from collections.abc import Iterable, Iterator, Sized
+from typing import TypeVar
+
+import jax
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+_Item = TypeVar("_Item")
+
+
+def track(items: Iterable[_Item], title: str, progress: bool | None = None) -> Iterator[_Item]:
+    """Yields the items and shows how far it got.
+
+    Args:
+        items: Any iterable; the bar knows its end if it has a length.
+        title: What is being done.
+        progress: Whether to show the bar. None: if standard error is a terminal, on process 0.
+
+    Yields:
+        The items.
+
+    Example:
+        >>> from jaxbn.population import progress
+        >>> sum(progress.track([1, 2, 3], "Adding", progress=False))
+        6
+    """
+    console = Console(stderr=True)
+    if not (console.is_terminal and jax.process_index() == 0 if progress is None else progress):
+        yield from items
+        return
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
+    )  # fmt: skip
+    total = len(items) if isinstance(items, Sized) else None
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task(title, total=total)
+        for item in items:
+            yield item
+            bar.advance(task)

@@ -1,0 +1,83 @@
+"""What a statistics pass changed, per layer."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from jaxbn.core.moments import Moments
+
+_WIDEST_PATH = 44
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerChange:
+    """Old and new statistics of one layer, in the shape of its features, on the host."""
+
+    count: float  # values per channel that the new statistics were computed from; 0: not reached, nothing changed
+    old_mean: np.ndarray
+    old_var: np.ndarray
+    new_mean: np.ndarray
+    new_var: np.ndarray
+
+    @property
+    def mean_shift(self) -> np.ndarray:
+        """How far the old mean was from the new one, in new standard deviations."""
+        return np.abs(self.old_mean - self.new_mean) / np.sqrt(np.maximum(self.new_var, np.finfo(np.float32).tiny))
+
+    @property
+    def var_ratio(self) -> np.ndarray:
+        """Old variance over new variance."""
+        return self.old_var / np.maximum(self.new_var, np.finfo(np.float32).tiny)
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What a pass did. Prints as a table, within 100 columns.
+
+    Example:
+        >>> zero, one = np.zeros(2), np.ones(2)
+        >>> print(Report("pooled", 3, {"bn": LayerChange(96.0, zero + 1, one, zero, one * 4)}))
+        pooled statistics from 3 batches
+    """
+
+    estimator: str
+    batches: int
+    layers: dict[str, LayerChange]
+
+    @property
+    def not_reached(self) -> tuple[str, ...]:
+        """Layers that no batch went through; their statistics are the old ones."""
+        return tuple(path for path, change in self.layers.items() if change.count == 0)
+
+    def __str__(self) -> str:
+        width = min(max(len("layer"), *map(len, self.layers)), _WIDEST_PATH)
+        lines = [
+            f"{self.estimator} statistics from {self.batches} batches",
+            f"{'layer':{width}}  {'values':>9}   old mean off by (new std)   old var / new var",
+            f"{'':{width}}  {'':>9}          mean       worst         min        max",
+        ]
+        for path, change in self.layers.items():
+            name = path if len(path) <= width else "..." + path[3 - width :]
+            if change.count == 0:
+                lines.append(f"{name:{width}}  {'not reached; its statistics are the old ones':>9}")
+                continue
+            shift, ratio = change.mean_shift, change.var_ratio
+            lines.append(
+                f"{name:{width}}  {change.count:>9.0f}   {shift.mean():>11.3g} {shift.max():>11.3g}"
+                f"   {ratio.min():>9.3g}  {ratio.max():>9.3g}"
+            )
+        return "\n".join(lines)
+
+
+def compare(old: Mapping[str, Any], new: Mapping[str, Any], moments: Mapping[str, Moments]) -> dict[str, LayerChange]:
+    """The change of each layer, in the order of `old`; states are anything with a mean and a var."""
+
+    def arrays(state: Any) -> tuple[np.ndarray, np.ndarray]:
+        return np.asarray(state.mean), np.asarray(state.var)
+
+    return {
+        path: LayerChange(float(np.max(moments[path].count)), *arrays(state), *arrays(new[path]))
+        for path, state in old.items()
+    }
