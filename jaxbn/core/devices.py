@@ -53,7 +53,11 @@ def gather(blocks: jax.Array, axis_name: AxisName | None, groups: Groups | None)
     blocks = _replicate(blocks)
     if axis_name is None:
         return blocks
-    everywhere = lax.all_gather(_vary(blocks, axis_name), axis_name, to=_result_type(axis_name))
+    blocks = _vary(blocks, axis_name)
+    # Where a shard_map keeps track of what differs, the result must be known to be the same on all devices, or the
+    # state could not leave with out_specs=P(). Elsewhere that type has a wrong derivative.
+    tracked = set(_names(axis_name)) <= varying(blocks)
+    everywhere = lax.all_gather(blocks, axis_name, to="invarying" if tracked else "varying")
     if groups is not None:
         members = _members(axis_name, groups).reshape((-1,) + (1,) * blocks.ndim)
         everywhere = jnp.where(members, everywhere, jnp.zeros((), everywhere.dtype))
@@ -151,20 +155,11 @@ def _replicate(blocks: jax.Array) -> jax.Array:
     return lax.with_sharding_constraint(blocks, NamedSharding(sharding.mesh, free))
 
 
-def _in_manual_mesh(axis_name: AxisName) -> bool:
-    """Whether the axis belongs to a shard_map or pmap, rather than to a vmap."""
-    return set(_names(axis_name)) <= set(jax.sharding.get_abstract_mesh().manual_axes)
-
-
-def _result_type(axis_name: AxisName) -> str:
-    # Replicated results must have a replicated type, or a shard_map could not return the state with out_specs=P().
-    return "invarying" if _in_manual_mesh(axis_name) else "varying"
-
-
 def _vary(x: jax.Array, axis_name: AxisName) -> jax.Array:
     """Marks x as differing over the axis, as collectives want it, where a shard_map keeps track of that."""
+    in_manual_mesh = set(_names(axis_name)) <= set(jax.sharding.get_abstract_mesh().manual_axes)  # else it is a vmap's
     missing = tuple(name for name in _names(axis_name) if name not in varying(x))
-    return lax.pcast(x, missing, to="varying") if missing and _in_manual_mesh(axis_name) else x
+    return lax.pcast(x, missing, to="varying") if missing and in_manual_mesh else x
 
 
 def _members(axis_name: AxisName, groups: Groups) -> jax.Array:

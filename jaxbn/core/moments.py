@@ -142,17 +142,22 @@ def _block_means(axes: _axes.Axes, fast: bool, x: jax.Array, weights: jax.Array 
     blocks = _devices.count_blocks(x, axes.rows)
     dtype = _dtypes.compute(x)
     x = _devices.cut(x, axes.rows, blocks)
-    if weights is None:
-        count = jnp.full((), math.prod(x.shape[a] for a in axes.reduced_in_blocks), jnp.float32)
-    else:
+    if weights is not None:
         weights = _devices.cut(weights, axes.rows, blocks)
         x = jnp.where(weights > 0, x, jnp.zeros((), x.dtype))  # first of all: what is masked may be NaN
-        count = jnp.broadcast_to(weights, x.shape).sum(axes.reduced_in_blocks, keepdims=True)
+
+    def total(values: jax.Array) -> jax.Array:
+        return values.sum(axes.reduced_in_blocks, keepdims=True)
+
+    if weights is None:  # as a number: float32 could not count beyond 2^24 one by one
+        values = math.prod(x.shape[a] for a in axes.reduced_in_blocks)
+        count = jnp.full_like(total(x), values, jnp.float32)
+    else:
+        count = total(jnp.ones_like(x, jnp.float32) * weights)
     divisor = jnp.where(count > 0, count, 1)
 
     def mean(values: jax.Array) -> jax.Array:
-        weighted = values if weights is None else values * weights
-        return weighted.sum(axes.reduced_in_blocks, keepdims=True) / divisor
+        return total(values if weights is None else values * weights) / divisor
 
     if fast and weights is None and x.size:
         first_sample = lax.slice_in_dim(x, 0, 1, axis=axes.rows + 1)  # before the cast, which then fuses into the sums
@@ -161,7 +166,7 @@ def _block_means(axes: _axes.Axes, fast: bool, x: jax.Array, weights: jax.Array 
         shift = mean(x.astype(dtype))
     shift = _rounded(lax.stop_gradient(shift))  # the result does not depend on it
     d = x.astype(dtype) - shift
-    parts = jnp.broadcast_to(count, shift.shape), shift, mean(d), mean(_abs_sq(d))
+    parts = count, shift, mean(d), mean(_abs_sq(d))
     return _Block(*(_blocks_to_front(part, axes) for part in parts))
 
 

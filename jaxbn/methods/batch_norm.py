@@ -136,9 +136,10 @@ def batch_norm(
             axis_index_groups=groups,
             use_fast_variance=use_fast_variance,
         )
-        seen = moments.count > 0  # a batch that is masked altogether is normalized with the stored statistics
-        mean = jnp.where(seen, moments.mean, state.mean.astype(moments.mean.dtype))
-        var = jnp.where(seen, moments.var, state.var.astype(moments.m2.dtype))
+        # A batch that is masked altogether is normalized with the stored statistics.
+        seen, stored = moments.count > 0, lax.stop_gradient(state)
+        mean = jnp.where(seen, moments.mean, stored.mean.astype(moments.mean.dtype))
+        var = jnp.where(seen, moments.var, stored.var.astype(moments.m2.dtype))
         if autodiff or jnp.iscomplexobj(x):
             y = _normalize.normalize(spec, operands, mean, var)
         else:

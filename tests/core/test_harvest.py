@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.experimental.xla_metadata import set_xla_metadata
 from jax.extend.core import Primitive, jaxprs_in_params, primitives
 from jax.sharding import PartitionSpec as P
 
@@ -541,14 +542,17 @@ def test_custom_gradient_of_what_has_no_mark_is_kept():
 
 
 def test_configuration_of_an_equation_is_kept():
-    """`with` blocks that jax keeps in an equation's context hold when it is bound again."""
+    """What jax keeps in an equation's context holds when it is bound again, or when a rule runs it."""
 
     def program(x, index):
-        with jax.default_matmul_precision("float32"), jax.numpy_dtype_promotion("standard"):
-            return normed(x, index) @ x.T
+        with set_xla_metadata(colour="blue"):
+            y = lax.scan(lambda x, _: (jnp.sin(normed(x, index)), None), jnp.sin(x), length=2)[0]
+        return jnp.cos(y)
 
-    y, _ = harvest(program)(inputs(), jnp.asarray(FLAT_INDEX))
-    np.testing.assert_array_equal(y, program(inputs(), jnp.asarray(FLAT_INDEX)))
+    lowered = jax.jit(harvest(program)).lower(inputs(), jnp.asarray(FLAT_INDEX)).as_text()
+    for operation, expected in (("sine", True), ("cosine", False)):
+        lines = [line for line in lowered.splitlines() if f"stablehlo.{operation}" in line]
+        assert lines and all(("blue" in line) is expected for line in lines)
 
 
 def test_debug_callback_runs_once():
@@ -657,7 +661,11 @@ def test_no_gradient_flows_through_moments():
     def loss(x, index):
         return mark(jnp.ones(()), index, moments_of(x), layer=FLAT) * 3
 
-    np.testing.assert_array_equal(jax.grad(loss)(inputs(), jnp.asarray(FLAT_INDEX)), np.zeros(FULL))
+    def of_records(x, index):
+        return collect(harvest(normed)(x, index)[1])[FLAT].mean.sum()
+
+    for fun in (loss, of_records):
+        np.testing.assert_array_equal(jax.grad(fun)(inputs(), jnp.asarray(FLAT_INDEX)), np.zeros(FULL))
 
 
 def test_mark_compiles_to_nothing():

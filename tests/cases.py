@@ -1,0 +1,119 @@
+"""The one list of all methods. The contract tests run over it: a new method is covered by adding a row.
+
+A row says how to make the method in each of its hosts and gives its formula in float64 NumPy, written from the paper
+and sharing nothing with the library.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+import jaxbn
+import jaxbn.linen
+
+Arrays = Mapping[str, np.ndarray]
+
+
+class Case(NamedTuple):
+    """One method with one choice of hyper-parameters."""
+
+    name: str
+    factory: Callable[..., jaxbn.NormTransform]
+    linen: type[nn.Module]
+    arguments: dict[str, Any]
+    # (x [rows, C], weights [rows, 1], params, state, rows of an example) -> (y, new state), all float64
+    train: Callable[[np.ndarray, np.ndarray, Arrays, Arrays, int], tuple[np.ndarray, dict[str, np.ndarray]]]
+    # (x, params, state) -> y
+    evaluate: Callable[[np.ndarray, Arrays, Arrays], np.ndarray]
+    # (state, all values [rows, C]) -> state
+    postproc: Callable[[Arrays, np.ndarray], dict[str, np.ndarray]]
+
+    def transform(self, **changes: Any) -> jaxbn.NormTransform:
+        return self.factory(**self.arguments | changes)
+
+    def module(self, **changes: Any) -> nn.Module:
+        return self.linen(**self.arguments | changes)
+
+
+def _affine(z: np.ndarray, params: Arrays) -> np.ndarray:
+    return z * params.get("scale", 1.0) + params.get("bias", 0.0)
+
+
+def _batch_norm(
+    *, epsilon: float = 1e-5, decay: Callable[[float, float], float | None], advance: Callable[[float, float], float]
+) -> dict[str, Any]:
+    """Ioffe & Szegedy 2015, Algorithms 1 and 2, with a running average of the given decay (None: no average)."""
+
+    def train(
+        x: np.ndarray, weights: np.ndarray, params: Arrays, state: Arrays, space: int
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        n = weights.sum()
+        if n == 0:
+            return evaluate(x, params, state), dict(state)
+        mean = (weights * x).sum(0) / n
+        var = (weights * (x - mean) ** 2).sum(0) / n
+        y = _affine((x - mean) / np.sqrt(var + epsilon), params)
+        count = state.get("count", 0.0)
+        a = decay(count, n / space)
+        if a is None:
+            return y, dict(state)
+        new = {"mean": a * state["mean"] + (1 - a) * mean, "var": a * state["var"] + (1 - a) * var}
+        return y, new | ({"count": advance(count, n / space)} if "count" in state else {})
+
+    def evaluate(x: np.ndarray, params: Arrays, state: Arrays) -> np.ndarray:
+        return _affine((x - state["mean"]) / np.sqrt(state["var"] + epsilon), params)
+
+    def postproc(state: Arrays, values: np.ndarray) -> dict[str, np.ndarray]:
+        return dict(state) | {"mean": values.mean(0), "var": values.var(0)}
+
+    return {"train": train, "evaluate": evaluate, "postproc": postproc}
+
+
+def _debiased(a: float) -> Callable[[float, float], float]:
+    """The zero-started average divided by 1 - a^t, written as one step from the previous quotient."""
+    return lambda count, n: a * (1 - a**count) / (1 - a ** (count + 1))
+
+
+def _of_horizon(samples: float) -> Callable[[float, float], float]:
+    return lambda count, n: 1 - (1 - np.exp(-n / samples)) / (1 - np.exp(-(count + n) / samples))
+
+
+def _step(count: float, n: float) -> float:
+    return count + 1
+
+
+def _batch_norm_case(name: str, arguments: dict[str, Any], **formula: Any) -> Case:
+    formula = {"decay": lambda count, n: 0.99, "advance": _step} | formula
+    return Case(name, jaxbn.batch_norm, jaxbn.linen.BatchNorm, arguments, **_batch_norm(**formula))
+
+
+def _warm_up(step: jax.Array) -> jax.Array:
+    return jax.numpy.minimum(step / (step + 1), 0.9)
+
+
+CASES = [
+    _batch_norm_case("batch_norm", {}),
+    _batch_norm_case("batch_norm momentum 0.9", {"momentum": 0.9}, decay=lambda count, n: 0.9),
+    _batch_norm_case("batch_norm epsilon 1e-3 two-pass", {"epsilon": 1e-3, "use_fast_variance": False}, epsilon=1e-3),
+    _batch_norm_case("batch_norm autodiff", {"autodiff": True}),
+    _batch_norm_case("batch_norm no scale", {"use_scale": False}),
+    _batch_norm_case("batch_norm no bias", {"use_bias": False}),
+    _batch_norm_case("batch_norm no average", {"momentum": None}, decay=lambda count, n: None),
+    _batch_norm_case(
+        "batch_norm debiased", {"momentum": jaxbn.constant(0.9, debias=True)}, decay=_debiased(0.9)
+    ),
+    _batch_norm_case(
+        "batch_norm cumulative", {"momentum": jaxbn.cumulative()}, decay=lambda count, n: count / (count + 1)
+    ),
+    _batch_norm_case(
+        "batch_norm scheduled",
+        {"momentum": jaxbn.scheduled(_warm_up)},
+        decay=lambda count, n: min(count / (count + 1), 0.9),
+    ),
+    _batch_norm_case(
+        "batch_norm horizon", {"momentum": jaxbn.horizon(100)}, decay=_of_horizon(100), advance=lambda count, n: count + n
+    ),
+]  # fmt: skip
