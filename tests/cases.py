@@ -102,9 +102,7 @@ CASES = [
     _batch_norm_case("batch_norm no scale", {"use_scale": False}),
     _batch_norm_case("batch_norm no bias", {"use_bias": False}),
     _batch_norm_case("batch_norm no average", {"momentum": None}, decay=lambda count, n: None),
-    _batch_norm_case(
-        "batch_norm debiased", {"momentum": jaxbn.constant(0.9, debias=True)}, decay=_debiased(0.9)
-    ),
+    _batch_norm_case("batch_norm debiased", {"momentum": jaxbn.constant(0.9, debias=True)}, decay=_debiased(0.9)),
     _batch_norm_case(
         "batch_norm cumulative", {"momentum": jaxbn.cumulative()}, decay=lambda count, n: count / (count + 1)
     ),
@@ -114,6 +112,9 @@ CASES = [
         decay=lambda count, n: min(count / (count + 1), 0.9),
     ),
     _batch_norm_case(
-        "batch_norm horizon", {"momentum": jaxbn.horizon(100)}, decay=_of_horizon(100), advance=lambda count, n: count + n
+        "batch_norm horizon",
+        {"momentum": jaxbn.horizon(100)},
+        decay=_of_horizon(100),
+        advance=lambda count, n: count + n,
     ),
-]  # fmt: skip
+]

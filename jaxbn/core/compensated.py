@@ -38,7 +38,7 @@ def merge(a: Accumulator, b: Accumulator) -> Accumulator:
     between = (delta * delta.conj()).real * (a.hi.count * share)
     m2 = _add(_add((a.hi.m2, a.lo.m2), b.hi.m2), b.lo.m2 + between)
     count = _add(_add((a.hi.count, a.lo.count), b.hi.count), b.lo.count)
-    mean = _add((a.hi.mean, a.lo.mean), delta * share)
+    mean = _add((a.hi.mean, a.lo.mean), delta * share.astype(delta.dtype))
     return Accumulator(*(Moments(*part) for part in zip(count, mean, m2, strict=True)))
 
 

@@ -113,7 +113,11 @@ def merge(a: Moments, b: Moments) -> Moments:
 
 
 def pool(parts: Moments) -> Moments:
-    """Moments of the union of many sets, stacked along the leading axis [K, ..., C] -> [..., C]; any may be empty."""
+    """Moments of the union of many sets, stacked along the leading axis [K, ..., C] -> [..., C]; any may be empty.
+
+    Exact but for the rounding of the given means, which is worth about 1e-7 * |mean| / std in the relative error of the
+    variance.
+    """
     return _merge_blocks(_Block(parts.count, parts.mean, jnp.zeros_like(parts.mean), parts.var))
 
 
@@ -157,7 +161,8 @@ def _block_means(axes: _axes.Axes, fast: bool, x: jax.Array, weights: jax.Array 
     divisor = jnp.where(count > 0, count, 1)
 
     def mean(values: jax.Array) -> jax.Array:
-        return total(values if weights is None else values * weights) / divisor
+        weighted = values if weights is None else values * weights.astype(values.dtype)
+        return total(weighted) / divisor.astype(values.dtype)
 
     if fast and weights is None and x.size:
         first_sample = lax.slice_in_dim(x, 0, 1, axis=axes.rows + 1)  # before the cast, which then fuses into the sums
@@ -177,7 +182,7 @@ def _merge_blocks(block: _Block) -> Moments:
     weight = block.count / jnp.where(total > 0, total, 1)
     reference = jnp.take_along_axis(block.shift, jnp.argmax(present, 0, keepdims=True), 0)
     offset = jnp.where(present, (block.shift - reference) + block.first, 0)
-    mean = (weight * offset).sum(0, keepdims=True)
+    mean = (weight.astype(offset.dtype) * offset).sum(0, keepdims=True)
     within = jnp.where(present, jnp.maximum(block.second - _abs_sq(block.first), 0), 0)
     var = (weight * (within + _abs_sq(offset - mean))).sum(0)
     return Moments(total[0], jnp.where(total > 0, reference + mean, 0)[0], total[0] * var)

@@ -8,9 +8,8 @@ wanted statistics, whatever flags the model passes, and marks the output. `harve
 
 import dataclasses
 import inspect
-import math
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax
 import flax.linen as nn
@@ -23,28 +22,20 @@ from jaxbn.core import moments as _moments
 from jaxbn.linen.modules import STATISTICS, Norm
 from jaxbn.methods.base import NormParams, NormTransform, State
 from jaxbn.methods.batch_norm import BatchNormState, batch_norm
+from jaxbn.population.layers import Layer, check_mode
 
-MODES = ("batch", "eval", "as_called")
 Call = Callable[[Any, Any], Any]
+
+# The interceptor is given a method as a partial of the plain function of the class that defines it, so that a subclass
+# which calls super().__call__ is met as well.
+STOCK_CALL = inspect.unwrap(nn.BatchNorm.__call__)
+OUR_CALL = inspect.unwrap(Norm.__call__)
 
 _SLOT = "jaxbn_slot"
 # Fields of the stock layer that matter once its statistics are given.
 _STOCK_FIELDS = (
     "axis epsilon dtype param_dtype use_bias use_scale bias_init scale_init force_float32_reductions".split()
 )
-
-
-class Layer(NamedTuple):
-    """What tells one layer's marks from another's, in one mode of capture."""
-
-    path: str
-    shape: tuple[int, ...]
-    mode: str
-
-    @property
-    def size(self) -> int:
-        """Number of flat positions."""
-        return math.prod(self.shape)
 
 
 @jax.tree_util.register_dataclass
@@ -84,21 +75,20 @@ def capture_moments(
         >>> float(moments[""].mean[0])
         2.0
     """
-    if mode not in MODES:
-        raise ValueError(f"mode={mode!r} is none of {', '.join(map(repr, MODES))}.")
+    check_mode(mode)
 
     def captured(variables: Any, batch: Any) -> tuple[Any, dict[str, _moments.Moments]]:
         variables = flax.core.unfreeze(variables)
-        slots = {path: _slot(path, state, mode) for path, state in find_states(variables).items()}
-        whole = {slot.layer: slot.index for slot in slots.values()}
+        layers = [Layer(path, state.mean.shape, mode) for path, state in find_states(variables).items()]
+        whole = {layer: layer.positions() for layer in layers}
 
         def run(variables: Any, batch: Any) -> Any:
             with nn.intercept_methods(_intercept):
                 return call(variables, batch)
 
-        outputs, records = _harvest.harvest(run)(_with_slots(variables, slots), batch)
-        found = _harvest.collect(records, whole)
-        return _without_slots(outputs), {path: _shaped(found, slot) for path, slot in slots.items()}
+        outputs, records = _harvest.harvest(run)(_with_slots(variables, whole), batch)
+        collected = _harvest.collect(records, whole)
+        return _without_slots(outputs), {layer.path: layer.moments_from(collected) for layer in layers}
 
     return captured
 
@@ -119,14 +109,9 @@ def find_states(variables: Mapping[str, Any]) -> dict[str, State]:
     return states
 
 
-def _slot(path: str, state: State, mode: str) -> Slot:
-    layer = Layer(path, state.mean.shape, mode)
-    return Slot(jnp.arange(layer.size, dtype=jnp.int32).reshape(layer.shape), layer)
-
-
-def _with_slots(variables: dict[str, Any], slots: dict[str, Slot]) -> dict[str, Any]:
+def _with_slots(variables: dict[str, Any], positions: Mapping[Layer, jax.Array]) -> dict[str, Any]:
     flat = flax.traverse_util.flatten_dict(variables[STATISTICS])
-    flat |= {(*_keys(path), _SLOT): slot for path, slot in slots.items()}
+    flat |= {(*keys(layer.path), _SLOT): Slot(index, layer) for layer, index in positions.items()}
     return variables | {STATISTICS: flax.traverse_util.unflatten_dict(flat)}
 
 
@@ -139,25 +124,16 @@ def _without_slots(tree: Any) -> Any:
     return tree
 
 
-def _shaped(found: Mapping[Any, _moments.Moments], slot: Slot) -> _moments.Moments:
-    flat = found.get(slot.layer)
-    if flat is None:
-        return _moments.Moments(*(jnp.zeros(slot.layer.shape, jnp.float32) for _ in range(3)))
-    return jax.tree.map(lambda part: part.reshape(slot.layer.shape), flat)
-
-
-def _keys(path: str) -> tuple[str, ...]:
+def keys(path: str) -> tuple[str, ...]:
+    """A path as the keys of nested dicts; the model itself has the path ''."""
     return tuple(path.split("/")) if path else ()
 
 
 def _intercept(next_call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
     """Runs in the place of every method of every module, and lets all but the calls of normalization layers pass."""
     layer: Any = context.module
-    # The interceptor is given the method as a partial of the plain function; a subclass that calls super().__call__
-    # comes past here with the function of the class that defines it.
     function = getattr(context.orig_method, "func", None)
-    stock = function is inspect.unwrap(nn.BatchNorm.__call__)
-    if not stock and function is not inspect.unwrap(Norm.__call__) or layer.is_initializing():
+    if function not in (STOCK_CALL, OUR_CALL) or layer.is_initializing():
         return next_call(*args, **kwargs)
     slot = layer.get_variable(STATISTICS, _SLOT)
     if slot is None:  # not a layer of the variables that were passed in: a frozen teacher, or our own call below
@@ -169,7 +145,7 @@ def _intercept(next_call: Callable[..., Any], args: Any, kwargs: Any, context: n
         y = next_call(*args, **kwargs)
     else:
         state = _wanted_state(layer, transform, moments, slot.layer.mode)
-        normalize = _normalize_stock if stock else _normalize
+        normalize = _normalize if function is OUR_CALL else _normalize_stock
         y = normalize(layer, state, x, mask=mask, residual=residual)
     return _harvest.mark(y, slot.index, moments, layer=slot.layer)
 

@@ -7,7 +7,7 @@ from typing import Any
 import flax
 
 from jaxbn.core.moments import Moments
-from jaxbn.linen.capture import Call, capture_moments, find_states
+from jaxbn.linen.capture import Call, capture_moments, find_states, keys
 from jaxbn.linen.modules import STATISTICS
 from jaxbn.methods.base import State
 from jaxbn.methods.batch_norm import batch_norm
@@ -99,7 +99,7 @@ def install_moments(variables: Any, moments: Mapping[str, Moments]) -> dict[str,
         state = _state_for(path, found, states)
         for name, leaf in batch_norm().postproc(state, found)._asdict().items():
             if leaf is not None:
-                flat[(*path.split("/"), name) if path else (name,)] = leaf
+                flat[(*keys(path), name)] = leaf
     return variables | {STATISTICS: flax.traverse_util.unflatten_dict(flat)}
 
 

@@ -34,7 +34,7 @@ def track(items: Iterable[_Item], title: str, progress: bool | None = None) -> I
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
     )  # fmt: skip
     total = len(items) if isinstance(items, Sized) else None
-    with Progress(*columns, console=console, transient=True) as bar:
+    with Progress(*columns, console=console, transient=console.is_terminal) as bar:  # a log keeps its last line
         task = bar.add_task(title, total=total)
         for item in items:
             yield item

@@ -1,0 +1,175 @@
+"""The derivative of the normalization against numbers, against JAX's own, and in what it keeps."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+from meshes import AXIS, NAMED, WAYS, run, sum_gradients
+
+import jaxbn
+
+ACTIVATIONS = [None, jax.nn.relu, jax.nn.leaky_relu, jax.nn.gelu, jnp.tanh]
+every_activation = pytest.mark.parametrize("activation", ACTIVATIONS, ids=lambda a: getattr(a, "__name__", "none"))
+with_residual = pytest.mark.parametrize("with_residual", [False, True], ids=["", "residual"])
+
+
+@pytest.fixture
+def x(rng):
+    return jnp.asarray(2 + 3 * rng.standard_normal((16, 3, 4)), jnp.float32)
+
+
+@pytest.fixture
+def residual(rng):
+    return jnp.asarray(rng.standard_normal((16, 3, 4)), jnp.float32)
+
+
+def step(x, residual, params, **arguments):
+    transform = jaxbn.batch_norm(**arguments)
+    return transform.train(params, transform.init(4)[1], x, residual=residual)
+
+
+PARAMS = jaxbn.NormParams(jnp.array([1.5, -0.5, 0.3, 2.0]), jnp.array([0.1, 0.2, -0.7, 0.0]))
+
+
+@every_activation
+@with_residual
+def test_the_rule_is_jaxs_own_derivative(activation, with_residual, x, residual, rng):
+    residual = residual if with_residual else None
+    target = jnp.asarray(rng.standard_normal(x.shape), jnp.float32)
+
+    def gradients(autodiff):
+        def loss(x, residual, params):
+            return (jnp.sin(step(x, residual, params, activation=activation, autodiff=autodiff)[0]) * target).sum()
+
+        return jax.jit(jax.value_and_grad(loss, (0, 1, 2) if with_residual else (0, 2)))(x, residual, PARAMS)
+
+    chex.assert_trees_all_close(gradients(False), gradients(True), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("activation", [None, jnp.tanh], ids=["none", "tanh"])
+@with_residual
+def test_the_rule_is_the_slope(activation, with_residual, x, residual):
+    """Numerical differences, of smooth activations alone, in float32: hence the tolerance."""
+    arguments = (x, residual, PARAMS) if with_residual else (x, PARAMS)
+
+    def function(x, *rest):
+        return step(x, rest[0] if with_residual else None, rest[-1], activation=activation)[0]
+
+    check_grads(function, arguments, order=1, modes=["rev"], atol=2e-2, rtol=2e-2, eps=1e-2)
+
+
+@pytest.mark.parametrize("mean, std", [(1e3, 0.1), (3e3, 1), (1e4, 1), (1e4, 0.1)])
+@pytest.mark.parametrize("way", ["jit", "shard_map"])
+def test_gradients_at_large_means_are_those_of_float64(mean, std, way, rng):
+    """Off by what the rounding of the mean to float32 is worth, half a unit in its last place over std, and no more."""
+    x = (mean + std * rng.standard_normal((1024, 4))).astype(np.float32)
+    target = rng.standard_normal(x.shape).astype(np.float32)
+    transform = jaxbn.batch_norm(axis_name=AXIS if way in NAMED else None, use_bias=False, use_scale=False)
+    params, state = transform.init(4)
+
+    def step(_, batch):
+        def loss(x):
+            return (transform.train(params, state, x)[0] * batch["target"]).sum()
+
+        return 0, jax.grad(loss)(batch["x"])
+
+    _, dx = run(way, step, 0, {"x": x, "target": target})
+    exact = np.float64(x)
+    s = np.sqrt(exact.var(0) + 1e-5)
+    z, g = (exact - exact.mean(0)) / s, np.float64(target)
+    expected = (g - g.mean(0) - z * (g * z).mean(0)) / s
+    rounding = np.spacing(np.float32(mean)) / 2 / std
+    np.testing.assert_allclose(dx * s, expected * s, atol=1e-5 + 2 * rounding)
+
+
+@every_activation
+@pytest.mark.parametrize("way", WAYS)
+def test_residual_and_activation_over_devices(activation, way, x, residual):
+    transform = jaxbn.batch_norm(activation=activation, axis_name=AXIS if way in NAMED else None)
+    alone = jaxbn.batch_norm(activation=activation)
+    _, state = transform.init(4)
+
+    def gradients(transform, way, params, batch):
+        def loss(params, x, residual):
+            return jnp.square(transform.train(params, state, x, residual=residual)[0]).sum()
+
+        dparams, *rest = jax.grad(loss, (0, 1, 2))(params, *batch)
+        return sum_gradients(way, dparams), rest
+
+    found = run(way, lambda p, b: gradients(transform, way, p, b), PARAMS, (x, residual))
+    expected = jax.jit(lambda p, b: gradients(alone, "jit", p, b))(PARAMS, (x, residual))
+    chex.assert_trees_all_close(found, jax.tree.map(np.asarray, expected), rtol=1e-4, atol=1e-4)
+
+
+def test_parameters_that_vary_over_devices_get_local_gradients(x):
+    """As in a loop that casts its parameters to varying, to reduce gradients itself."""
+    transform = jaxbn.batch_norm(axis_name=AXIS)
+    _, state = transform.init(4)
+
+    def step(params, x):
+        varying = jax.lax.pcast(params, AXIS, to="varying")
+        local = jax.grad(lambda p: jnp.square(transform.train(p, state, x)[0]).sum())(varying)
+        summed = jax.grad(lambda p: jnp.square(transform.train(p, state, x)[0]).sum())(params)
+        return (jax.lax.psum(local, AXIS), summed), x
+
+    (local, summed), _ = run("shard_map", step, PARAMS, x)
+    chex.assert_trees_all_close(local, summed, rtol=1e-5)
+
+
+def test_layer_without_a_named_axis_still_sums_gradients_of_replicated_parameters(x):
+    """Each device normalizes with its own statistics; the parameters belong to all."""
+    transform = jaxbn.batch_norm()
+    _, state = transform.init(4)
+
+    def loss(params, x):
+        return jnp.square(jnp.sin(transform.train(params, state, x)[0])).sum()
+
+    found, _ = run("shard_map", lambda params, x: (jax.grad(loss)(params, x), x), PARAMS, x)
+    parts = [jax.grad(loss)(PARAMS, part) for part in np.split(np.asarray(x), 8)]
+    chex.assert_trees_all_close(found, jax.tree.map(lambda *g: sum(g), *parts), rtol=1e-4, atol=1e-4)
+
+
+def test_backward_keeps_x_and_statistics_and_no_float32_copy(x):
+    transform = jaxbn.batch_norm()
+    params, state = transform.init(4)
+    x = x.astype(jnp.bfloat16)
+    _, backward = jax.vjp(lambda x: transform.train(params, state, x)[0], x)
+    large = [leaf for leaf in jax.tree.leaves(backward) if leaf.size >= x.size]
+    assert [leaf.dtype for leaf in large] == [jnp.bfloat16]
+
+
+@pytest.mark.parametrize("activation", [jax.nn.relu, jax.nn.leaky_relu])
+def test_backward_of_the_residual_form_keeps_the_output_in_its_place(activation, x, residual):
+    transform = jaxbn.batch_norm(activation=activation, dtype=jnp.bfloat16)
+    params, state = transform.init(4)
+    x, residual = x.astype(jnp.bfloat16), residual.astype(jnp.bfloat16)
+    _, backward = jax.vjp(lambda x, r: transform.train(params, state, x, residual=r)[0], x, residual)
+    large = [leaf for leaf in jax.tree.leaves(backward) if leaf.size >= x.size]
+    assert [leaf.dtype for leaf in large] == [jnp.bfloat16] * 2
+
+
+def test_evaluation_differentiates_forward(x):
+    transform = jaxbn.batch_norm(activation=jax.nn.relu)
+    params, state = transform.init(4)
+    y, tangent = jax.jvp(lambda x: transform.eval(params, state, x), (x,), (jnp.ones_like(x),))
+    np.testing.assert_allclose(tangent, (np.asarray(y) > 0) / np.sqrt(1 + 1e-5), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "arguments, error, message",
+    [
+        ({"epsilon": 0.0}, ValueError, "must be positive"),
+        ({"epsilon": -1e-5}, ValueError, "must be positive"),
+        ({"activation": "relu"}, TypeError, "jax.nn.relu"),
+    ],
+)
+def test_factory_refuses(arguments, error, message):
+    with pytest.raises(error, match=message):
+        jaxbn.batch_norm(**arguments)
+
+
+def test_residual_of_another_shape_is_refused(x):
+    with pytest.raises(ValueError, match="must have the shape of the input"):
+        step(x, x[:, :1], PARAMS)

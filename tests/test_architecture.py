@@ -1,0 +1,129 @@
+"""The house rules: who imports whom, who computes, where collectives are, and what things are called."""
+
+import ast
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+from cases import CASES
+
+import jaxbn
+import jaxbn.linen
+
+ROOT = Path(__file__).parents[1]
+FILES = sorted((ROOT / "jaxbn").rglob("*.py"))
+# From the bottom to the top; a room may import from those before it. Hosts do not import from each other.
+ROOMS = ["core", "methods", "population", "linen"]
+HOSTS = ["linen"]
+OUTSIDE = {"core": {"jax", "numpy"}, "methods": {"jax", "numpy"}, "population": {"jax", "numpy", "rich"}}
+OUTSIDE |= {host: {"jax", "flax"} for host in HOSTS}
+
+COLLECTIVES = set("psum pmean pmax pmin all_gather all_to_all ppermute psum_scatter axis_index axis_size".split())
+ARITHMETIC = COLLECTIVES | set(
+    "sum mean average var std sqrt rsqrt square power dot matmul einsum tensordot dot_general max min cumsum "
+    "prod nansum nanmean nanvar reduce segment_sum logsumexp norm".split()
+)
+
+every_file = pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
+
+
+def room(file: Path) -> str | None:
+    parts = file.relative_to(ROOT / "jaxbn").parts
+    return parts[0] if len(parts) > 1 else None
+
+
+def imports(file: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def called(file: Path) -> set[str]:
+    """Names of the functions of a file's calls, and all that it takes from JAX and NumPy: the x of x(), a.x(), jnp.x."""
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute | ast.Name):
+            names.add(node.func.attr if isinstance(node.func, ast.Attribute) else node.func.id)
+        elif isinstance(node, ast.Attribute) and re.match(r"(jax|jnp|lax|np)\b", ast.unparse(node)):
+            names.add(node.attr)
+    return names
+
+
+def test_rooms_are_those_of_the_plan():
+    assert {room(file) for file in FILES} == {None, *ROOMS}
+
+
+@every_file
+def test_imports_go_down(file):
+    here = room(file)
+    for name in imports(file):
+        package, *rest = name.split(".")
+        if package == "jaxbn":
+            there = rest[0]
+            allowed = ROOMS if here is None else ROOMS[: ROOMS.index(here) + 1]
+            assert there in allowed, f"{file.name} imports {name}"
+            assert here in HOSTS or there not in HOSTS, f"the package itself must not need flax: {name}"
+        elif here is not None:
+            standard = package in __import__("sys").stdlib_module_names
+            assert standard or package in OUTSIDE[here], f"{file.name} imports {name}"
+
+
+@every_file
+def test_hosts_compute_nothing(file):
+    if room(file) in HOSTS:
+        assert not called(file) & ARITHMETIC
+
+
+@every_file
+def test_collectives_live_in_one_file(file):
+    if file != ROOT / "jaxbn" / "core" / "devices.py":
+        assert not called(file) & (COLLECTIVES - {"axis_size"})
+
+
+@every_file
+def test_files_are_short(file):
+    assert len(file.read_text().splitlines()) <= 320
+
+
+@every_file
+def test_only_re_exports_in_init(file):
+    if file.name == "__init__.py":
+        kinds = {type(node) for node in ast.parse(file.read_text()).body}
+        assert kinds <= {ast.ImportFrom, ast.Expr}
+
+
+METHODS = sorted(
+    file.stem for file in (ROOT / "jaxbn" / "methods").glob("*.py") if file.stem not in ("__init__", "base")
+)
+
+
+@pytest.mark.parametrize("stem", METHODS)
+def test_one_stem_for_each_method(stem):
+    """File, factory, state, module and rows in the list of cases share one name."""
+    camel = "".join(word.capitalize() for word in stem.split("_"))
+    factory, state, module = getattr(jaxbn, stem), getattr(jaxbn, f"{camel}State"), getattr(jaxbn.linen, camel)
+    assert factory.__module__ == state.__module__ == f"jaxbn.methods.{stem}"
+    rows = [case for case in CASES if case.factory is factory]
+    assert rows and all(case.linen is module and case.name.startswith(stem) for case in rows)
+
+
+def test_every_factory_has_rows():
+    made_by = {case.factory.__name__ for case in CASES}
+    assert made_by == set(METHODS)
+
+
+def test_top_level():
+    files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
+    top = {name.split("/")[0] for name in files if name and not name.startswith(".")}
+    assert top <= {"pyproject.toml", "README.md", "LICENSE", "jaxbn", "tests", "examples"}
+    assert {"pyproject.toml", "README.md", "LICENSE", "jaxbn", "tests", "examples"} - top == set()
+
+
+def test_version_has_one_home():
+    assert not re.search(r"\d+\.\d+\.\d+", (ROOT / "jaxbn" / "__init__.py").read_text())

@@ -1,0 +1,104 @@
+"""Every example in a docstring runs, and every public name says what it does, takes and returns."""
+
+import dataclasses
+import doctest
+import importlib
+import inspect
+import pkgutil
+import re
+
+import flax
+import flax.linen
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxbn
+import jaxbn.linen
+
+MODULES = ["jaxbn", *(m.name for m in pkgutil.walk_packages(jaxbn.__path__, "jaxbn."))]
+FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+
+# Names that may have a summary alone, and why: nobody calls them, or what they take is what their fields say.
+SUMMARY_ONLY = {
+    "jaxbn.Averaging": "the type of what constant, scheduled, cumulative and horizon return; their examples show it",
+    "jaxbn.BatchNormState": "a NamedTuple that batch_norm makes; its fields say their shapes",
+    "jaxbn.Estimator": "a protocol, a tuple of functions; pooled and the others show it",
+    "jaxbn.LayerChange": "one row of a Report, made by postproc",
+    "jaxbn.Moments": "a NamedTuple that batch_moments makes; its fields say their shapes",
+    "jaxbn.NormParams": "a NamedTuple that batch_norm makes; its fields say their shapes",
+    "jaxbn.NormTransform": "a protocol, a tuple of functions whose signatures stand beside its fields",
+    "jaxbn.Report": "made by postproc; its example shows it",
+}
+
+
+def doctests(module_name):
+    """The doctests of what a module defines itself, with the names that the docstrings may use."""
+    module = importlib.import_module(module_name)
+    names = {"jax": jax, "jnp": jnp, "np": np, "flax": flax, "jaxbn": jaxbn}
+    tests = doctest.DocTestFinder(exclude_empty=True).find(module, module_name, extraglobs=names)
+    return [test for test in tests if test.examples]
+
+
+def public_names():
+    """Every public name of the packages that users import from."""
+    named = {
+        f"{package.__name__}.{name}": value
+        for package in (jaxbn, jaxbn.linen)
+        for name, value in vars(package).items()
+        if not name.startswith("_") and not inspect.ismodule(value)
+    }
+    return [pytest.param(name, value, id=name) for name, value in named.items()]
+
+
+def section(doc, title):
+    """The indented lines below a title in a docstring; empty where there is no such section."""
+    found = re.search(rf"^{title}:\n((?:(?: .*)?\n?)*)", doc, re.MULTILINE)
+    return found.group(1) if found else ""
+
+
+EXAMPLES = [pytest.param(test, id=test.name) for module in MODULES for test in doctests(module)]
+
+
+@pytest.mark.parametrize("test", EXAMPLES)
+def test_examples_run(test):
+    report = []
+    doctest.DocTestRunner(optionflags=FLAGS, verbose=False).run(test, out=report.append)
+    assert not report, "".join(report)
+
+
+@pytest.mark.parametrize(("name", "value"), public_names())
+def test_public_names_are_documented(name, value):
+    doc = inspect.getdoc(value) or ""
+    summary = doc.split("\n\n")[0]
+    assert summary and len(summary.splitlines()) == 1 and summary.endswith("."), f"{name} has no one-line summary"
+    if name in SUMMARY_ONLY:
+        return
+    title, parameters = ("Attributes", fields(value)) if inspect.isclass(value) else ("Args", arguments(value))
+    listed = re.findall(r"^    (\w+): ", section(doc, title), re.MULTILINE)
+    missing = [parameter for parameter in parameters if parameter not in listed]
+    assert not missing, f"{name} says nothing of {missing} under {title}:"
+    if not inspect.isclass(value):
+        assert section(doc, "Returns"), f"{name} says nothing of what it returns"
+    assert section(doc, "Example"), f"{name} has no Example"
+
+
+def arguments(function):
+    return list(inspect.signature(function).parameters)
+
+
+def fields(layer):
+    """The fields of a layer but for those that Flax gives every module."""
+    return [field.name for field in dataclasses.fields(layer) if field.name not in ("parent", "name")]
+
+
+def test_every_example_of_a_public_name_is_found():
+    """A decorator such as functools.cache must not hide an example from the test above."""
+    found = {param.values[0].name.rsplit(".", 1)[-1] for param in EXAMPLES}
+    shown = {name.rsplit(".", 1)[-1] for name, value in (p.values for p in public_names()) if ">>>" in value.__doc__}
+    assert shown and shown <= found
+
+
+def test_the_exceptions_still_exist():
+    assert set(SUMMARY_ONLY) <= {param.id for param in public_names()}
