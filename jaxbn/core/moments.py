@@ -11,6 +11,7 @@ lost (Chan, Golub & LeVeque, Algorithms for Computing the Sample Variance, 1983)
 state, and is right from a cold start.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -141,6 +142,7 @@ def _blocks_to_front(sums: jax.Array, axes: _axes.Axes) -> jax.Array:
     return jnp.moveaxis(sums.squeeze(axes.reduced_in_blocks), sum(a < axes.rows for a in axes.features), 0)
 
 
+@functools.partial(jax.jit, static_argnames=("axes", "fast"))  # one program where there is no jit outside, as at init
 def _block_means(axes: _axes.Axes, fast: bool, x: jax.Array, weights: jax.Array | None = None) -> _Block:
     """Count, shift and means about the shift of each block of rows, [B, C]."""
     blocks = _devices.count_blocks(x, axes.rows)
@@ -175,6 +177,7 @@ def _block_means(axes: _axes.Axes, fast: bool, x: jax.Array, weights: jax.Array 
     return _Block(*(_blocks_to_front(part, axes) for part in parts))
 
 
+@jax.jit
 def _merge_blocks(block: _Block) -> Moments:
     """The moments of all blocks together: the second formula at the top, relative to the first block that holds any."""
     present = block.count > 0

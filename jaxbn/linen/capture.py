@@ -8,6 +8,7 @@ wanted statistics, whatever flags the model passes, and marks the output. `harve
 
 import dataclasses
 import inspect
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -94,12 +95,12 @@ def capture_moments(
 
 
 def find_states(variables: Mapping[str, Any]) -> dict[str, State]:
-    """The state of every normalization layer by its path, in the order of the variables."""
+    """The state of every normalization layer by its path, BatchNorm_2 before BatchNorm_10."""
     flat = flax.traverse_util.flatten_dict(flax.core.unfreeze(variables.get(STATISTICS, {})))
     parents = dict.fromkeys(path[:-1] for path in flat if path[-1] == "mean" and (*path[:-1], "var") in flat)
     states = {
         "/".join(path): BatchNormState(*(flat.get((*path, name)) for name in BatchNormState._fields))
-        for path in parents
+        for path in sorted(parents, key=_natural)
     }
     if not states:
         raise ValueError(
@@ -122,6 +123,11 @@ def _without_slots(tree: Any) -> Any:
     if isinstance(tree, list | tuple) and not hasattr(tree, "_fields"):
         return type(tree)(map(_without_slots, tree))
     return tree
+
+
+def _natural(path: tuple[str, ...]) -> list[tuple[int, int | str]]:
+    """Sorts numbers in names by value, which is the order of Flax's automatic names."""
+    return [(0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"(\d+)", "/".join(path))]
 
 
 def keys(path: str) -> tuple[str, ...]:

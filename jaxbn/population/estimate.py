@@ -51,7 +51,7 @@ def estimate(
     """
     state: Pass | None = None
     under_way: collections.deque[jax.Array] = collections.deque()
-    for batch in track(batches, "Estimating statistics", progress):
+    for batch in track(batches, f"Estimating statistics, {estimator.name}", progress):
         if state is None:
             state = _start(measure, estimator, model, batch)
         state = _step(state, model, batch, measure=measure, estimator=estimator)

@@ -27,6 +27,11 @@ class LayerChange:
         return np.abs(self.old_mean - self.new_mean) / np.sqrt(np.maximum(self.new_var, np.finfo(np.float32).tiny))
 
     @property
+    def std_shift(self) -> np.ndarray:
+        """How far the old standard deviation was from the new one, in new standard deviations."""
+        return np.abs(np.sqrt(self.var_ratio) - 1)
+
+    @property
     def var_ratio(self) -> np.ndarray:
         """Old variance over new variance."""
         return self.old_var / np.maximum(self.new_var, np.finfo(np.float32).tiny)

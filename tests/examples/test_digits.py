@@ -1,0 +1,127 @@
+"""The main example, run as a user runs it: what it finds, what it prints, what it draws."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import jax
+import matplotlib.image
+import pytest
+
+PATH = Path(__file__).parents[2] / "examples" / "digits.py"
+METHODS = [
+    "Batch statistics",
+    "Method ONE: running averages",
+    "Method TWO: pooled",
+    "Method TWO: mean of batches",
+    "Method TWO: moving average",
+]
+
+
+@pytest.fixture(scope="module")
+def digits():
+    """The example as a module."""
+    spec = importlib.util.spec_from_file_location("digits_example", PATH)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.OPTIMIZER = module.OPTIMIZER._replace(update=in_standard_promotion(module.OPTIMIZER.update))
+    return module
+
+
+def in_standard_promotion(update):
+    """Adam without the strict dtype promotion of these tests: optax raises a float to the power of an int."""
+
+    def relaxed(*arguments):
+        with jax.numpy_dtype_promotion("standard"):
+            return update(*arguments)
+
+    return relaxed
+
+
+@pytest.fixture
+def run(digits, capsys, monkeypatch, tmp_path):
+    """Runs the program in an empty folder; gives what it returns and the lines of standard output."""
+
+    def run(*arguments):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("COLUMNS", "100")
+        scores = digits.main([*arguments, "--no-progress"])
+        out, err = capsys.readouterr()
+        assert not err.strip()
+        return scores, out.splitlines()
+
+    return run
+
+
+def rows(lines):
+    """Epoch, method and accuracy of each row of the printed table."""
+    matches = (re.fullmatch(r"│ (\d+) +│ (.+?) +│ +(\d\.\d{3}) │", line) for line in lines)
+    return [(int(m[1]), m[2], float(m[3])) for m in matches if m]
+
+
+def test_population_statistics_give_what_running_averages_do_not(run, tmp_path):
+    scores, lines = run()
+
+    last = scores[-1]
+    assert len(scores) == 3
+    assert last["Method TWO: pooled"] >= 0.96
+    assert last["Method ONE: running averages"] <= last["Method TWO: pooled"] - 0.3
+    assert last["Method TWO: pooled"] == pytest.approx(last["Batch statistics"], abs=0.02)
+
+    expected = [(epoch, name, round(row[name], 3)) for epoch, row in enumerate(scores, 1) for name in METHODS]
+    assert rows(lines) == expected
+
+    title, *table, why, saved = lines
+    assert title.strip() == "448 held-out digits; training batches of shuffled digits"
+    assert all(line[0] in "┏┃┡│├└" for line in table)
+    assert re.fullmatch(
+        r"Why: 53% \(0\.99\^63\) of each running average is still its initial value; without it: 0\.\d\d\.", why
+    )
+    assert re.fullmatch(r"Saved digits\.png; \d+ s, compilation included\.", saved)
+    assert max(map(len, lines)) <= 100
+
+    height, width, _ = matplotlib.image.imread(tmp_path / "digits.png").shape
+    assert (tmp_path / "digits.png").read_bytes().startswith(b"\x89PNG")
+    assert width > 1000 and height > 500
+
+
+def test_batches_of_one_digit_are_admitted_to_spoil_the_training(run, tmp_path):
+    scores, lines = run("--order", "class", "--epochs", "1", "--picture", "one.svg")
+
+    batch, pooled = scores[0]["Batch statistics"], scores[0]["Method TWO: pooled"]
+    assert max(batch, pooled) < 0.5
+    assert [row[:2] for row in rows(lines)] == [(1, name) for name in METHODS]
+    assert lines[-2] == (
+        "Why: batches of one digit spoilt the training, which no statistics undo: "
+        f"batch {batch:.2f}, pooled {pooled:.2f}."
+    )
+    assert max(map(len, lines)) <= 100
+    assert (tmp_path / "one.svg").stat().st_size > 10_000
+
+
+def test_batches_hold_one_digit_each_when_ordered_by_class(digits, rng):
+    data, _ = digits.load(seed=0)
+
+    for images, labels in digits.training_batches(data, "class", rng):
+        assert images.shape == (64, 8, 8, 1)
+        assert len(set(labels)) == 1
+    assert all(len(set(labels)) > 5 for _, labels in digits.training_batches(data, "shuffled", rng))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--epochs", "0"],
+        ["--seed", "-1"],
+        ["--order", "random"],
+        ["--picture", "digits.txt"],
+        ["--picture", "missing/digits.png"],
+    ],
+)
+def test_bad_options_end_before_the_work(digits, arguments, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+
+    with pytest.raises(SystemExit, match="2"):
+        digits.main(arguments)
+
+    assert arguments[0] in capsys.readouterr().err
