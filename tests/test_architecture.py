@@ -45,7 +45,7 @@ def imports(file: Path) -> set[str]:
 
 
 def called(file: Path) -> set[str]:
-    """Names of the functions of a file's calls, and all that it takes from JAX and NumPy: the x of x(), a.x(), jnp.x."""
+    """Names of the functions that a file calls, and all that it takes from JAX: the x of x(), a.x() and jnp.x."""
     names = set()
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute | ast.Name):

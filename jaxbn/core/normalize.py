@@ -1,7 +1,7 @@
 """The affine normalization y = activation((x - mean) * (scale / s) + bias + residual), and its derivative.
 
-`normalize` takes the statistics as constants (evaluation, frozen layers). `batch_normalize` takes the moments of x
-itself and differentiates through them: with z = (x - mean) / s, dz = dL / d(pre-activation), weights w of total n,
+`normalize` takes the statistics as constants (evaluation, frozen layers). `batch_normalize` measures x itself and
+differentiates through that: with z = (x - mean) / s, dz = dL / d(pre-activation), weights w of total n,
 
     dx = scale / s * (dz - w / n * (sum dz + z sum dz z));   dscale = sum dz z;   dbias = sum dz      (sums over all)
 
@@ -26,6 +26,7 @@ from jaxbn.core import dtypes as _dtypes
 from jaxbn.core import moments as _moments
 
 Activation = Callable[[jax.Array], jax.Array]
+Measure = Callable[..., _moments.Moments]
 
 # Activations whose derivative shows in the sign of their output: (at the output 0, below 0); above it is 1.
 _SLOPES: dict[Activation, tuple[float, float]] = {jax.nn.relu: (0.0, 0.0), jax.nn.leaky_relu: (1.0, 0.01)}
@@ -90,19 +91,24 @@ def normalize(spec: Spec, operands: Operands, mean: jax.Array, var: jax.Array) -
     return _forward(spec, operands, mean, lax.rsqrt(var + spec.epsilon))
 
 
-def batch_normalize(spec: Spec, operands: Operands, mean: jax.Array, var: jax.Array, count: jax.Array) -> jax.Array:
-    """Normalizes with `mean`, `var` and `count` `[C]` of x itself, and differentiates through them.
+def batch_normalize(
+    spec: Spec, measure: Measure, operands: Operands, stored: tuple[jax.Array, jax.Array], *, autodiff: bool = False
+) -> tuple[jax.Array, _moments.Moments]:
+    """Normalizes with the moments of x, as `measure(x, mask=weights)` finds them, and differentiates through them.
 
-    The statistics are taken as constants by the caller's autodiff: their share in the derivative of x is in the rule
-    of this function. Reverse mode only.
+    Channels of count 0 are normalized with the `stored` mean and var, as constants. With `autodiff` the derivatives are
+    JAX's own, in either mode; else the rule of this file, in reverse mode. It covers the measuring, so that nothing of
+    that is kept, and as it is made of differentiable functions, derivatives of higher order are right too.
     """
-    inverse = lax.rsqrt(var + spec.epsilon)
-    share = 1 / jnp.where(count > 0, count, 1)
+    stored = lax.stop_gradient(stored)
+    if autodiff or jnp.iscomplexobj(operands.x):
+        y, moments = _measure_and_normalize(spec, measure, operands, stored)[0]
+        return y, moments
     operands = operands._replace(residual=_devices.vary_like(operands.residual, operands.x))
     fused = spec.activation is None or spec.activation in _SLOPES
     inner = spec if fused else spec._replace(activation=None)
-    y = _batch_normalize(inner, operands, *lax.stop_gradient((mean, inverse, share)))
-    return y if fused or spec.activation is None else spec.activation(y)
+    y, moments = _batch_normalize(inner, measure, operands, stored)
+    return (y if fused or spec.activation is None else spec.activation(y)), lax.stop_gradient(moments)
 
 
 def _forward(spec: Spec, operands: Operands, mean: jax.Array, inverse: jax.Array) -> jax.Array:
@@ -120,27 +126,42 @@ def _forward(spec: Spec, operands: Operands, mean: jax.Array, inverse: jax.Array
     return y if weights is None else jnp.where(_usable(x, weights), y, lax.stop_gradient(y))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _measure_and_normalize(
+    spec: Spec, measure: Measure, operands: Operands, stored: tuple[jax.Array, jax.Array]
+) -> tuple[tuple[jax.Array, _moments.Moments], tuple[jax.Array, ...]]:
+    """The result; and mean, 1/s and the share 1/n of a value in them."""
+    moments = measure(operands.x, mask=operands.weights)
+    seen = moments.count > 0
+    mean = jnp.where(seen, moments.mean, stored[0].astype(moments.mean.dtype))
+    inverse = lax.rsqrt(jnp.where(seen, moments.var, stored[1].astype(moments.m2.dtype)) + spec.epsilon)
+    y = _forward(spec, operands, mean, inverse)
+    return (y, moments), (mean, inverse, 1 / jnp.where(seen, moments.count, 1))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _batch_normalize(
-    spec: Spec, operands: Operands, mean: jax.Array, inverse: jax.Array, share: jax.Array
-) -> jax.Array:
-    del share
-    return _forward(spec, operands, mean, inverse)
+    spec: Spec, measure: Measure, operands: Operands, stored: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, _moments.Moments]:
+    return _measure_and_normalize(spec, measure, operands, stored)[0]
 
 
 def _save(
-    spec: Spec, operands: Operands, mean: jax.Array, inverse: jax.Array, share: jax.Array
-) -> tuple[jax.Array, tuple[Any, ...]]:
-    y = _forward(spec, operands, mean, inverse)
+    spec: Spec, measure: Measure, operands: Operands, stored: tuple[jax.Array, jax.Array]
+) -> tuple[tuple[jax.Array, _moments.Moments], tuple[Any, ...]]:
+    result, statistics = _measure_and_normalize(spec, measure, operands, stored)
     if operands.residual is None:
-        return y, (operands, mean, inverse, share, None)
+        return result, (operands, *statistics, None)
     # Of the residual only the dtype is needed from here on. The output is kept in its place: it tells where the
     # activation was cut off, which could not be computed again without the residual.
     operands = operands._replace(residual=jnp.zeros((), operands.residual.dtype))
-    return y, (operands, mean, inverse, share, None if spec.activation is None else y)
+    return result, (operands, *statistics, None if spec.activation is None else result[0])
 
 
-def _backward(spec: Spec, saved: tuple[Any, ...], dy: jax.Array) -> tuple[Operands, None, None, None]:
+def _backward(
+    spec: Spec, measure: Measure, saved: tuple[Any, ...], cotangents: tuple[jax.Array, _moments.Moments]
+) -> tuple[Operands, None]:
+    del measure
+    dy, _ = cotangents  # the moments leave as constants
     (x, scale, bias, residual, weights), mean, inverse, share, y = saved
     lay_out = _layout(spec, x)
     centred = _centre(x, lay_out(mean), weights)
@@ -173,8 +194,6 @@ def _backward(spec: Spec, saved: tuple[Any, ...], dy: jax.Array) -> tuple[Operan
             residual=None if residual is None else dz.astype(residual.dtype),
             weights=None,
         ),
-        None,
-        None,
         None,
     )
 

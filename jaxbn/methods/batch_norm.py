@@ -9,6 +9,7 @@ Ioffe & Szegedy, Batch Normalization: Accelerating Deep Network Training by Redu
 Algorithm 1 (training) and Algorithm 2 (evaluation).
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -102,6 +103,8 @@ def batch_norm(
     groups = _devices.check_groups(axis_name, axis_index_groups)
     spec = _normalize.Spec(_axes.static(axis), epsilon, activation, dtype, axis_name, groups)
     _normalize.check_spec(spec)
+    here = functools.partial(_moments.batch_moments, axis=axis, use_fast_variance=use_fast_variance)
+    everywhere = functools.partial(here, axis_name=axis_name, axis_index_groups=groups)
 
     def init(
         feature_shape: int | Sequence[int], *, dtype: DTypeLike = jnp.float32
@@ -128,22 +131,8 @@ def batch_norm(
         x = operands.x
         values = _axes.values_per_channel(x.shape, axis) * _devices.group_size(axis_name, groups)
         _axes.check_training_batch(x.shape, axis, values, allow_single_value)
-        moments = _moments.batch_moments(
-            x,
-            axis=axis,
-            mask=mask,
-            axis_name=axis_name,
-            axis_index_groups=groups,
-            use_fast_variance=use_fast_variance,
-        )
-        # A batch that is masked altogether is normalized with the stored statistics.
-        seen, stored = moments.count > 0, lax.stop_gradient(state)
-        mean = jnp.where(seen, moments.mean, stored.mean.astype(moments.mean.dtype))
-        var = jnp.where(seen, moments.var, stored.var.astype(moments.m2.dtype))
-        if autodiff or jnp.iscomplexobj(x):
-            y = _normalize.normalize(spec, operands, mean, var)
-        else:
-            y = _normalize.batch_normalize(spec, operands, mean, var, moments.count)
+        stored = state.mean, state.var  # for a batch that is masked altogether
+        y, moments = _normalize.batch_normalize(spec, everywhere, operands, stored, autodiff=autodiff)
         if average is None:
             return y, state
         samples = moments.count.max() / math.prod(x.shape[a] for a in _axes.split(x.ndim, axis).reduced[1:])
@@ -161,7 +150,7 @@ def batch_norm(
         return _normalize.normalize(spec, operands, *lax.stop_gradient((state.mean, state.var)))
 
     def measure(x: ArrayLike, *, mask: ArrayLike | None = None) -> _moments.Moments:
-        return _moments.batch_moments(x, axis=axis, mask=mask, use_fast_variance=use_fast_variance)
+        return here(x, mask=mask)
 
     def postproc(state: BatchNormState, moments: _moments.Moments) -> BatchNormState:
         seen = moments.count > 0

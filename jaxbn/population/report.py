@@ -43,8 +43,12 @@ class Report:
 
     Example:
         >>> zero, one = np.zeros(2), np.ones(2)
-        >>> print(Report("pooled", 3, {"bn": LayerChange(96.0, zero + 1, one, zero, one * 4)}))
+        >>> change = jaxbn.LayerChange(96.0, zero + 1, one, zero, one * 4)
+        >>> print(jaxbn.Report("pooled", 3, {"BatchNorm_0": change}))
         pooled statistics from 3 batches
+        layer           values   old mean off by (new std)   old var / new var
+                                        mean       worst         min        max
+        BatchNorm_0         96           0.5         0.5        0.25       0.25
     """
 
     estimator: str

@@ -22,6 +22,9 @@ def data(mean: float, std: float, shape=(8192, 4)) -> np.ndarray:
     return (mean + std * np.random.default_rng(0).standard_normal(shape)).astype(np.float32)
 
 
+# What the rounding of a float32 sum of squares is worth: 2e-7 with the newest XLA, and with the oldest supported one,
+# which adds in sequence, 2e-6 over 3150 values, whatever their mean. (The textbook formula is off by up to 8e4.)
+SUMMATION = 5e-6
 # Parts carry float32 means: rounding them is worth half a unit in their last place over the standard deviation.
 MERGE_1E2, MERGE_1E3 = 6e-8 * 1e2, 6e-8 * 1e3
 
@@ -37,7 +40,7 @@ def test_variance_is_that_of_float64(mean, std, way):
     x = data(mean, std)
     axis_name = AXIS if way in NAMED else None
     moments, _ = run(way, lambda _, x: (jaxbn.batch_moments(x, axis_name=axis_name), x), 0, x)
-    assert relative_error(moments, x) < 1e-6
+    assert relative_error(moments, x) < SUMMATION
     np.testing.assert_allclose(moments.mean, np.float64(x).mean(0), rtol=1e-7, atol=1e-7)
 
 
@@ -47,7 +50,7 @@ def test_variance_over_space_whose_size_is_no_power_of_two(mean, std, fast):
     """The compiler must not fuse the mean of the first sample into the sums, where it would not be rounded."""
     x = data(mean, std, (50, 7, 9, 4))
     for function in (jax.jit(jaxbn.batch_moments, static_argnames="use_fast_variance"), jaxbn.batch_moments):
-        assert relative_error(function(x, use_fast_variance=fast), x) < 1e-6
+        assert relative_error(function(x, use_fast_variance=fast), x) < SUMMATION
 
 
 @table
@@ -63,7 +66,7 @@ def test_variance_with_a_mask_that_differs_over_devices(mean, std, way):
         return jaxbn.batch_moments(batch["x"], mask=batch["mask"], axis_name=axis_name), 0 * batch["x"]
 
     moments, _ = run(way, step, 0, {"x": np.where(valid, x, np.nan).astype(np.float32), "mask": valid})
-    assert relative_error(moments, x[valid[:, 0]]) < 2e-6
+    assert relative_error(moments, x[valid[:, 0]]) < SUMMATION
     np.testing.assert_array_equal(moments.count, valid.sum())
 
 
@@ -74,14 +77,14 @@ def test_any_sharding_of_the_input_gives_the_same_moments(kind, spec):
     on = jax.make_mesh((4, 2), ("a", "b"), axis_types=(kind, kind))
     with jax.set_mesh(on):
         sharded = jax.device_put(x, NamedSharding(on, spec))
-        assert relative_error(jax.jit(jaxbn.batch_moments)(sharded), x) < 1e-6
-        assert relative_error(jaxbn.batch_moments(sharded), x) < 1e-6
+        assert relative_error(jax.jit(jaxbn.batch_moments)(sharded), x) < SUMMATION
+        assert relative_error(jaxbn.batch_moments(sharded), x) < SUMMATION
 
 
 def test_rows_that_the_devices_do_not_divide_are_one_block():
     on = mesh()
     x = jax.device_put(data(1e4, 0.1, (19, 4)), NamedSharding(on, P()))
-    assert relative_error(jax.jit(jaxbn.batch_moments)(x), np.asarray(x)) < 1e-6
+    assert relative_error(jax.jit(jaxbn.batch_moments)(x), np.asarray(x)) < SUMMATION
 
 
 @pytest.mark.parametrize(
@@ -100,7 +103,7 @@ def test_feature_axes(axis, shape):
 def test_examples_without_rows_are_reduced_over_the_named_axis():
     x = data(1e3, 1, (8, 4))
     moments = jax.vmap(lambda row: jaxbn.batch_moments(row, axis_name="batch"), axis_name="batch")(x)
-    assert relative_error(jax.tree.map(lambda part: part[0], moments), x) < 1e-6
+    assert relative_error(jax.tree.map(lambda part: part[0], moments), x) < SUMMATION
 
 
 @pytest.mark.parametrize("way", ["shard_map", "shard_map unchecked", "pmap", "vmap"])
@@ -134,7 +137,7 @@ def test_narrow_dtypes_are_summed_in_float32(dtype):
     x = jnp.asarray(data(20, 5), dtype)
     moments = jaxbn.batch_moments(x)
     assert {part.dtype for part in moments} == {jnp.dtype(jnp.float32)}
-    assert relative_error(moments, np.asarray(x.astype(jnp.float32))) < 1e-6
+    assert relative_error(moments, np.asarray(x.astype(jnp.float32))) < SUMMATION
 
 
 def test_complex_values_have_a_complex_mean_and_a_real_variance(rng):

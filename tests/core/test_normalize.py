@@ -48,6 +48,32 @@ def test_the_rule_is_jaxs_own_derivative(activation, with_residual, x, residual,
     chex.assert_trees_all_close(gradients(False), gradients(True), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("activation", [None, jax.nn.relu, jax.nn.leaky_relu], ids=["none", "relu", "leaky_relu"])
+@pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
+@with_residual
+def test_second_derivatives_are_jaxs_own(activation, masked, with_residual, x, residual):
+    """As of a gradient penalty: the derivative of the derivative sees the statistics move."""
+    mask = np.arange(16)[:, None, None] % 3 != 0 if masked else None
+
+    def penalty(autodiff):
+        transform = jaxbn.batch_norm(activation=activation, autodiff=autodiff)
+        _, state = transform.init(4)
+
+        def loss(x, params):
+            y, _ = transform.train(params, state, x, mask=mask, residual=residual if with_residual else None)
+            return jnp.sin(y).sum()
+
+        def size(x, params):
+            return sum(jnp.square(g).sum() for g in jax.tree.leaves(jax.grad(loss, (0, 1))(x, params)))
+
+        return jax.jit(jax.grad(size, (0, 1)))(x, PARAMS)
+
+    found, expected = penalty(False), penalty(True)
+    largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(expected))
+    assert largest > 0.1
+    chex.assert_trees_all_close(found, expected, rtol=1e-4, atol=1e-5 * float(largest))
+
+
 @pytest.mark.parametrize("activation", [None, jnp.tanh], ids=["none", "tanh"])
 @with_residual
 def test_the_rule_is_the_slope(activation, with_residual, x, residual):

@@ -1,0 +1,184 @@
+"""The README tells the truth: its blocks run, its numbers come out, its errors are raised, its links lead somewhere."""
+
+import contextlib
+import io
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import flax
+import jax
+import jax.numpy as jnp
+import pytest
+
+import jaxbn
+import jaxbn.linen
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+# What a user copies on a fresh machine, in a clone of the repository.
+COMMANDS = ['pip install ".[examples]" && python examples/digits.py', 'pip install ".[test]" && pytest']
+
+
+class Block(NamedTuple):
+    """A block of Python, and what it says that it prints: comments behind `print(...)`, or the block of text below."""
+
+    code: str
+    output: str
+
+
+def sections():
+    """The Python blocks of each section; those of one section run one after the other, in the same names."""
+    for section in re.split(r"^## ", README, flags=re.MULTILINE)[1:]:
+        found = re.findall(r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```\n)?", section, re.MULTILINE | re.DOTALL)
+        blocks = [Block(code, text or comments(code)) for code, text in found]
+        if blocks:
+            yield pytest.param(blocks, id=section.splitlines()[0])
+
+
+def comments(code):
+    return "".join(f"{line}\n" for line in re.findall(r"^ *print\(.*\)  # (.*)$", code, re.MULTILINE))
+
+
+@pytest.mark.parametrize("blocks", list(sections()))
+def test_blocks_run_and_print_what_they_say(blocks):
+    names = {"__name__": "readme"}
+    for block in blocks:
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec(compile(block.code, "README.md", "exec"), names)
+        assert lines(printed.getvalue()) == lines(block.output), block.code
+
+
+def lines(text):
+    return [line.rstrip() for line in text.splitlines()]
+
+
+def test_no_block_escapes():
+    """Every block of Python is in a section that runs, and every print in one shows its output."""
+    blocks = [block for param in sections() for block in param.values[0]]
+    assert len(blocks) == README.count("```python") > 0
+    assert sum(block.code.count("print(") for block in blocks if block.output) == README.count("print(")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_stand_on_one_line(command):
+    assert f"```sh\n{command}\n```" in README
+
+
+def test_local_links_lead_somewhere():
+    links = re.findall(r"\]\(([^)#]+)", README)
+    missing = [link for link in links if not link.startswith("http") and not (ROOT / link).exists()]
+    assert links and not missing
+
+
+# From here on, the table of errors.
+
+X = jnp.arange(6.0).reshape(2, 3)
+LAYER = jaxbn.linen.BatchNorm(use_running_average=False)
+EVALUATION = jaxbn.linen.BatchNorm(use_running_average=True)
+TRANSFORM = jaxbn.batch_norm()
+
+
+def variables():
+    return LAYER.init(jax.random.key(0), X)
+
+
+def params_alone():
+    return {"params": variables()["params"]}
+
+
+def train(x=X, transform=TRANSFORM, **kwargs):
+    return transform.train(*TRANSFORM.init(3), x, **kwargs)
+
+
+def postproc(batches):
+    return jaxbn.linen.postproc(EVALUATION.apply, variables(), batches)
+
+
+def read_before():
+    batches = iter([X])
+    postproc(batches)
+    return batches
+
+
+def on_devices(**kwargs):
+    return jaxbn.linen.BatchNorm(use_running_average=False, axis_name="devices", **kwargs)
+
+
+# For each row of the table, by the start of its message: the type, and calls that raise it.
+ERRORS = {
+    "Cannot update variable": (flax.errors.ModifyScopeVariableError, [lambda: LAYER.apply(variables(), X)]),
+    "Tried to access": (
+        flax.errors.ScopeCollectionNotFound,
+        [lambda: LAYER.apply(params_alone(), X), lambda: EVALUATION.apply(params_alone(), X)],
+    ),
+    "unbound axis name": (
+        NameError,
+        [
+            lambda: on_devices().apply(variables(), X, mutable=["batch_stats"]),
+            lambda: train(transform=jaxbn.batch_norm(axis_name="devices")),
+        ],
+    ),
+    'Parameter "use_running_average" was passed': (
+        ValueError,
+        [lambda: EVALUATION.apply(variables(), X, use_running_average=True)],
+    ),
+    'Parameter "use_running_average" must be passed': (
+        ValueError,
+        [lambda: jaxbn.linen.BatchNorm().apply(variables(), X)],
+    ),
+    "but the parameters and statistics are for": (
+        ValueError,
+        [lambda: train(jnp.ones((2, 5))), lambda: EVALUATION.apply(variables(), jnp.ones((2, 5)))],
+    ),
+    "has one value per channel": (
+        ValueError,
+        [lambda: train(X[:1]), lambda: LAYER.apply(variables(), X[:1], mutable=["batch_stats"])],
+    ),
+    "does not broadcast to the input": (ValueError, [lambda: train(mask=jnp.ones(2, bool))]),
+    "There was no batch to estimate statistics from": (
+        ValueError,
+        [lambda: postproc([]), lambda: postproc(read_before())],
+    ),
+    "There are no statistics of a normalization layer": (
+        ValueError,
+        [lambda: jaxbn.linen.postproc(EVALUATION.apply, params_alone(), [X])],
+    ),
+    "can't apply forward-mode": (
+        TypeError,
+        [
+            lambda: jax.jvp(lambda x: train(x)[0], (X,), (X,)),
+            lambda: jax.jacfwd(lambda x: train(x)[0])(X),
+        ],
+    ),
+}
+
+
+def quoted():
+    """The messages in the first column of the table."""
+    table = README.split("| Message |")[1].split("\n\n")[0]
+    return re.findall(r"^\| `([^`]+)` \|", table, re.MULTILINE)
+
+
+def test_every_row_of_the_error_table_is_tested():
+    assert len(quoted()) == README.split("| Message |")[1].split("\n\n")[0].count("\n| ")
+    assert [next(start for start in ERRORS if message.startswith(start)) for message in quoted()] == list(ERRORS)
+
+
+@pytest.mark.parametrize("message", quoted())
+def test_quoted_errors_are_the_real_ones(message):
+    error, calls = next(ERRORS[start] for start in ERRORS if message.startswith(start))
+    for call in calls:
+        with pytest.raises(error, match=re.escape(message)):
+            call()
+
+
+def test_the_fixes_of_the_error_table_work():
+    LAYER.apply(variables(), X, mutable=["batch_stats"])
+    jaxbn.linen.BatchNorm(use_running_average=False, momentum=None).apply(variables(), X)
+    on_devices()  # and where the axis has the name, a batch of one per device is large enough
+    jax.vmap(lambda x: on_devices().apply(variables(), x, mutable=["batch_stats"]), axis_name="devices")(X[:, None])
+    train(mask=jnp.ones(2, bool)[:, None])
+    jax.jvp(lambda x: train(x, jaxbn.batch_norm(autodiff=True))[0], (X,), (X,))
