@@ -18,6 +18,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from jaxbn.core import dtypes as _dtypes
+
 INITIAL_MEAN = 0.0
 INITIAL_VAR = 1.0
 
@@ -208,5 +210,7 @@ def check_momentum(momentum: ArrayLike) -> None:
 
 def move(value: jax.Array, new: jax.Array, decay: jax.Array, where: jax.Array) -> jax.Array:
     """One step of the average where `where` is true; the dtype of the value stays, and no gradient flows."""
-    moved = (decay * value + (1 - decay) * new).astype(value.dtype)
-    return jax.lax.stop_gradient(jnp.where(where, moved, value))
+    dtype = _dtypes.promote(value.dtype, new.dtype)
+    decay = decay.astype(dtype)
+    moved = decay * value.astype(dtype) + (1 - decay) * new.astype(dtype)
+    return jax.lax.stop_gradient(jnp.where(where, moved.astype(value.dtype), value))

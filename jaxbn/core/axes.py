@@ -4,7 +4,8 @@ Nothing here looks at a value, so each check runs once, at trace time, and bad i
 """
 
 import math
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -40,21 +41,20 @@ class Axes(NamedTuple):
         return (self.rows + 1, *self.space_in_blocks)
 
 
-def static(axis: Axis) -> Axis:
+def static(axis: Axis) -> int | tuple[int, ...]:
     """The axis argument in a form that can be hashed."""
-    return axis if isinstance(axis, int) else tuple(int(a) for a in axis)
+    return tuple(map(operator.index, axis)) if isinstance(axis, Iterable) else operator.index(axis)
 
 
 def split(ndim: int, axis: Axis) -> Axes:
     """Splits the axes of an array of rank `ndim` into features (`axis`) and the rest."""
-    given = tuple(axis) if isinstance(axis, Sequence) else (axis,)
+    given = static(axis)
+    given = given if isinstance(given, tuple) else (given,)
     if any(not -ndim <= a < ndim for a in given):
         raise ValueError(
             f"axis={axis} names an axis that an input of rank {ndim} does not have; give axes in [{-ndim}, {ndim})."
         )
     features = tuple(sorted({a % ndim for a in given}))
-    if len(features) != len(given):
-        raise ValueError(f"axis={axis} names one axis of an input of rank {ndim} twice; name each feature axis once.")
     return Axes(features, tuple(a for a in range(ndim) if a not in features))
 
 

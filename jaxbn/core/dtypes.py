@@ -19,9 +19,15 @@ def compute(x: jax.Array) -> np.dtype:
     return promote(x.dtype, jnp.float32)
 
 
+def statistics(x: jax.Array) -> np.dtype:
+    """Variances are real."""
+    return jnp.finfo(compute(x)).dtype
+
+
 def output(dtype: DTypeLike | None, *operands: jax.Array | None) -> np.dtype:
     """Dtype of the result by Flax's rule: `dtype` if given, else what the operands promote to, at least a float."""
     if dtype is not None:
         return jnp.dtype(dtype)
-    found = promote(*(operand.dtype for operand in operands if operand is not None))
+    with jax.numpy_dtype_promotion("standard"):
+        found = jnp.result_type(*(operand for operand in operands if operand is not None))
     return found if jnp.issubdtype(found, jnp.inexact) else promote(found, jnp.float32)

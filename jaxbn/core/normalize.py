@@ -53,10 +53,22 @@ class Operands(NamedTuple):
     weights: jax.Array | None = None  # of the rank of x, constant
 
 
+class Stored(NamedTuple):
+    """What a training step knows besides its batch."""
+
+    mean: jax.Array  # [C]
+    var: jax.Array  # [C]
+    epsilon: jax.Array  # []
+
+
 def check_spec(spec: Spec) -> None:
     """Raises a ValueError for hyper-parameters that no normalization can have."""
-    if isinstance(spec.epsilon, Real) and not spec.epsilon > 0:
-        raise ValueError(f"epsilon={spec.epsilon} must be positive: it keeps a constant channel from dividing by 0.")
+    if isinstance(spec.epsilon, Real) and not spec.epsilon >= 0:
+        raise ValueError(f"epsilon={spec.epsilon} must not be negative: it is added to the variance.")
+    if spec.dtype is not None and not jnp.issubdtype(spec.dtype, jnp.inexact):
+        raise ValueError(
+            f"dtype={spec.dtype} must be inexact, such as jnp.float32 or jnp.bfloat16: it is the output's."
+        )
     if spec.activation is not None and not callable(spec.activation):
         raise TypeError(f"activation={spec.activation!r} must be a function of arrays, such as jax.nn.relu, or None.")
 
@@ -73,16 +85,9 @@ def operands(
     """Everything that a call computes from, checked against the statistics `mean` that it has."""
     x = jnp.asarray(x)
     _axes.check_features(x.shape, spec.axis, mean.shape)
-    if jnp.iscomplexobj(x) and not jnp.iscomplexobj(mean):
-        raise TypeError(
-            f"The input is {x.dtype}, but the statistics are {mean.dtype}. Initialize with a complex input, or with "
-            f"init(..., dtype={x.dtype})."
-        )
     if residual is not None and jnp.shape(residual) != x.shape:
         raise ValueError(f"residual {jnp.shape(residual)} must have the shape of the input, {x.shape}.")
     residual = None if residual is None else jnp.asarray(residual)
-    if not jnp.issubdtype(x.dtype, jnp.inexact):
-        x = x.astype(_dtypes.compute(x))
     return Operands(x, scale, bias, residual, _axes.weights_like(mask, x.shape))
 
 
@@ -92,15 +97,17 @@ def normalize(spec: Spec, operands: Operands, mean: jax.Array, var: jax.Array) -
 
 
 def batch_normalize(
-    spec: Spec, measure: Measure, operands: Operands, stored: tuple[jax.Array, jax.Array], *, autodiff: bool = False
+    spec: Spec, measure: Measure, operands: Operands, mean: jax.Array, var: jax.Array, *, autodiff: bool = False
 ) -> tuple[jax.Array, _moments.Moments]:
     """Normalizes with the moments of x, as `measure(x, mask=weights)` finds them, and differentiates through them.
 
-    Channels of count 0 are normalized with the `stored` mean and var, as constants. With `autodiff` the derivatives are
-    JAX's own, in either mode; else the rule of this file, in reverse mode. It covers the measuring, so that nothing of
-    that is kept, and as it is made of differentiable functions, derivatives of higher order are right too.
+    Channels of count 0 are normalized with the stored `mean` and `var`, as constants. With `autodiff` the derivatives
+    are JAX's own, in either mode; else the rule of this file, in reverse mode. It covers the measuring, so that nothing
+    of that is kept, and as it is made of differentiable functions, derivatives of higher order are right too.
     """
-    stored = lax.stop_gradient(stored)
+    epsilon = jnp.asarray(spec.epsilon, _dtypes.statistics(operands.x))  # an operand, as it may be traced
+    stored = Stored(*lax.stop_gradient((mean, var, epsilon)))
+    spec = spec._replace(epsilon=0)
     if autodiff or jnp.iscomplexobj(operands.x):
         y, moments = _measure_and_normalize(spec, measure, operands, stored)[0]
         return y, moments
@@ -127,26 +134,26 @@ def _forward(spec: Spec, operands: Operands, mean: jax.Array, inverse: jax.Array
 
 
 def _measure_and_normalize(
-    spec: Spec, measure: Measure, operands: Operands, stored: tuple[jax.Array, jax.Array]
+    spec: Spec, measure: Measure, operands: Operands, stored: Stored
 ) -> tuple[tuple[jax.Array, _moments.Moments], tuple[jax.Array, ...]]:
     """The result; and mean, 1/s and the share 1/n of a value in them."""
     moments = measure(operands.x, mask=operands.weights)
     seen = moments.count > 0
-    mean = jnp.where(seen, moments.mean, stored[0].astype(moments.mean.dtype))
-    inverse = lax.rsqrt(jnp.where(seen, moments.var, stored[1].astype(moments.m2.dtype)) + spec.epsilon)
+    mean = jnp.where(seen, moments.mean, stored.mean.astype(moments.mean.dtype))
+    inverse = lax.rsqrt(jnp.where(seen, moments.var, stored.var.astype(moments.m2.dtype)) + stored.epsilon)
     y = _forward(spec, operands, mean, inverse)
     return (y, moments), (mean, inverse, 1 / jnp.where(seen, moments.count, 1))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _batch_normalize(
-    spec: Spec, measure: Measure, operands: Operands, stored: tuple[jax.Array, jax.Array]
+    spec: Spec, measure: Measure, operands: Operands, stored: Stored
 ) -> tuple[jax.Array, _moments.Moments]:
     return _measure_and_normalize(spec, measure, operands, stored)[0]
 
 
 def _save(
-    spec: Spec, measure: Measure, operands: Operands, stored: tuple[jax.Array, jax.Array]
+    spec: Spec, measure: Measure, operands: Operands, stored: Stored
 ) -> tuple[tuple[jax.Array, _moments.Moments], tuple[Any, ...]]:
     result, statistics = _measure_and_normalize(spec, measure, operands, stored)
     if operands.residual is None:
@@ -183,7 +190,9 @@ def _backward(
         correction = correction * weights.astype(dz.dtype)
     dx = lay_out(multiplier) * (dz - correction)
 
-    def cotangent(local: jax.Array, primal: jax.Array, summed: jax.Array | None = None) -> jax.Array:
+    def cotangent(local: jax.Array, primal: jax.Array, summed: jax.Array | None = None) -> Any:
+        if not jnp.issubdtype(primal.dtype, jnp.inexact):
+            return None  # integers have no derivative
         return _devices.match_cotangent(local, primal, summed, spec.axis_name).astype(primal.dtype)
 
     return (

@@ -48,6 +48,7 @@ class Norm(nn.Module):
     allow_single_value: bool = False
     autodiff: bool = False
 
+    @nn.nowrap
     def transform(self, **changes: Any) -> NormTransform:
         """The pure functions of this layer, with some of its fields changed."""
         names = inspect.signature(self.factory).parameters
@@ -79,42 +80,43 @@ class Norm(nn.Module):
         """
         use_running_average = nn.merge_param("use_running_average", self.use_running_average, use_running_average)
         x = jnp.asarray(x)
-        state = self._load_state(x)
+        variables, state = self._load_state(x)
         params = self._load_params(_axes.feature_shape(x.shape, self.axis))
         arguments = {"mask": mask, "residual": residual}
-        if use_running_average:
+        starting = self.is_initializing()  # with an example of any size, on one device, that changes no statistics
+        if use_running_average or starting and not x.size:
             return self.transform().eval(params, state, x, **arguments)
-        if self.is_initializing():  # an example of any size, on one device, that leaves no trace in the statistics
+        if starting:
             alone = self.transform(axis_name=None, axis_index_groups=None, allow_single_value=True)
             return alone.train(params, state, x, **arguments)[0]
         y, new_state = self.transform().train(params, state, x, **arguments)
-        self._store_state(state, new_state)
+        for name, variable in variables.items():
+            leaf = getattr(new_state, name)
+            if leaf is not getattr(state, name):  # without a running average nothing is, and nothing need be mutable
+                variable.value = leaf
         return y
 
-    def _load_state(self, x: jax.Array) -> State:
+    @nn.nowrap
+    def _load_state(self, x: jax.Array) -> tuple[dict[str, nn.Variable[jax.Array]], State]:
         dtype = x.dtype if jnp.iscomplexobj(x) else jnp.float32
         _, initial = self.transform().init(_axes.feature_shape(x.shape, self.axis), dtype=dtype)
-        values = {
-            name: self.variable(STATISTICS, name, lambda leaf=leaf: leaf).value
+        variables = {
+            name: self.variable(STATISTICS, name, lambda leaf=leaf: leaf)
             for name, leaf in initial._asdict().items()
             if leaf is not None
         }
+        values = {name: variable.value for name, variable in variables.items()}
         for value in values.values():
             if value.ndim:  # a counter has no features
                 _axes.check_features(x.shape, self.axis, value.shape)
-        return initial._replace(**values)
+        return variables, initial._replace(**values)
 
+    @nn.nowrap
     def _load_params(self, shape: tuple[int, ...]) -> NormParams:
         return NormParams(
             scale=self.param("scale", self.scale_init, shape, self.param_dtype) if self.use_scale else None,
             bias=self.param("bias", self.bias_init, shape, self.param_dtype) if self.use_bias else None,
         )
-
-    def _store_state(self, old: State, new: State) -> None:
-        """Writes what has changed: without a running average nothing has, and nothing needs to be mutable."""
-        for name, leaf in new._asdict().items():
-            if leaf is not getattr(old, name):
-                self.put_variable(STATISTICS, name, leaf)
 
 
 class BatchNorm(Norm):
@@ -131,6 +133,8 @@ class BatchNorm(Norm):
     5. Forward-mode differentiation needs `autodiff=True`.
     6. The statistics keep the dtype of their initialization; NaN in masked positions harms nothing; groups of
        devices work under shard_map too.
+    7. Arguments that make no sense are errors: a momentum of 1 (give `use_running_average=True` instead), a negative
+       epsilon, an empty batch in training.
 
     Attributes:
         use_running_average: See the call.

@@ -131,8 +131,7 @@ def batch_norm(
         x = operands.x
         values = _axes.values_per_channel(x.shape, axis) * _devices.group_size(axis_name, groups)
         _axes.check_training_batch(x.shape, axis, values, allow_single_value)
-        stored = state.mean, state.var  # for a batch that is masked altogether
-        y, moments = _normalize.batch_normalize(spec, everywhere, operands, stored, autodiff=autodiff)
+        y, moments = _normalize.batch_normalize(spec, everywhere, operands, state.mean, state.var, autodiff=autodiff)
         if average is None:
             return y, state
         samples = moments.count.max() / math.prod(x.shape[a] for a in _axes.split(x.ndim, axis).reduced[1:])
@@ -146,7 +145,8 @@ def batch_norm(
         mask: ArrayLike | None = None,
         residual: ArrayLike | None = None,
     ) -> jax.Array:
-        operands = _normalize.operands(spec, params.scale, params.bias, state.mean, x, mask, residual)
+        del mask  # of training alone, as in Flax
+        operands = _normalize.operands(spec, params.scale, params.bias, state.mean, x, None, residual)
         return _normalize.normalize(spec, operands, *lax.stop_gradient((state.mean, state.var)))
 
     def measure(x: ArrayLike, *, mask: ArrayLike | None = None) -> _moments.Moments:
@@ -172,6 +172,11 @@ def _move(
         raise ValueError(
             f"momentum={average} counts steps, but the state has no `count`: it was made for a constant momentum. Add "
             f"state._replace(count=jnp.zeros(())), or initialize anew."
+        )
+    if jnp.iscomplexobj(moments.mean) and not jnp.iscomplexobj(state.mean):
+        raise TypeError(
+            f"The mean of a complex input is complex, but the statistics are {state.mean.dtype}. Initialize with a "
+            f"complex input, or with init(..., dtype={moments.mean.dtype})."
         )
     good = (moments.count > 0) & jnp.isfinite(moments.mean) & jnp.isfinite(moments.var)
     count = jnp.zeros((), jnp.float32) if state.count is None else state.count

@@ -91,7 +91,9 @@ def _check_finite(state: Pass) -> None:
     first_bad = {path: int(index) for path, index in jax.device_get(state.first_bad).items() if index >= 0}
     if first_bad:
         first = min(first_bad.values())
-        layers = ", ".join(repr(path) if path else "the model itself" for path, index in first_bad.items() if index == first)
+        layers = ", ".join(
+            repr(path) if path else "the model itself" for path, index in first_bad.items() if index == first
+        )
         raise ValueError(
             f"Batch {first} (counted from 0) gave statistics that are not finite, in {layers}. Look for NaN or "
             f"infinity in this batch and in the parameters; nothing was installed."

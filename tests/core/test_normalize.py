@@ -186,8 +186,8 @@ def test_evaluation_differentiates_forward(x):
 @pytest.mark.parametrize(
     "arguments, error, message",
     [
-        ({"epsilon": 0.0}, ValueError, "must be positive"),
-        ({"epsilon": -1e-5}, ValueError, "must be positive"),
+        ({"epsilon": -1e-5}, ValueError, "must not be negative"),
+        ({"dtype": jnp.int32}, ValueError, "must be inexact"),
         ({"activation": "relu"}, TypeError, "jax.nn.relu"),
     ],
 )
