@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 # What a user copies on a fresh machine, in a clone of the repository.
-COMMANDS = ['pip install ".[examples]" && python examples/digits.py', 'pip install ".[test]" && pytest']
+COMMANDS = ['pip install ".[examples]" && python examples/digits.py', 'pip install ".[test]" && pytest -n auto']
 
 
 class Block(NamedTuple):
