@@ -8,7 +8,6 @@ wanted statistics, whatever flags the model passes, and marks the output. `harve
 
 import dataclasses
 import inspect
-import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,13 +16,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxbn.core import devices as _devices
 from jaxbn.core import harvest as _harvest
 from jaxbn.core import moments as _moments
 from jaxbn.linen.modules import STATISTICS, Norm
 from jaxbn.methods.base import NormParams, NormTransform, State
 from jaxbn.methods.batch_norm import BatchNormState, batch_norm
-from jaxbn.population.layers import Layer, check_mode
+from jaxbn.population.layers import Layer, check_mode, natural, wanted_state
 
 Call = Callable[[Any, Any], Any]
 
@@ -95,12 +93,12 @@ def capture_moments(
 
 
 def find_states(variables: Mapping[str, Any]) -> dict[str, State]:
-    """The state of every normalization layer by its path, BatchNorm_2 before BatchNorm_10."""
+    """The state of every normalization layer by its path."""
     flat = flax.traverse_util.flatten_dict(flax.core.unfreeze(variables.get(STATISTICS, {})))
     parents = dict.fromkeys(path[:-1] for path in flat if path[-1] == "mean" and (*path[:-1], "var") in flat)
     states = {
-        "/".join(path): BatchNormState(*(flat.get((*path, name)) for name in BatchNormState._fields))
-        for path in sorted(parents, key=_natural)
+        path: BatchNormState(*(flax.core.meta.unbox(flat.get((*keys(path), name))) for name in BatchNormState._fields))
+        for path in sorted(map("/".join, parents), key=natural)
     }
     if not states:
         raise ValueError(
@@ -125,11 +123,6 @@ def _without_slots(tree: Any) -> Any:
     return tree
 
 
-def _natural(path: tuple[str, ...]) -> list[tuple[int, int | str]]:
-    """Sorts numbers in names by value, which is the order of Flax's automatic names."""
-    return [(0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"(\d+)", "/".join(path))]
-
-
 def keys(path: str) -> tuple[str, ...]:
     """A path as the keys of nested dicts; the model itself has the path ''."""
     return tuple(path.split("/")) if path else ()
@@ -150,7 +143,8 @@ def _intercept(next_call: Callable[..., Any], args: Any, kwargs: Any, context: n
     if slot.layer.mode == "as_called":
         y = next_call(*args, **kwargs)
     else:
-        state = _wanted_state(layer, transform, moments, slot.layer.mode)
+        stored = _stored_state(layer, transform, moments.mean.shape)
+        state = wanted_state(transform, stored, moments, slot.layer.mode, layer.axis_name, layer.axis_index_groups)
         normalize = _normalize if function is OUR_CALL else _normalize_stock
         y = normalize(layer, state, x, mask=mask, residual=residual)
     return _harvest.mark(y, slot.index, moments, layer=slot.layer)
@@ -170,16 +164,10 @@ def _transform_of(layer: Any) -> NormTransform:
     return batch_norm(axis=layer.axis, epsilon=layer.epsilon, use_fast_variance=layer.use_fast_variance)
 
 
-def _wanted_state(layer: Any, transform: NormTransform, moments: _moments.Moments, mode: str) -> State:
-    """The statistics that the layer is to normalize with: the stored ones, or in mode "batch" those of the batch."""
-    _, initial = transform.init(moments.mean.shape)
+def _stored_state(layer: Any, transform: NormTransform, shape: tuple[int, ...]) -> State:
+    _, initial = transform.init(shape)
     names = (name for name, leaf in initial._asdict().items() if leaf is not None)
-    stored = initial._replace(**{name: layer.get_variable(STATISTICS, name) for name in names})
-    if mode == "eval":
-        return stored
-    if layer.axis_name is not None and _devices.is_bound(layer.axis_name):
-        moments = _moments.merge_over(moments, layer.axis_name, layer.axis_index_groups)
-    return transform.postproc(stored, moments)
+    return initial._replace(**{name: flax.core.meta.unbox(layer.get_variable(STATISTICS, name)) for name in names})
 
 
 def _normalize(layer: Any, state: State, x: jax.Array, *, mask: Any, residual: Any) -> jax.Array:

@@ -9,10 +9,10 @@ import flax
 from jaxbn.core.moments import Moments
 from jaxbn.linen.capture import Call, capture_moments, find_states, keys
 from jaxbn.linen.modules import STATISTICS
-from jaxbn.methods.base import State
 from jaxbn.methods.batch_norm import batch_norm
 from jaxbn.population.estimate import estimate
 from jaxbn.population.estimators import Estimator, Layers, pooled
+from jaxbn.population.layers import moments_for
 from jaxbn.population.report import Report, compare
 
 
@@ -95,11 +95,12 @@ def install_moments(variables: Any, moments: Mapping[str, Moments]) -> dict[str,
     variables = flax.core.unfreeze(variables)
     states = find_states(variables)
     flat = flax.traverse_util.flatten_dict(variables[STATISTICS])
-    for path, found in moments.items():
-        state = _state_for(path, found, states)
-        for name, leaf in batch_norm().postproc(state, found)._asdict().items():
+    for path in moments:
+        found = moments_for(path, moments, states)
+        for name, leaf in batch_norm().postproc(states[path], found)._asdict().items():
             if leaf is not None:
-                flat[(*keys(path), name)] = leaf
+                key = (*keys(path), name)
+                flat[key] = flax.core.meta.replace_boxed(flat[key], leaf)
     return variables | {STATISTICS: flax.traverse_util.unflatten_dict(flat)}
 
 
@@ -111,14 +112,3 @@ def _measure(call: Call) -> Any:
         return captured(variables, batch)[1]
 
     return measure
-
-
-def _state_for(path: str, moments: Moments, states: Mapping[str, State]) -> State:
-    if path not in states:
-        raise ValueError(f"{path!r} is not a normalization layer; there are {', '.join(map(repr, states))}.")
-    if moments.mean.shape != states[path].mean.shape:
-        raise ValueError(
-            f"The moments of {path!r} are for features {moments.mean.shape}, its statistics for "
-            f"{states[path].mean.shape}."
-        )
-    return states[path]

@@ -1,13 +1,18 @@
-"""What the hosts share of a capture: how a layer is named in the traced program, and in which mode it runs."""
+"""What the hosts share of a capture: how a layer is named in the traced program, and what it normalizes with."""
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from jaxbn.core import devices as _devices
+from jaxbn.core import dtypes as _dtypes
+from jaxbn.core import moments as _moments
 from jaxbn.core.moments import Moments
+from jaxbn.methods.base import NormTransform, State
 
 # What layers normalize with while they are measured: the statistics of their batch, the stored ones, or as they are
 # asked to.
@@ -42,3 +47,37 @@ def check_mode(mode: str) -> None:
     """Raises a ValueError for a mode that does not exist."""
     if mode not in MODES:
         raise ValueError(f"mode={mode!r} is none of {', '.join(map(repr, MODES))}.")
+
+
+def wanted_state(
+    transform: NormTransform, stored: State, moments: Moments, mode: str, axis_name: Any, axis_index_groups: Any
+) -> State:
+    """The statistics that a layer is to normalize with: the stored ones, or in mode "batch" those of its batch.
+
+    These are what `postproc` makes of the batch's moments, which is right for every method. An axis that is not there
+    is left out: on one device the batch is all there is.
+    """
+    if mode == "eval":
+        return stored
+    if axis_name is not None and _devices.is_bound(axis_name):
+        moments = _moments.merge_over(moments, axis_name, _devices.check_groups(axis_name, axis_index_groups))
+    return transform.postproc(jax.tree.map(_unrounded, stored), moments)
+
+
+def moments_for(path: str, moments: Mapping[str, Moments], states: Mapping[str, State]) -> Moments:
+    """The moments to install in a layer; a ValueError if there is no such layer, or it has other features."""
+    if path not in states:
+        raise ValueError(f"{path!r} is not a normalization layer; there are {', '.join(map(repr, states))}.")
+    found, features = moments[path].mean.shape, states[path].mean.shape
+    if found != features:
+        raise ValueError(f"The moments of {path!r} are for features {found}, its statistics for {features}.")
+    return moments[path]
+
+
+def natural(path: str) -> list[tuple[int, int | str]]:
+    """Sorts numbers in names by value: BatchNorm_2 before BatchNorm_10, which is the order of Flax's own names."""
+    return [(0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"(\d+)", path)]
+
+
+def _unrounded(stored: jax.Array) -> jax.Array:
+    return stored.astype(_dtypes.compute(stored))

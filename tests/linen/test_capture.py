@@ -279,6 +279,36 @@ def test_layers_of_other_variables_pass_through(rng):
     assert list(moments) == [""]
 
 
+@every_norm
+def test_boxed_variables_keep_their_box(norm, rng):
+    """As nn.with_partitioning makes them."""
+    x = (3 + rng.standard_normal((20, 4))).astype(np.float32)
+    net = norm(use_running_average=True, scale_init=nn.with_partitioning(nn.initializers.ones, ("model",)))
+    variables = net.init(jax.random.key(0), x)
+    box = lambda leaf: nn.Partitioned(leaf, names=("model",))  # noqa: E731
+    variables["batch_stats"] = jax.tree.map(box, variables["batch_stats"])
+    new, _ = jaxbn.linen.postproc(net.apply, variables, [x])
+    chex.assert_trees_all_equal_structs(new, variables)
+    np.testing.assert_allclose(new["batch_stats"]["mean"].value, x.mean(0), rtol=1e-5)
+
+
+@every_norm
+def test_rounded_statistics_do_not_round_those_of_the_batch(norm, rng):
+    x = (100 + rng.standard_normal((20, 4))).astype(np.float32)
+    net = norm(use_running_average=True)
+    variables = net.init(jax.random.key(0), x)
+    outputs = jaxbn.linen.capture_moments(net.apply)(variables, x)[0]
+    variables["batch_stats"] = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), variables["batch_stats"])
+    rounded = jaxbn.linen.capture_moments(net.apply)(variables, x)[0]
+    np.testing.assert_allclose(rounded, outputs, atol=1e-5)
+
+
+def test_layers_are_listed_by_number():
+    stats = {f"BatchNorm_{i}": {"mean": jnp.zeros(2), "var": jnp.ones(2)} for i in (10, 2, 0)}
+    paths = jaxbn.linen.capture_moments(lambda v, b: b)({"batch_stats": stats}, jnp.ones(2))[1]
+    assert list(paths) == ["BatchNorm_0", "BatchNorm_2", "BatchNorm_10"]
+
+
 def test_what_the_interceptor_leans_on_in_flax(rng):
     """It is given the method as a partial of the function that the class defines, under Flax's wrappers."""
     seen = []
