@@ -10,9 +10,11 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import numpy as np
+from flax import nnx
 
 import jaxbn
 import jaxbn.linen
+import jaxbn.nnx
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -23,6 +25,7 @@ class Case(NamedTuple):
     name: str
     factory: Callable[..., jaxbn.NormTransform]
     linen: type[nn.Module]
+    nnx: type[nnx.Module]
     arguments: dict[str, Any]
     # (x [rows, C], weights [rows, 1], params, state, rows of an example) -> (y, new state), all float64
     train: Callable[[np.ndarray, np.ndarray, Arrays, Arrays, int], tuple[np.ndarray, dict[str, np.ndarray]]]
@@ -34,8 +37,11 @@ class Case(NamedTuple):
     def transform(self, **changes: Any) -> jaxbn.NormTransform:
         return self.factory(**self.arguments | changes)
 
-    def module(self, **changes: Any) -> nn.Module:
+    def linen_module(self, **changes: Any) -> nn.Module:
         return self.linen(**self.arguments | changes)
+
+    def nnx_module(self, num_features: int, **changes: Any) -> nnx.Module:
+        return self.nnx(num_features, **self.arguments | changes, rngs=nnx.Rngs(0))
 
 
 def _affine(z: np.ndarray, params: Arrays) -> np.ndarray:
@@ -87,7 +93,7 @@ def _step(count: float, n: float) -> float:
 
 def _batch_norm_case(name: str, arguments: dict[str, Any], **formula: Any) -> Case:
     formula = {"decay": lambda count, n: 0.99, "advance": _step} | formula
-    return Case(name, jaxbn.batch_norm, jaxbn.linen.BatchNorm, arguments, **_batch_norm(**formula))
+    return Case(name, jaxbn.batch_norm, jaxbn.linen.BatchNorm, jaxbn.nnx.BatchNorm, arguments, **_batch_norm(**formula))
 
 
 def _warm_up(step: jax.Array) -> jax.Array:

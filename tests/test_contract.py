@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import CASES, Case
+from flax import nnx
 from meshes import AXIS, DEVICES, NAMED, WAYS, run, spread, sum_gradients
 
 import jaxbn
@@ -280,7 +281,7 @@ def collectives(way, step, params, batch) -> list[str]:
 def test_linen_is_the_core(case, x, dtype):
     """To the last bit: a host carries variables and computes nothing."""
     transform, params, state = started(case)
-    module = case.module()
+    module = case.linen_module()
     x = jnp.asarray(x, dtype)
     variables = {
         "params": {name: leaf for name, leaf in params._asdict().items() if leaf is not None},
@@ -300,6 +301,33 @@ def test_linen_is_the_core(case, x, dtype):
 
     chex.assert_trees_all_equal(linen(variables, x), core(params, state, x))
     chex.assert_trees_all_equal_shapes_and_dtypes(linen(variables, x), core(params, state, x))
+
+
+@every_case
+@every_dtype
+def test_nnx_is_the_core(case, x, dtype):
+    """To the last bit, as linen is."""
+    transform, params, state = started(case)
+    module = case.nnx_module(FEATURES)
+    x = jnp.asarray(x, dtype)
+    for name, leaf in (state._asdict() | params._asdict()).items():
+        if leaf is not None:
+            getattr(module, name)[...] = leaf
+
+    @nnx.jit
+    def host(module, x):
+        evaluated = module(x, use_running_average=True)
+        return module(x, use_running_average=False), module.state(), evaluated
+
+    @jax.jit
+    def core(params, state, x):
+        return *transform.train(params, state, x), transform.eval(params, state, x)
+
+    expected = core(params, state, x)
+    found = host(module, x)
+    chex.assert_trees_all_equal(found, expected)
+    chex.assert_trees_all_equal_shapes_and_dtypes(found, expected)
+    chex.assert_trees_all_equal(module.state(), expected[1])
 
 
 @every_case

@@ -14,14 +14,13 @@ from typing import Any
 import flax
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
 from jaxbn.core import harvest as _harvest
 from jaxbn.core import moments as _moments
 from jaxbn.linen.modules import STATISTICS, Norm
 from jaxbn.methods.base import NormParams, NormTransform, State
 from jaxbn.methods.batch_norm import BatchNormState, batch_norm
-from jaxbn.population.layers import Layer, check_mode, natural, wanted_state
+from jaxbn.population.layers import Layer, call_arguments, check_mode, natural, wanted_state
 
 Call = Callable[[Any, Any], Any]
 
@@ -137,7 +136,7 @@ def _intercept(next_call: Callable[..., Any], args: Any, kwargs: Any, context: n
     slot = layer.get_variable(STATISTICS, _SLOT)
     if slot is None:  # not a layer of the variables that were passed in: a frozen teacher, or our own call below
         return next_call(*args, **kwargs)
-    x, mask, residual = _arguments(*args, **kwargs)
+    x, mask, residual = call_arguments(*args, **kwargs)
     transform = _transform_of(layer)
     moments = transform.measure(x, mask=mask)
     if slot.layer.mode == "as_called":
@@ -148,13 +147,6 @@ def _intercept(next_call: Callable[..., Any], args: Any, kwargs: Any, context: n
         normalize = _normalize if function is OUR_CALL else _normalize_stock
         y = normalize(layer, state, x, mask=mask, residual=residual)
     return _harvest.mark(y, slot.index, moments, layer=slot.layer)
-
-
-def _arguments(
-    x: Any, use_running_average: bool | None = None, *, mask: Any = None, residual: Any = None
-) -> tuple[jax.Array, Any, Any]:
-    """The arguments of a layer's call; the flag is overruled by the mode."""
-    return jnp.asarray(x), mask, residual
 
 
 def _transform_of(layer: Any) -> NormTransform:

@@ -62,11 +62,7 @@ def postproc(
     moments, count = estimate(_measure(call), variables, batches, estimator=estimator, progress=progress)
     new_variables = install_moments(variables, moments)
     report = Report(estimator.name, count, compare(old, find_states(new_variables), moments))
-    if len(report.not_reached) == len(report.layers):
-        raise ValueError(
-            "No batch went through a normalization layer of these variables: the call uses none of "
-            f"{', '.join(map(repr, report.layers))}. Pass the variables on to the model in `call`."
-        )
+    report.check_reached()
     return new_variables, report
 
 

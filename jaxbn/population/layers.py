@@ -49,6 +49,13 @@ def check_mode(mode: str) -> None:
         raise ValueError(f"mode={mode!r} is none of {', '.join(map(repr, MODES))}.")
 
 
+def call_arguments(
+    x: Any, use_running_average: bool | None = None, *, mask: Any = None, residual: Any = None
+) -> tuple[jax.Array, Any, Any]:
+    """The arguments of a layer's call, in either host; the flag is overruled by the mode."""
+    return jnp.asarray(x), mask, residual
+
+
 def wanted_state(
     transform: NormTransform, stored: State, moments: Moments, mode: str, axis_name: Any, axis_index_groups: Any
 ) -> State:

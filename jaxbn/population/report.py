@@ -60,6 +60,14 @@ class Report:
         """Layers that no batch went through; their statistics are the old ones."""
         return tuple(path for path, change in self.layers.items() if change.count == 0)
 
+    def check_reached(self) -> None:
+        """Raises a ValueError if no layer was reached at all: the model was not the one that the call ran."""
+        if len(self.not_reached) == len(self.layers):
+            raise ValueError(
+                f"No batch went through a normalization layer of this model; it has "
+                f"{', '.join(map(repr, self.layers))}. Does `call` run the model that it is given?"
+            )
+
     def __str__(self) -> str:
         width = min(max(len("layer"), *map(len, self.layers)), _WIDEST_PATH)
         lines = [

@@ -1,0 +1,158 @@
+"""Moments out of any NNX model, jaxbn's layers and stock `flax.nnx.BatchNorm` alike, without changing the model.
+
+The class of every normalization layer is replaced on a copy: by one whose call measures its input once, normalizes with
+the wanted statistics, whatever flags the model passes, and marks the output for `harvest`. Beside its statistics each
+layer holds their flat positions as one more `BatchStat`, which every transformation carries in the same way; which
+layer it is and in which mode is static, so that nothing compiled with and without capture is mistaken for each other.
+"""
+
+import functools
+import types
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import nnx
+
+from jaxbn.core import harvest as _harvest
+from jaxbn.core import moments as _moments
+from jaxbn.methods.base import NormTransform, State
+from jaxbn.methods.batch_norm import BatchNormState, batch_norm
+from jaxbn.nnx.modules import Norm
+from jaxbn.population.layers import Layer, call_arguments, check_mode, natural, wanted_state
+
+Call = Callable[[Any, Any], Any]
+
+# What flax.nnx.BatchNorm.__call__ reads of its layer in evaluation, besides the statistics.
+_STOCK_FIELDS = "axis momentum epsilon dtype axis_name axis_index_groups use_fast_variance promote_dtype".split()
+
+
+class Slot(nnx.BatchStat[jax.Array]):
+    """The flat position of each statistic; a BatchStat, so that filters carry it wherever they carry the statistics."""
+
+
+def capture_moments(
+    call: Call | None = None, *, mode: str = "batch"
+) -> Callable[[Any, Any], tuple[Any, dict[str, _moments.Moments]]]:
+    """Makes a function that also returns the moments of every normalization layer's input.
+
+    The model needs no change, and the one given is left untouched. The function may be jitted with `nnx.jit`.
+
+    Args:
+        call: Runs the model; None: `lambda model, batch: model(batch)`.
+        mode: What the layers normalize with, whatever flags the model passes them: `"batch"`, the statistics of their
+            batch; `"eval"`, the stored ones; `"as_called"`, what the model asks for.
+
+    Returns:
+        A function `(model, batch) -> (outputs, moments)`. `moments` maps the path of each layer, such as
+        `"blocks/0/norm"`, to `Moments` in the shape of its statistics, of count 0 where the layer was not reached.
+
+    Raises:
+        ValueError: If `mode` is none of these; in the function, if the model has no normalization layer.
+
+    Example:
+        >>> model = nnx.BatchNorm(1, rngs=nnx.Rngs(0))
+        >>> _, moments = jaxbn.nnx.capture_moments()(model, jnp.array([[1.0], [3.0]]))
+        >>> float(moments[""].mean[0])
+        2.0
+    """
+    check_mode(mode)
+    call = run_model if call is None else call
+
+    def captured(model: Any, batch: Any) -> tuple[Any, dict[str, _moments.Moments]]:
+        copy = nnx.clone(model)  # new objects, the same arrays
+        whole = dict(_hook(path, layer, mode) for path, layer in find_layers(copy).items())
+        graphdef, state = nnx.split(copy)
+        outputs, records = _harvest.harvest(lambda state, batch: call(nnx.merge(graphdef, state), batch))(state, batch)
+        collected = _harvest.collect(records, whole)
+        return outputs, {layer.path: layer.moments_from(collected) for layer in whole}
+
+    return captured
+
+
+def run_model(model: Any, batch: Any) -> Any:
+    """How a model runs if nothing else is said."""
+    return model(batch)
+
+
+def find_layers(model: Any) -> dict[str, Any]:
+    """Every normalization layer by its path."""
+    found = {
+        "/".join(map(str, path)): module
+        for path, module in nnx.iter_modules(model)
+        if isinstance(module, nnx.BatchNorm | Norm)
+    }
+    if not found:
+        raise ValueError("There is no normalization layer, of jaxbn.nnx or flax.nnx.BatchNorm, in this model.")
+    return {path: found[path] for path in sorted(found, key=natural)}
+
+
+def state_of(layer: Any) -> State:
+    """The statistics of a layer; a stock one is a batch_norm."""
+    return layer.state() if isinstance(layer, Norm) else BatchNormState(layer.mean[...], layer.var[...])
+
+
+def transform_of(layer: Any) -> NormTransform:
+    """The pure functions of a layer."""
+    if isinstance(layer, Norm):
+        return layer.transform()
+    return batch_norm(axis=layer.axis, epsilon=layer.epsilon, use_fast_variance=layer.use_fast_variance)
+
+
+def _hook(path: str, module: Any, mode: str) -> tuple[Layer, jax.Array]:
+    layer = Layer(path, state_of(module).mean.shape, mode)
+    cls: Any = type(module)
+    module.__class__ = _hooked(cls)
+    positions = layer.positions()
+    module.jaxbn_slot = Slot(positions)
+    module.jaxbn_layer = nnx.static(layer)
+    return layer, positions
+
+
+@functools.cache  # the same class each time, so that equal models have equal graphdefs
+def _hooked(cls: type) -> type:
+    """The class with the hook right above the one that defines the call, where super().__call__ meets it."""
+    hook = _OurHook if issubclass(cls, Norm) else _StockHook
+    return hook if cls is nnx.BatchNorm else type(cls.__name__, (cls, hook), {})
+
+
+def _measured(
+    module: Any, normalize: Callable[..., jax.Array], plain: Callable[..., jax.Array], *args: Any, **kwargs: Any
+) -> jax.Array:
+    """The call of a hooked layer."""
+    layer: Layer = module.jaxbn_layer
+    x, mask, residual = call_arguments(*args, **kwargs)
+    transform = transform_of(module)
+    moments = transform.measure(x, mask=mask)
+    if layer.mode == "as_called":
+        y = plain(*args, **kwargs)
+    else:
+        groups = module.axis_index_groups
+        state = wanted_state(transform, state_of(module), moments, layer.mode, module.axis_name, groups)
+        y = normalize(module, state, x, residual)
+    return _harvest.mark(y, module.jaxbn_slot[...], moments, layer=layer)
+
+
+class _OurHook(Norm):
+    def __call__(self, *args: Any, **kwargs: Any) -> jax.Array:
+        return _measured(self, _normalize, super().__call__, *args, **kwargs)
+
+
+class _StockHook(nnx.BatchNorm):
+    def __call__(self, *args: Any, **kwargs: Any) -> jax.Array:
+        return _measured(self, _normalize_stock, super().__call__, *args, **kwargs)
+
+
+def _normalize(module: Any, state: State, x: jax.Array, residual: Any) -> jax.Array:
+    return module.transform().eval(module.params(), state, x, residual=residual)
+
+
+def _normalize_stock(module: Any, state: State, x: jax.Array, residual: Any) -> jax.Array:
+    """Through Flax's own call, so that its rules hold, on a stand-in for the layer that holds the wanted statistics."""
+    del residual  # which Flax does not have
+    stand_in = types.SimpleNamespace(
+        mean=state.mean, var=state.var, scale=module.scale, bias=module.bias, use_running_average=True,
+        **{name: getattr(module, name) for name in _STOCK_FIELDS},
+    )  # fmt: skip
+    y: jax.Array = nnx.BatchNorm.__call__(stand_in, x)  # type: ignore[arg-type]  # reads no more than these
+    return y

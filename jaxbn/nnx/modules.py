@@ -1,0 +1,196 @@
+"""Normalization layers for flax.nnx: fields and variables. What they compute is in jaxbn.methods."""
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.nnx.nn import dtypes
+from flax.nnx.nn.initializers import ones_init, zeros_init
+from flax.nnx.rnglib import Rngs
+from flax.typing import Initializer, PromoteDtypeFn
+from jax.typing import ArrayLike, DTypeLike
+
+from jaxbn.core.averaging import Averaging
+from jaxbn.core.axes import static
+from jaxbn.core.devices import check_groups
+from jaxbn.methods.base import NormParams, NormTransform, State
+from jaxbn.methods.batch_norm import batch_norm
+
+_ZEROS, _ONES = zeros_init(), ones_init()
+_MISSING_FLAG = (
+    "No `use_running_average` argument was provided to {name}. Pass it to the constructor, as in "
+    "{name}(..., use_running_average=True); or to the call, as in layer(x, use_running_average=True); or use "
+    "nnx.view(model, use_running_average=True)."
+)
+
+
+class Norm(nnx.Module):
+    """What all layers share: Flax's fields, and the plumbing between a transform and the variables.
+
+    A layer names the `factory` of its method, whose arguments are its fields.
+    """
+
+    factory: ClassVar[Callable[..., NormTransform]]
+
+    def __init__(
+        self,
+        num_features: int | Sequence[int],
+        *,
+        use_running_average: bool | None = False,
+        axis: int | Sequence[int] = -1,
+        momentum: ArrayLike | Averaging | None = 0.99,
+        epsilon: float = 1e-5,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        use_bias: bool = True,
+        use_scale: bool = True,
+        bias_init: Initializer = _ZEROS,
+        scale_init: Initializer = _ONES,
+        axis_name: str | tuple[str, ...] | None = None,
+        axis_index_groups: Any = None,
+        use_fast_variance: bool = True,
+        promote_dtype: PromoteDtypeFn = dtypes.promote_dtype,
+        rngs: Rngs,
+        bias_metadata: Mapping[str, Any] = MappingProxyType({}),
+        scale_metadata: Mapping[str, Any] = MappingProxyType({}),
+        activation: Callable[[jax.Array], jax.Array] | None = None,
+        allow_single_value: bool = False,
+        autodiff: bool = False,
+    ):
+        self.num_features = num_features if isinstance(num_features, int) else tuple(num_features)
+        self.use_running_average = use_running_average
+        self.axis = static(axis)
+        self.momentum = momentum
+        self.epsilon = epsilon
+        self.dtype = dtype
+        self.param_dtype = param_dtype
+        self.use_bias = use_bias
+        self.use_scale = use_scale
+        self.axis_name = axis_name
+        self.axis_index_groups = check_groups(axis_name, axis_index_groups)
+        self.use_fast_variance = use_fast_variance
+        self.promote_dtype = promote_dtype
+        self.activation = activation
+        self.allow_single_value = allow_single_value
+        self.autodiff = autodiff
+
+        for name, leaf in self._initial_state()._asdict().items():
+            if leaf is not None:
+                setattr(self, name, nnx.BatchStat(leaf))
+        shape = (num_features,) if isinstance(num_features, int) else tuple(num_features)
+        self.scale: nnx.Param[jax.Array] | None = nnx.data(None)
+        self.bias: nnx.Param[jax.Array] | None = nnx.data(None)
+        if use_scale:
+            self.scale = nnx.Param(scale_init(rngs.params(), shape, param_dtype), **scale_metadata)
+        if use_bias:
+            self.bias = nnx.Param(bias_init(rngs.params(), shape, param_dtype), **bias_metadata)
+
+    def transform(self) -> NormTransform:
+        """The pure functions of this layer."""
+        names = inspect.signature(self.factory).parameters
+        return self.factory(**{name: getattr(self, name) for name in names})
+
+    def state(self) -> State:
+        """The statistics as the methods' functions take them."""
+        initial = self._initial_state()
+        held = (name for name, leaf in initial._asdict().items() if leaf is not None)
+        return initial._replace(**{name: getattr(self, name)[...] for name in held})
+
+    def params(self) -> NormParams:
+        """The learned map as the methods' functions take it."""
+        return NormParams(*(None if p is None else p[...] for p in (self.scale, self.bias)))
+
+    def set_view(self, use_running_average: bool | None = None) -> None:
+        """Called by `nnx.view(model, use_running_average=...)`."""
+        if use_running_average is not None:
+            self.use_running_average = use_running_average
+
+    def __call__(
+        self,
+        x: ArrayLike,
+        use_running_average: bool | None = None,
+        *,
+        mask: ArrayLike | None = None,
+        residual: ArrayLike | None = None,
+    ) -> jax.Array:
+        """Normalizes x `[..., C]`, adds the residual and applies the activation.
+
+        Args:
+            x: The input; its shape but for the features may change from call to call.
+            use_running_average: True: normalize with the stored statistics. False: with those of the batch, and move
+                the stored ones. None: as the attribute says, which `train()`, `eval()` and `nnx.view` set.
+            mask: Booleans or real weights, broadcastable to `x`, of the values from which statistics are computed.
+            residual: Added to the normalized input before the activation, of the shape of `x`.
+
+        Returns:
+            An array of the shape of `x`.
+
+        Raises:
+            ValueError: If `use_running_average` is given nowhere, or the input does not fit; see `batch_norm`.
+        """
+        flag = self.use_running_average if use_running_average is None else use_running_average
+        if flag is None:
+            raise ValueError(_MISSING_FLAG.format(name=type(self).__name__))
+        transform, state = self.transform(), self.state()
+        if flag:
+            return transform.eval(self.params(), state, x, mask=mask, residual=residual)
+        y, new_state = transform.train(self.params(), state, x, mask=mask, residual=residual)
+        for name, leaf in new_state._asdict().items():
+            if leaf is not getattr(state, name):  # without a running average nothing is
+                getattr(self, name)[...] = leaf
+        return y
+
+    def _initial_state(self) -> State:
+        dtype = self.param_dtype if jnp.issubdtype(self.param_dtype, jnp.complexfloating) else jnp.float32
+        return self.transform().init(self.num_features, dtype=dtype)[1]
+
+
+class BatchNorm(Norm):
+    r"""Batch normalization; takes the place of `flax.nnx.BatchNorm`, with its variables and its checkpoints.
+
+    Change the import and nothing else. Differs from Flax's layer as :class:`jaxbn.linen.BatchNorm` does, and in this:
+    dtypes follow linen's rules, so that statistics are computed from the input as it is and stored ones are never
+    rounded; `promote_dtype` is accepted and not used.
+
+    Args:
+        num_features: Number of features, or their shape where there are several feature axes.
+        use_running_average: See the call.
+        axis: Feature axis, or several.
+        momentum: Weight of the OLD running value, in [0, 1); None keeps no running average; or a
+            :class:`jaxbn.Averaging`. All but a plain number add the variable `count`.
+        epsilon: Added to the variance.
+        dtype: Of the result; None: what input and parameters promote to.
+        param_dtype: Of the parameters.
+        use_bias: Whether to learn a bias.
+        use_scale: Whether to learn a scale.
+        bias_init: Initializer of the bias.
+        scale_init: Initializer of the scale.
+        axis_name: Axis of a `shard_map`, `pmap` or `vmap` over which the batch is spread; not used in evaluation.
+        axis_index_groups: Groups of devices that share statistics.
+        use_fast_variance: True sums about a shift, False centres first; both are numerically safe.
+        promote_dtype: Accepted, not used.
+        rngs: Keys for the initializers.
+        bias_metadata: Of the variable of the bias.
+        scale_metadata: Of the variable of the scale.
+        activation: Applied to the result; `jax.nn.relu` and `jax.nn.leaky_relu` cost no memory traffic here.
+        allow_single_value: Accept one value per channel in training.
+        autodiff: Use JAX's own derivative; forward mode needs it.
+
+    Returns:
+        A module.
+
+    Example:
+        >>> layer = jaxbn.nnx.BatchNorm(2, momentum=0.9, rngs=nnx.Rngs(0))
+        >>> y = layer(jnp.array([[1.0, 0.0], [3.0, 8.0]]))
+        >>> layer.mean[...].round(3)
+        Array([0.2, 0.4], dtype=float32)
+
+    References:
+        Ioffe & Szegedy, `Batch Normalization <https://arxiv.org/abs/1502.03167>`_, 2015.
+    """
+
+    factory = staticmethod(batch_norm)

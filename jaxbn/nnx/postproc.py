@@ -1,0 +1,104 @@
+"""Population statistics for any NNX model: the pass, and the write-back for those who run their own loop."""
+
+import functools
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from flax import nnx
+
+from jaxbn.core.moments import Moments
+from jaxbn.nnx.capture import Call, capture_moments, find_layers, run_model, state_of, transform_of
+from jaxbn.population.estimate import estimate
+from jaxbn.population.estimators import Estimator, Layers, pooled
+from jaxbn.population.layers import moments_for
+from jaxbn.population.report import Report, compare
+
+
+def postproc(
+    model: Any,
+    batches: Iterable[Any],
+    *,
+    call: Call | None = None,
+    estimator: Estimator = pooled(),  # noqa: B008  a constant: pure functions, made once
+    progress: bool | None = None,
+) -> tuple[Any, Report]:
+    """Estimates the population statistics of every normalization layer, with the parameters fixed.
+
+    As :func:`jaxbn.linen.postproc`, for NNX: a new model comes back, and the one given is left untouched.
+
+    Args:
+        model: The model.
+        batches: Any iterable of batches. Sizes may differ: every value counts once.
+        call: Runs the model; None: `lambda model, batch: model(batch)`. Whatever flags it passes, layers use their
+            batch's statistics. Pass the same function object again and it is not compiled again.
+        estimator: `jaxbn.pooled()`, `jaxbn.mean_of_batches()` or `jaxbn.moving_average()`.
+        progress: Show a progress bar. None: if this is a terminal.
+
+    Returns:
+        A new model, in which only statistics differ, and a `Report` of what changed in which layer. Layers that no
+        batch went through keep their statistics.
+
+    Raises:
+        ValueError: If there is no batch, no normalization layer, none was reached, or a batch gave NaN.
+
+    Example:
+        >>> data = jnp.arange(10.0)[:, None]
+        >>> model = nnx.BatchNorm(1, rngs=nnx.Rngs(0))
+        >>> model, report = jaxbn.nnx.postproc(model, [data[:8], data[8:]])
+        >>> model.mean[...], model.var[...]
+        (Array([4.5], dtype=float32), Array([8.25], dtype=float32))
+
+    References:
+        Ioffe & Szegedy, `Batch Normalization <https://arxiv.org/abs/1502.03167>`_, 2015, Algorithm 2, steps 7-12.
+    """
+    old = {path: state_of(layer) for path, layer in find_layers(model).items()}
+    graphdef, state = nnx.split(model)
+    measure = _measure(run_model if call is None else call, graphdef)
+    moments, count = estimate(measure, state, batches, estimator=estimator, progress=progress)
+    new_model = install_moments(model, moments)
+    new = {path: state_of(layer) for path, layer in find_layers(new_model).items()}
+    report = Report(estimator.name, count, compare(old, new, moments))
+    report.check_reached()
+    return new_model, report
+
+
+def install_moments(model: Any, moments: Mapping[str, Moments]) -> Any:
+    """Writes moments into the statistics of their layers; the model given is left untouched.
+
+    Args:
+        model: The model.
+        moments: `Moments` by layer path, as `capture_moments` and the estimators give them. Where the count is 0 the
+            statistics stay.
+
+    Returns:
+        A new model.
+
+    Raises:
+        ValueError: If a path is not that of a normalization layer, or the features of a layer differ.
+
+    Example:
+        >>> data = jnp.array([[1.0], [3.0]])
+        >>> model = nnx.BatchNorm(1, rngs=nnx.Rngs(0))
+        >>> _, moments = jaxbn.nnx.capture_moments()(model, data)
+        >>> jaxbn.nnx.install_moments(model, moments).mean[...]
+        Array([2.], dtype=float32)
+    """
+    copy = nnx.clone(model)
+    layers = find_layers(copy)
+    states = {path: state_of(layer) for path, layer in layers.items()}
+    for path in moments:
+        found = moments_for(path, moments, states)
+        for name, leaf in transform_of(layers[path]).postproc(states[path], found)._asdict().items():
+            if leaf is not None:
+                getattr(layers[path], name)[...] = leaf
+    return copy
+
+
+@functools.lru_cache(maxsize=16)  # the same call and model structure give the same function, and so the compiled step
+def _measure(call: Call, graphdef: Any) -> Any:
+    captured = capture_moments(call, mode="batch")
+
+    def measure(state: Any, batch: Any) -> Layers:
+        return captured(nnx.merge(graphdef, state), batch)[1]
+
+    return measure
