@@ -13,9 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import jaxbn
 import jaxbn.linen
+import jaxbn.nnx
 
 MODULES = ["jaxbn", *(m.name for m in pkgutil.walk_packages(jaxbn.__path__, "jaxbn."))]
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
@@ -36,7 +38,7 @@ SUMMARY_ONLY = {
 def doctests(module_name):
     """The doctests of what a module defines itself, with the names that the docstrings may use."""
     module = importlib.import_module(module_name)
-    names = {"jax": jax, "jnp": jnp, "np": np, "flax": flax, "jaxbn": jaxbn}
+    names = {"jax": jax, "jnp": jnp, "np": np, "flax": flax, "nnx": nnx, "jaxbn": jaxbn}
     tests = doctest.DocTestFinder(exclude_empty=True).find(module, module_name, extraglobs=names)
     return [test for test in tests if test.examples]
 
@@ -45,7 +47,7 @@ def public_names():
     """Every public name of the packages that users import from."""
     named = {
         f"{package.__name__}.{name}": value
-        for package in (jaxbn, jaxbn.linen)
+        for package in (jaxbn, jaxbn.linen, jaxbn.nnx)
         for name, value in vars(package).items()
         if not name.startswith("_") and not inspect.ismodule(value)
     }
@@ -75,7 +77,8 @@ def test_public_names_are_documented(name, value):
     assert summary and len(summary.splitlines()) == 1 and summary.endswith("."), f"{name} has no one-line summary"
     if name in SUMMARY_ONLY:
         return
-    title, parameters = ("Attributes", fields(value)) if inspect.isclass(value) else ("Args", arguments(value))
+    layer = inspect.isclass(value) and issubclass(value, flax.linen.Module)  # whose arguments are attributes
+    title, parameters = ("Attributes", fields(value)) if layer else ("Args", arguments(value))
     listed = re.findall(r"^    (\w+): ", section(doc, title), re.MULTILINE)
     missing = [parameter for parameter in parameters if parameter not in listed]
     assert not missing, f"{name} says nothing of {missing} under {title}:"
@@ -85,6 +88,8 @@ def test_public_names_are_documented(name, value):
 
 
 def arguments(function):
+    if inspect.isclass(function):  # NNX hides the signature of the constructor behind that of its metaclass
+        return list(inspect.signature(function.__init__).parameters)[1:]
     return list(inspect.signature(function).parameters)
 
 
