@@ -172,7 +172,7 @@ def test_no_gradient_flows_through_the_state(case, x):
         return (y + transform.eval(params, state, x)).sum()
 
     for gradient in jax.tree.leaves((jax.grad(into)(x, state), jax.grad(out_of)(state))):
-        np.testing.assert_array_equal(gradient, 0 * gradient)
+        np.testing.assert_array_equal(gradient, np.zeros_like(gradient))
 
 
 @every_case
@@ -380,4 +380,4 @@ def test_bias_before_has_no_gradient(case, x, target):
 
     before, behind = jax.grad(loss, (0, 1))(jnp.zeros((1, 1, FEATURES)), jnp.zeros((1, 1, FEATURES)))
     assert np.abs(behind).min() > 1e-3  # a bias behind the layer has one
-    np.testing.assert_allclose(before, 0 * before, atol=1e-6)
+    np.testing.assert_allclose(before, np.zeros_like(before), atol=1e-6)

@@ -138,6 +138,10 @@ ERRORS = {
         [lambda: train(X[:1]), lambda: LAYER.apply(variables(), X[:1], mutable=["batch_stats"])],
     ),
     "does not broadcast to the input": (ValueError, [lambda: train(mask=jnp.ones(2, bool))]),
+    'No Variable named "count"': (
+        flax.errors.ScopeVariableNotFoundError,
+        [lambda: jaxbn.linen.BatchNorm(True, momentum=jaxbn.cumulative()).apply(variables(), X)],
+    ),
     "There was no batch to estimate statistics from": (
         ValueError,
         [lambda: postproc([]), lambda: postproc(read_before())],
@@ -181,4 +185,7 @@ def test_the_fixes_of_the_error_table_work():
     on_devices()  # and where the axis has the name, a batch of one per device is large enough
     jax.vmap(lambda x: on_devices().apply(variables(), x, mutable=["batch_stats"]), axis_name="devices")(X[:, None])
     train(mask=jnp.ones(2, bool)[:, None])
+    counted = variables()
+    counted["batch_stats"]["count"] = jnp.zeros(())
+    jaxbn.linen.BatchNorm(True, momentum=jaxbn.cumulative()).apply(counted, X)
     jax.jvp(lambda x: train(x, jaxbn.batch_norm(autodiff=True))[0], (X,), (X,))

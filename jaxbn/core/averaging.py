@@ -11,11 +11,11 @@ so that the stored value can be used at any time, whatever it started from.
 import dataclasses
 import warnings
 from collections.abc import Callable
-from numbers import Real
 from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 from jaxbn.core import dtypes as _dtypes
@@ -38,7 +38,7 @@ class Averaging:
         raise NotImplementedError
 
     def advance(self, count: jax.Array, samples: jax.Array) -> jax.Array:
-        """The count after this batch; float32 stays at 2^24 steps, where no average depends on it any more."""
+        """The count after this batch. A float32 stays at 2^24 steps, and a schedule at its value there."""
         del samples
         return count + 1
 
@@ -97,7 +97,9 @@ def constant(momentum: ArrayLike = 0.99, *, debias: bool = False) -> Averaging:
 
     Args:
         momentum: Weight of the OLD value, in [0, 1). PyTorch's momentum is one minus this.
-        debias: Undo the initial values 0 and 1 exactly, from the first step on; adds a `count` to the state.
+        debias: Undo the initial values 0 and 1 exactly, from the first step on; adds a `count` to the state. (It is
+            one count for all channels: a channel that a step leaves out, because it is masked altogether or not
+            finite, keeps a share of its initial value. So it is with `cumulative` and `horizon`.)
 
     Returns:
         An `Averaging`.
@@ -112,7 +114,7 @@ def constant(momentum: ArrayLike = 0.99, *, debias: bool = False) -> Averaging:
         >>> float(state.mean[0]), float(state.var[0])
         (2.0, 1.0)
     """
-    check_momentum(momentum)
+    _check_momentum(momentum, stacklevel=3)
     return _Debiased(momentum) if debias else _Constant(momentum)
 
 
@@ -188,23 +190,27 @@ def as_averaging(momentum: "ArrayLike | Averaging | None") -> Averaging | None:
         return momentum
     if callable(momentum):
         raise TypeError(f"momentum={momentum!r} is a function; write momentum=jaxbn.scheduled(...).")
-    return constant(momentum)
+    _check_momentum(momentum, stacklevel=5)
+    return _Constant(momentum)
 
 
-def check_momentum(momentum: ArrayLike) -> None:
+def _check_momentum(momentum: ArrayLike, stacklevel: int) -> None:
     """Raises outside [0, 1), and warns of values that look like PyTorch's. A traced number cannot be checked."""
-    if not isinstance(momentum, Real):
+    if isinstance(momentum, jax.core.Tracer):
         return
-    if not 0 <= momentum < 1:
+    if isinstance(momentum, str) or np.ndim(momentum) or not np.isrealobj(momentum):
+        raise TypeError(f"momentum={momentum!r} must be a number, None, or an average such as jaxbn.cumulative().")
+    number = float(momentum)  # type: ignore[arg-type]  # a real scalar, as was checked
+    if not 0 <= number < 1:
         raise ValueError(
-            f"momentum={momentum} is outside [0, 1): it is the weight of the OLD value, 0.99 by default. For training "
+            f"momentum={number:g} is outside [0, 1): it is the weight of the OLD value, 0.99 by default. For training "
             f"without running averages pass momentum=None; for the plain average of all steps jaxbn.cumulative()."
         )
-    if 0 < momentum < 0.5:
+    if 0 < number < 0.5:
         warnings.warn(
-            f"momentum={momentum} is the weight of the OLD value. PyTorch's momentum is the weight of the new one: if "
-            f"this number comes from there, pass {1 - momentum:g}.",
-            stacklevel=4,
+            f"momentum={number:g} is the weight of the OLD value. PyTorch's momentum is the weight of the new one: if "
+            f"this number comes from there, pass {1 - number:g}.",
+            stacklevel=stacklevel,
         )
 
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.typing import ArrayLike
 
 Axis = int | Sequence[int]
@@ -108,7 +109,7 @@ def check_training_batch(shape: Sequence[int], axis: Axis, values: int, allow_si
 
 
 def weights_like(mask: ArrayLike | None, shape: Sequence[int]) -> jax.Array | None:
-    """The mask as float32 weights of the rank of the input; booleans are 0 or 1, what is not positive is 0.
+    """The mask as float32 weights of the rank of the input, constants; booleans are 0 or 1, what is not positive is 0.
 
     Raises:
         ValueError: If the mask does not broadcast to the input by NumPy's rules.
@@ -130,4 +131,4 @@ def weights_like(mask: ArrayLike | None, shape: Sequence[int]) -> jax.Array | No
     if jnp.issubdtype(weights.dtype, jnp.complexfloating):
         raise TypeError(f"A mask holds booleans or real weights, but this one is {weights.dtype}.")
     weights = weights.reshape((1,) * (len(shape) - weights.ndim) + weights.shape).astype(jnp.float32)
-    return jnp.where(weights > 0, weights, 0)
+    return lax.stop_gradient(jnp.where(weights > 0, weights, 0))

@@ -23,14 +23,14 @@ Groups = tuple[tuple[int, ...], ...]
 def count_blocks(x: jax.Array, rows: int) -> int:
     """Into how many blocks of equal size the rows (axis `rows` of x) are cut: one for each device of the mesh in sight.
 
-    One where there is no mesh, or where its size does not divide the rows.
+    One where there is no mesh; fewer where its size does not divide the rows.
     """
     sharding = jax.typeof(x).sharding
     size = dict(zip(sharding.mesh.axis_names, sharding.mesh.axis_sizes, strict=True))
     types = dict(zip(sharding.mesh.axis_names, sharding.mesh.axis_types, strict=True))
     explicit = math.prod(size[name] for name in _names(sharding.spec[rows]) if types[name] is AxisType.Explicit)
     automatic = math.prod(size[name] for name in size if types[name] is AxisType.Auto)
-    return next(blocks for blocks in (explicit * automatic, explicit, 1) if blocks and x.shape[rows] % blocks == 0)
+    return explicit * math.gcd(x.shape[rows] // explicit, automatic)
 
 
 def cut(x: jax.Array, rows: int, blocks: int) -> jax.Array:

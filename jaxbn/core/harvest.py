@@ -205,7 +205,7 @@ def _apply(eqn: Any, values: list[Any]) -> _Result:
     with source_info_util.user_context(eqn.source_info.traceback, name_stack=names), eqn.ctx.manager:
         if _marked(eqn):
             if (name := eqn.primitive.name) not in _RULES:
-                place = source_info_util.summarize(eqn.source_info)
+                place = source_info_util.summarize(eqn.source_info) or "place unknown"
                 raise NotImplementedError(
                     f"a marked layer runs inside `{name}` ({place}), out of which its moments cannot be taken. "
                     f"Capture inside `{name}` instead of around it, or move the layer out of it."

@@ -168,43 +168,42 @@ def _backward(
     spec: Spec, measure: Measure, saved: tuple[Any, ...], cotangents: tuple[jax.Array, _moments.Moments]
 ) -> tuple[Operands, None]:
     del measure
-    dy, _ = cotangents  # the moments leave as constants
-    (x, scale, bias, residual, weights), mean, inverse, share, y = saved
+    operands, mean, inverse, share, y = saved
+    x, scale, bias, residual, weights = operands
     lay_out = _layout(spec, x)
     centred = _centre(x, lay_out(mean), weights)
     multiplier = _multiplier(inverse, scale)
-    dz = dy.astype(centred.dtype)
-    if spec.activation is not None:
-        if y is None:
-            y = centred * lay_out(multiplier) + (0 if bias is None else lay_out(bias))
-        dz = dz * _activation_slope(spec.activation, y, dz.dtype)
-    if weights is not None:
-        dz = jnp.where(_usable(x, weights), dz, 0)
+    dz = _before_activation(spec, operands, centred, lay_out(multiplier), y, cotangents[0])
 
     partial = _moments.sum_in_blocks(_axes.split(x.ndim, spec.axis), dz, dz * centred)
     local_dz, local_dzx = partial.sum(0)
-    total = _devices.total(partial, spec.axis_name, spec.axis_index_groups)
-    sum_dz, sum_dzx = total
+    sum_dz, sum_dzx = _devices.total(partial, spec.axis_name, spec.axis_index_groups)
     correction = lay_out(sum_dz * share) + centred * lay_out(sum_dzx * share * jnp.square(inverse))
     if weights is not None:
         correction = correction * weights.astype(dz.dtype)
     dx = lay_out(multiplier) * (dz - correction)
 
-    def cotangent(local: jax.Array, primal: jax.Array, summed: jax.Array | None = None) -> Any:
-        if not jnp.issubdtype(primal.dtype, jnp.inexact):
+    def cotangent(local: jax.Array, primal: jax.Array | None, summed: jax.Array | None = None) -> Any:
+        if primal is None or not jnp.issubdtype(primal.dtype, jnp.inexact):
             return None  # integers have no derivative
         return _devices.match_cotangent(local, primal, summed, spec.axis_name).astype(primal.dtype)
 
-    return (
-        Operands(
-            x=cotangent(dx, x),
-            scale=None if scale is None else cotangent(local_dzx * inverse, scale, sum_dzx * inverse),
-            bias=None if bias is None else cotangent(local_dz, bias, sum_dz),
-            residual=None if residual is None else dz.astype(residual.dtype),
-            weights=None,
-        ),
-        None,
-    )
+    dscale, dbias = cotangent(local_dzx * inverse, scale, sum_dzx * inverse), cotangent(local_dz, bias, sum_dz)
+    dresidual = None if residual is None else dz.astype(residual.dtype)
+    return Operands(cotangent(dx, x), dscale, dbias, dresidual, None), None
+
+
+def _before_activation(
+    spec: Spec, operands: Operands, centred: jax.Array, multiplier: jax.Array, y: jax.Array | None, dy: jax.Array
+) -> jax.Array:
+    """The cotangent of the pre-activation, dz; y is the output where it was kept. The moments leave as constants."""
+    x, bias, weights = operands.x, operands.bias, operands.weights
+    dz = dy.astype(centred.dtype)
+    if spec.activation is not None:
+        if y is None:
+            y = centred * multiplier + (0 if bias is None else _layout(spec, x)(bias))
+        dz = dz * _activation_slope(spec.activation, y, dz.dtype)
+    return dz if weights is None else jnp.where(_usable(x, weights), dz, 0)
 
 
 _batch_normalize.defvjp(_save, _backward)

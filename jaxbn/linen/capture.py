@@ -114,12 +114,17 @@ def _with_slots(variables: dict[str, Any], positions: Mapping[Layer, jax.Array])
 
 
 def _without_slots(tree: Any) -> Any:
-    """Outputs in which the call returned its variables, as `mutable=` does, without the slots."""
-    if isinstance(tree, dict | flax.core.FrozenDict):
-        return type(tree)({key: _without_slots(value) for key, value in tree.items() if key != _SLOT})
-    if isinstance(tree, list | tuple) and not hasattr(tree, "_fields"):
-        return type(tree)(map(_without_slots, tree))
-    return tree
+    """Outputs in which the call returned its variables, as with `mutable=`, without the slots."""
+
+    def holds_slot(node: Any) -> bool:
+        return isinstance(node, dict | flax.core.FrozenDict) and _SLOT in node
+
+    def strip(node: Any) -> Any:
+        if not holds_slot(node):
+            return node
+        return type(node)({key: _without_slots(value) for key, value in node.items() if key != _SLOT})
+
+    return jax.tree.map(strip, tree, is_leaf=holds_slot)
 
 
 def keys(path: str) -> tuple[str, ...]:

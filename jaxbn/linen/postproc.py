@@ -33,9 +33,10 @@ def postproc(
     Args:
         call: Runs the model, for one `lambda variables, batch: net.apply(variables, batch["image"], train=False)`.
             Whatever flags it passes, layers use their batch's statistics, dropout may be off, and nothing needs to be
-            mutable. Pass the same function object again and it is not compiled again.
+            mutable. Pass the same function object again and it is not compiled again; what is compiled for a new one
+            each time is kept.
         variables: All variables of the model; they are left untouched.
-        batches: Any iterable of batches. Sizes may differ: every value counts once.
+        batches: Any iterable of batches, pytrees of arrays. Sizes may differ: every value counts once.
         estimator: `jaxbn.pooled()`, `jaxbn.mean_of_batches()` or `jaxbn.moving_average()`.
         progress: Show a progress bar. None: if this is a terminal.
 

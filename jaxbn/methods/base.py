@@ -35,7 +35,7 @@ class NormTransform(NamedTuple):
     train: Callable[..., tuple[jax.Array, State]]
     # (params, state, x, *, mask=None, residual=None) -> y: normalize with the stored statistics
     eval: Callable[..., jax.Array]
-    # (x, *, mask=None) -> Moments of the values on this device: what a statistics pass accumulates
+    # (x, *, mask=None) -> Moments of x, not reduced over a named axis: what a statistics pass accumulates
     measure: Callable[..., Moments]
     # (state, moments) -> state: install the moments of the population
     postproc: Callable[[State, Moments], State]

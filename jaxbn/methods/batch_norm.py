@@ -33,7 +33,8 @@ class BatchNormState(NamedTuple):
 
     mean: jax.Array  # f32[C]; complex for complex inputs
     var: jax.Array  # f32[C], biased
-    count: jax.Array | None = None  # type: ignore[assignment]  # hides tuple.count; f32[]: steps (samples for a horizon) averaged so far; None if not needed
+    # f32[]: steps (samples for a horizon) averaged so far; None if the average needs no count
+    count: jax.Array | None = None  # type: ignore[assignment]  # hides tuple.count
 
 
 def batch_norm(
@@ -55,13 +56,14 @@ def batch_norm(
 
     Use it where batches are large (16 or more values per channel) and drawn at random. The statistics do not depend
     on how a batch is spread over devices: nothing needs to be named under `jit` on sharded arrays; under `shard_map`,
-    `pmap` and `vmap` give `axis_name`. A step costs one collective forward and one backward.
+    `pmap` and `vmap` give `axis_name`. Where the rows are what is spread, a step costs one collective forward and one
+    backward.
 
     Args:
         momentum: Weight of the OLD running value, in [0, 1). PyTorch's momentum is one minus this. None: training
             keeps no running average, and the statistics come from a postproc pass (Method TWO). Or an average made by
             `constant`, `scheduled`, `cumulative` or `horizon`.
-        epsilon: Added to the variance, positive.
+        epsilon: Added to the variance; not negative.
         axis: Feature axis of `x`, or several.
         dtype: Of the output. None: what x, scale, bias and residual promote to.
         use_bias: Learn the bias :math:`\beta`.
@@ -100,6 +102,7 @@ def batch_norm(
         the running variance is the biased one, as in Flax; the unbiased one is an estimator of the postproc pass.
     """
     average = _averaging.as_averaging(momentum)
+    axis_name = axis_name if axis_name is None or isinstance(axis_name, str) else tuple(axis_name)
     groups = _devices.check_groups(axis_name, axis_index_groups)
     spec = _normalize.Spec(_axes.static(axis), epsilon, activation, dtype, axis_name, groups)
     _normalize.check_spec(spec)
@@ -109,7 +112,8 @@ def batch_norm(
     def init(
         feature_shape: int | Sequence[int], *, dtype: DTypeLike = jnp.float32
     ) -> tuple[NormParams, BatchNormState]:
-        shape = (feature_shape,) if isinstance(feature_shape, int) else tuple(feature_shape)
+        given = _axes.static(feature_shape)
+        shape = given if isinstance(given, tuple) else (given,)
         params = NormParams(
             jnp.ones(shape, dtype) if use_scale else None,
             jnp.zeros(shape, dtype) if use_bias else None,
@@ -134,7 +138,7 @@ def batch_norm(
         y, moments = _normalize.batch_normalize(spec, everywhere, operands, state.mean, state.var, autodiff=autodiff)
         if average is None:
             return y, state
-        samples = moments.count.max() / math.prod(x.shape[a] for a in _axes.split(x.ndim, axis).reduced[1:])
+        samples = moments.count.max(initial=0) / math.prod(x.shape[a] for a in _axes.split(x.ndim, axis).reduced[1:])
         return y, _move(average, state, moments, samples)
 
     def evaluate(

@@ -28,7 +28,7 @@ def postproc(
 
     Args:
         model: The model.
-        batches: Any iterable of batches. Sizes may differ: every value counts once.
+        batches: Any iterable of batches, pytrees of arrays. Sizes may differ: every value counts once.
         call: Runs the model; None: `lambda model, batch: model(batch)`. Whatever flags it passes, layers use their
             batch's statistics. Pass the same function object again and it is not compiled again.
         estimator: `jaxbn.pooled()`, `jaxbn.mean_of_batches()` or `jaxbn.moving_average()`.

@@ -131,7 +131,8 @@ def mean_of_batches(*, unbiased: bool = True) -> Estimator:
 
 
 class _Moving(NamedTuple):
-    count: jax.Array  # type: ignore[assignment]  # hides tuple.count; values seen
+    # Values seen.
+    count: jax.Array  # type: ignore[assignment]  # hides tuple.count
     kept: jax.Array  # decay^batches: the share of the initial values that is left
     mean: jax.Array
     std: jax.Array

@@ -94,8 +94,10 @@ def test_momentum_outside_its_range(momentum):
 
 @pytest.mark.parametrize("momentum", [0.01, 0.1, 0.4])
 def test_momentum_that_looks_like_pytorchs(momentum):
-    with pytest.warns(UserWarning, match=f"if this number comes from there, pass {1 - momentum:g}"):
-        jaxbn.batch_norm(momentum=momentum)
+    for make in (jaxbn.constant, lambda momentum: jaxbn.batch_norm(momentum=momentum)):
+        with pytest.warns(UserWarning, match=f"if this number comes from there, pass {1 - momentum:g}") as caught:
+            make(momentum)
+        assert caught[0].filename == __file__  # where the user wrote it
 
 
 def test_a_traced_momentum_is_taken_as_it_is():
@@ -107,6 +109,28 @@ def test_a_traced_momentum_is_taken_as_it_is():
         return transform.train(*transform.init(1), x)[1].mean
 
     np.testing.assert_allclose(mean_after(0.75), [0.5], rtol=1e-6)
+
+
+def test_a_channel_that_a_step_left_out_keeps_a_share_of_its_initial_value():
+    """One count serves all channels; documented in `constant`."""
+    transform = jaxbn.batch_norm(momentum=jaxbn.cumulative())
+    params, state = transform.init(2)
+    batches = np.full((10, 4, 2), 5, np.float32)
+    batches[0, 0, 1] = np.nan
+    for batch in batches:
+        _, state = transform.train(params, state, batch)
+    np.testing.assert_allclose(state.mean, [5.0, 4.5], rtol=1e-6)
+
+
+@pytest.mark.parametrize("momentum", ["0.9", np.ones(3), 1j])
+def test_momentum_that_is_no_number(momentum):
+    with pytest.raises(TypeError, match="must be a number, None, or an average"):
+        jaxbn.batch_norm(momentum=momentum)
+
+
+def test_momentum_as_an_array_is_checked():
+    with pytest.raises(ValueError, match="outside"):
+        jaxbn.batch_norm(momentum=jnp.array(1.5))
 
 
 def test_what_is_no_average():

@@ -1,5 +1,7 @@
 """Moments against float64 NumPy, from a cold start, with data on which the textbook formula fails."""
 
+import re
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -85,6 +87,26 @@ def test_rows_that_the_devices_do_not_divide_are_one_block():
     on = mesh()
     x = jax.device_put(data(1e4, 0.1, (19, 4)), NamedSharding(on, P()))
     assert relative_error(jax.jit(jaxbn.batch_moments)(x), np.asarray(x)) < SUMMATION
+
+
+@pytest.mark.parametrize("rows", [12, 16, 6])
+def test_rows_that_only_some_mesh_axes_divide_are_still_gathered_once(rows):
+    on = jax.make_mesh((2, 4), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
+    x = jax.device_put(data(1e3, 1, (rows, 5, 4)), NamedSharding(on, P("a")))
+    compiled = jax.jit(jaxbn.batch_moments).lower(x).compile()
+    assert relative_error(compiled(x), np.asarray(x)) < SUMMATION
+    assert re.findall(r" (all-gather|all-reduce|all-to-all|collective-permute)(?:-start)?\(", compiled.as_text()) == [
+        "all-gather"
+    ]
+
+
+@pytest.mark.parametrize("distance", [3, 10, 30, 100])
+@pytest.mark.parametrize("fast", [True, False])
+def test_a_first_row_that_is_an_outlier(distance, fast):
+    """The shift is the mean of 16 values at least: a single one would cost 1e-7 distance^2, 1e-3 at 100."""
+    x = data(0, 1, (8192, 4))
+    x[0] = distance
+    assert relative_error(jaxbn.batch_moments(x, use_fast_variance=fast), x) < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -231,6 +253,15 @@ def test_accumulators_merge_to_the_same_as_one_pass():
 def test_errors_name_the_fix(arguments, message):
     with pytest.raises(ValueError, match=message):
         jaxbn.batch_moments(np.ones((8, 4), np.float32), **arguments)
+
+
+def test_weights_are_constants(rng):
+    x, weights = data(0, 1, (8, 4)), jnp.ones((8, 1))
+    for autodiff in (False, True):
+        transform = jaxbn.batch_norm(autodiff=autodiff)
+        params, state = transform.init(4)
+        loss = lambda mask, t=transform, p=params, s=state: jnp.sin(t.train(p, s, x, mask=mask)[0]).sum()  # noqa: E731
+        np.testing.assert_array_equal(jax.grad(loss)(weights), np.zeros_like(weights))
 
 
 def test_complex_masks_are_refused():

@@ -1,12 +1,16 @@
 """Moments and statistics of linen models, stock and ours, against float64 over what the layers were really given."""
 
+from typing import Any, NamedTuple
+
 import chex
 import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from flax.training.train_state import TrainState
 
 import jaxbn
 import jaxbn.linen
@@ -326,6 +330,27 @@ def test_what_the_interceptor_leans_on_in_flax(rng):
     from jaxbn.linen import capture
 
     assert calls == {nn.BatchNorm: capture.STOCK_CALL, jaxbn.linen.BatchNorm: capture.OUR_CALL}
+
+
+class Holder(NamedTuple):
+    statistics: Any
+    other: Any
+
+
+@every_norm
+def test_outputs_that_hold_the_variables_come_back_without_slots(norm, rng):
+    x = rng.standard_normal((4, 3)).astype(np.float32)
+    net = norm(use_running_average=True)
+    variables = net.init(jax.random.key(0), x)
+    optimizer = optax.sgd(0.1)
+    holders = [
+        lambda v, y: TrainState.create(apply_fn=None, params=v, tx=optimizer),
+        lambda v, y: Holder(v["batch_stats"], [y, None]),
+        lambda v, y: {"a": ({"b": v},)},
+    ]
+    for hold in holders:
+        outputs, _ = jaxbn.linen.capture_moments(lambda v, b, hold=hold: hold(v, net.apply(v, b)))(variables, x)
+        chex.assert_trees_all_equal_structs(outputs, hold(variables, x))
 
 
 def test_errors_of_capture():
