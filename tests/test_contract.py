@@ -317,7 +317,7 @@ def test_nnx_is_the_core(case, x, dtype):
     @nnx.jit
     def host(module, x):
         evaluated = module(x, use_running_average=True)
-        return module(x, use_running_average=False), module.state(), evaluated
+        return module(x, use_running_average=False), module.state, evaluated
 
     @jax.jit
     def core(params, state, x):
@@ -327,7 +327,7 @@ def test_nnx_is_the_core(case, x, dtype):
     found = host(module, x)
     chex.assert_trees_all_equal(found, expected)
     chex.assert_trees_all_equal_shapes_and_dtypes(found, expected)
-    chex.assert_trees_all_equal(module.state(), expected[1])
+    chex.assert_trees_all_equal(module.state, expected[1])
 
 
 @every_case

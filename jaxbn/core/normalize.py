@@ -227,7 +227,10 @@ def _usable(x: jax.Array, weights: jax.Array) -> jax.Array:
 
 
 def _multiplier(inverse: jax.Array, scale: jax.Array | None) -> jax.Array:
-    return inverse if scale is None else inverse * scale.astype(_dtypes.promote(inverse.dtype, scale.dtype))
+    if scale is None:
+        return inverse
+    dtype = _dtypes.promote(inverse.dtype, scale.dtype)
+    return inverse.astype(dtype) * scale.astype(dtype)
 
 
 def _activation_slope(activation: Activation, y: jax.Array, dtype: Any) -> jax.Array:

@@ -180,7 +180,7 @@ def _move(
     if jnp.iscomplexobj(moments.mean) and not jnp.iscomplexobj(state.mean):
         raise TypeError(
             f"The mean of a complex input is complex, but the statistics are {state.mean.dtype}. Initialize with a "
-            f"complex input, or with init(..., dtype={moments.mean.dtype})."
+            f"complex input (linen), with param_dtype= (NNX), or with init(..., dtype={moments.mean.dtype})."
         )
     good = (moments.count > 0) & jnp.isfinite(moments.mean) & jnp.isfinite(moments.var)
     count = jnp.zeros((), jnp.float32) if state.count is None else state.count

@@ -65,7 +65,7 @@ def capture_moments(
         graphdef, state = nnx.split(copy)
         outputs, records = _harvest.harvest(lambda state, batch: call(nnx.merge(graphdef, state), batch))(state, batch)
         collected = _harvest.collect(records, whole)
-        return outputs, {layer.path: layer.moments_from(collected) for layer in whole}
+        return _without_hooks(outputs), {layer.path: layer.moments_from(collected) for layer in whole}
 
     return captured
 
@@ -89,13 +89,13 @@ def find_layers(model: Any) -> dict[str, Any]:
 
 def state_of(layer: Any) -> State:
     """The statistics of a layer; a stock one is a batch_norm."""
-    return layer.state() if isinstance(layer, Norm) else BatchNormState(layer.mean[...], layer.var[...])
+    return layer.state if isinstance(layer, Norm) else BatchNormState(layer.mean[...], layer.var[...])
 
 
 def transform_of(layer: Any) -> NormTransform:
     """The pure functions of a layer."""
     if isinstance(layer, Norm):
-        return layer.transform()
+        return layer.transform
     return batch_norm(axis=layer.axis, epsilon=layer.epsilon, use_fast_variance=layer.use_fast_variance)
 
 
@@ -114,6 +114,21 @@ def _hooked(cls: type) -> type:
     """The class with the hook right above the one that defines the call, where super().__call__ meets it."""
     hook = _OurHook if issubclass(cls, Norm) else _StockHook
     return hook if cls is nnx.BatchNorm else type(cls.__name__, (cls, hook), {})
+
+
+def _without_hooks(outputs: Any) -> Any:
+    """Outputs in which the call returned its model, or a state of it, as they would be without capture."""
+
+    def is_state(node: Any) -> bool:
+        return isinstance(node, nnx.State)
+
+    for _, module in nnx.iter_modules(outputs):
+        if isinstance(module, _OurHook | _StockHook):
+            module.__class__ = type(module).__bases__[0]
+            for name in ("jaxbn_slot", "jaxbn_layer"):
+                delattr(module, name)
+    filtered = nnx.Not(Slot)
+    return jax.tree.map(lambda n: nnx.filter_state(n, filtered) if is_state(n) else n, outputs, is_leaf=is_state)
 
 
 def _measured(
@@ -144,7 +159,7 @@ class _StockHook(nnx.BatchNorm):
 
 
 def _normalize(module: Any, state: State, x: jax.Array, residual: Any) -> jax.Array:
-    return module.transform().eval(module.params(), state, x, residual=residual)
+    return module.transform.eval(module.params, state, x, residual=residual)
 
 
 def _normalize_stock(module: Any, state: State, x: jax.Array, residual: Any) -> jax.Array:
@@ -154,5 +169,12 @@ def _normalize_stock(module: Any, state: State, x: jax.Array, residual: Any) -> 
         mean=state.mean, var=state.var, scale=module.scale, bias=module.bias, use_running_average=True,
         **{name: getattr(module, name) for name in _STOCK_FIELDS},
     )  # fmt: skip
+    if module.jaxbn_layer.mode == "batch":  # Flax rounds stored statistics to the dtype of the layer, the batch's not
+        stand_in.promote_dtype = functools.partial(_promote_all_but_statistics, module.promote_dtype)
     y: jax.Array = nnx.BatchNorm.__call__(stand_in, x)  # type: ignore[arg-type]  # reads no more than these
     return y
+
+
+def _promote_all_but_statistics(promote: Callable[..., Any], operands: Any, **options: Any) -> Any:
+    x, _, _, scale, bias = promote(operands, **options)
+    return x, *operands[1:3], scale, bias

@@ -31,10 +31,11 @@ _MISSING_FLAG = (
 class Norm(nnx.Module):
     """What all layers share: Flax's fields, and the plumbing between a transform and the variables.
 
-    A layer names the `factory` of its method, whose arguments are its fields.
+    A layer names the factory of its method, whose arguments are its fields. What is not a call is a property, because
+    `nnx.tabulate` takes every public method for a part of the model that runs.
     """
 
-    factory: ClassVar[Callable[..., NormTransform]]
+    _factory: ClassVar[Callable[..., NormTransform]]
 
     def __init__(
         self,
@@ -61,7 +62,7 @@ class Norm(nnx.Module):
         allow_single_value: bool = False,
         autodiff: bool = False,
     ):
-        self.num_features = num_features if isinstance(num_features, int) else tuple(num_features)
+        self.num_features = static(num_features)
         self.use_running_average = use_running_average
         self.axis = static(axis)
         self.momentum = momentum
@@ -81,7 +82,7 @@ class Norm(nnx.Module):
         for name, leaf in self._initial_state()._asdict().items():
             if leaf is not None:
                 setattr(self, name, nnx.BatchStat(leaf))
-        shape = (num_features,) if isinstance(num_features, int) else tuple(num_features)
+        shape = (self.num_features,) if isinstance(self.num_features, int) else self.num_features
         self.scale: nnx.Param[jax.Array] | None = nnx.data(None)
         self.bias: nnx.Param[jax.Array] | None = nnx.data(None)
         if use_scale:
@@ -89,17 +90,20 @@ class Norm(nnx.Module):
         if use_bias:
             self.bias = nnx.Param(bias_init(rngs.params(), shape, param_dtype), **bias_metadata)
 
+    @property
     def transform(self) -> NormTransform:
         """The pure functions of this layer."""
-        names = inspect.signature(self.factory).parameters
-        return self.factory(**{name: getattr(self, name) for name in names})
+        names = inspect.signature(self._factory).parameters
+        return self._factory(**{name: getattr(self, name) for name in names})
 
+    @property
     def state(self) -> State:
         """The statistics as the methods' functions take them."""
         initial = self._initial_state()
         held = (name for name, leaf in initial._asdict().items() if leaf is not None)
         return initial._replace(**{name: getattr(self, name)[...] for name in held})
 
+    @property
     def params(self) -> NormParams:
         """The learned map as the methods' functions take it."""
         return NormParams(*(None if p is None else p[...] for p in (self.scale, self.bias)))
@@ -135,10 +139,10 @@ class Norm(nnx.Module):
         flag = self.use_running_average if use_running_average is None else use_running_average
         if flag is None:
             raise ValueError(_MISSING_FLAG.format(name=type(self).__name__))
-        transform, state = self.transform(), self.state()
+        transform, state = self.transform, self.state
         if flag:
-            return transform.eval(self.params(), state, x, mask=mask, residual=residual)
-        y, new_state = transform.train(self.params(), state, x, mask=mask, residual=residual)
+            return transform.eval(self.params, state, x, mask=mask, residual=residual)
+        y, new_state = transform.train(self.params, state, x, mask=mask, residual=residual)
         for name, leaf in new_state._asdict().items():
             if leaf is not getattr(state, name):  # without a running average nothing is
                 getattr(self, name)[...] = leaf
@@ -146,7 +150,7 @@ class Norm(nnx.Module):
 
     def _initial_state(self) -> State:
         dtype = self.param_dtype if jnp.issubdtype(self.param_dtype, jnp.complexfloating) else jnp.float32
-        return self.transform().init(self.num_features, dtype=dtype)[1]
+        return self.transform.init(self.num_features, dtype=dtype)[1]
 
 
 class BatchNorm(Norm):
@@ -193,4 +197,4 @@ class BatchNorm(Norm):
         Ioffe & Szegedy, `Batch Normalization <https://arxiv.org/abs/1502.03167>`_, 2015.
     """
 
-    factory = staticmethod(batch_norm)
+    _factory = staticmethod(batch_norm)

@@ -11,10 +11,12 @@ import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import layers
 import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
+from layers import normal
 from meshes import AXIS, DEVICES, mesh, run, shards
 
 import jaxbn.linen
@@ -25,18 +27,8 @@ KEY = jax.random.key(0)
 ROUNDING = 2e-6
 
 NORMAL = nn.initializers.normal(0.2)
+both = functools.partial(layers.both, stock=STOCK, ours=OURS)
 RANDOM = {"scale_init": lambda *arguments: 1 + NORMAL(*arguments), "bias_init": NORMAL}
-
-
-def both(function):
-    """`function(BatchNorm)` of our layer, and of stock Flax as what is expected."""
-    with jax.numpy_dtype_promotion("standard"):
-        expected = function(STOCK)
-    return function(OURS), expected
-
-
-def normal(*shape, seed=0):
-    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
 def trained(shape=(8, 4), axis=-1):

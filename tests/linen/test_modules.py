@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from layers import AVERAGES, batch_without_statistics, every_activation, every_average, input_that_does_not_fit, normal
 from meshes import AXIS, DEVICES, run
 
 import jaxbn
@@ -17,18 +18,6 @@ import jaxbn.linen
 from jaxbn.linen import BatchNorm
 
 KEY = jax.random.key(0)
-
-AVERAGES = {
-    "debiased": jaxbn.constant(0.9, debias=True),
-    "scheduled": jaxbn.scheduled(lambda step: step / (step + 1)),
-    "cumulative": jaxbn.cumulative(),
-    "horizon": jaxbn.horizon(100),
-}
-every_average = pytest.mark.parametrize("momentum", AVERAGES.values(), ids=AVERAGES.keys())
-
-
-def normal(*shape, seed=0):
-    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
 def train(layer, variables, x, **arguments):
@@ -51,9 +40,7 @@ def init(layer, shape=(8, 4)):
 
 @pytest.mark.parametrize("use_running_average", [True, False], ids=["eval", "train"])
 @pytest.mark.parametrize("with_residual", [False, True], ids=["", "residual"])
-@pytest.mark.parametrize(
-    "activation", [None, jax.nn.relu, jax.nn.leaky_relu, jax.nn.silu], ids=["none", "relu", "leaky relu", "silu"]
-)
+@every_activation
 def test_activation_and_residual_are_what_flax_does_in_three_lines(activation, with_residual, use_running_average):
     x, target = normal(16, 4), normal(16, 4, seed=2)
     residual = normal(16, 4, seed=1) if with_residual else None
@@ -166,35 +153,14 @@ def test_epsilon_must_not_be_negative():
 
 
 @pytest.mark.parametrize("use_running_average", [True, False], ids=["eval", "train"])
-@pytest.mark.parametrize(
-    "x, fields, arguments, message",
-    [
-        (normal(8, 5), {}, {}, "initialize anew for this input"),
-        (normal(8, 4, 1), {}, {}, "name its feature axis with axis="),
-        (normal(8, 4), {"axis": 2}, {}, r"give axes in \[-2, 2\)"),
-        (normal(8, 4), {}, {"residual": normal(8, 1)}, "must have the shape of the input"),
-        (normal(8, 4), {}, {"residual": normal(4)}, "must have the shape of the input"),
-    ],
-    ids=["features", "rank", "axis", "residual to broadcast", "residual of lower rank"],
-)
+@input_that_does_not_fit
 def test_input_that_does_not_fit_is_an_error_before_anything_changes(
     x, fields, arguments, message, use_running_average
 ):
     raises_and_leaves_the_state(x, fields, arguments, message, use_running_average)
 
 
-@pytest.mark.parametrize(
-    "x, arguments, message",
-    [
-        (normal(0, 4), {}, "Leave empty batches out"),
-        (normal(8, 0, 4), {}, "Leave empty batches out"),
-        (normal(1, 4), {}, "allow_single_value=True"),
-        (normal(4), {}, "allow_single_value=True"),
-        (normal(8, 4), {"mask": np.ones(8, bool)}, r"Pass mask.reshape\(\(8, 1\)\)"),
-        (normal(8, 4), {"mask": np.ones((3, 4), bool)}, "Pass one that does"),
-    ],
-    ids=["no row", "no position", "one row", "no axis but the features", "mask of rows", "mask of other rows"],
-)
+@batch_without_statistics
 def test_batch_that_has_no_statistics_is_an_error_before_anything_changes(x, arguments, message):
     raises_and_leaves_the_state(x, {}, arguments, message, use_running_average=False)
 
