@@ -191,17 +191,20 @@ def _block_means(axes: _axes.Axes, fast: bool, x: jax.Array, weights: jax.Array 
         weighted = values if weights is None else values * weights.astype(values.dtype)
         return total(weighted) / divisor.astype(values.dtype)
 
-    if fast and weights is None and x.size:
-        space = math.prod(x.shape[a] for a in axes.space_in_blocks)
-        samples = min(x.shape[axes.rows + 1], -(-_SHIFT_VALUES // space))
-        first = lax.slice_in_dim(x, 0, samples, axis=axes.rows + 1)  # before the cast, which then fuses into the sums
-        shift = first.astype(dtype).mean(axes.reduced_in_blocks, keepdims=True)
-    else:
-        shift = mean(x.astype(dtype))
+    one_read = fast and weights is None and x.size
+    shift = _mean_of_first_samples(axes, x) if one_read else mean(x.astype(dtype))
     shift = _rounded(lax.stop_gradient(shift))  # the result does not depend on it
     d = x.astype(dtype) - shift
     parts = count, shift, mean(d), mean(_abs_sq(d))
     return _Block(*(_blocks_to_front(part, axes) for part in parts))
+
+
+def _mean_of_first_samples(axes: _axes.Axes, x: jax.Array) -> jax.Array:
+    """A shift for each block that costs no second read of the cut array x."""
+    space = math.prod(x.shape[a] for a in axes.space_in_blocks)
+    samples = min(x.shape[axes.rows + 1], -(-_SHIFT_VALUES // space))
+    first = lax.slice_in_dim(x, 0, samples, axis=axes.rows + 1)  # before the cast, which then fuses into the sums
+    return first.astype(_dtypes.compute(x)).mean(axes.reduced_in_blocks, keepdims=True)
 
 
 @jax.jit
