@@ -8,6 +8,7 @@ average keeps the debiased value itself: dividing a zero-started average by 1 - 
 so that the stored value can be used at any time, whatever it started from.
 """
 
+import abc
 import dataclasses
 import warnings
 from collections.abc import Callable
@@ -25,7 +26,7 @@ INITIAL_VAR = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
-class Averaging:
+class Averaging(abc.ABC):
     """How a running statistic moves; make one with `constant`, `scheduled`, `cumulative` or `horizon`.
 
     `count` is what the average has seen so far, float32 `[]`: training steps, or samples for `horizon`.
@@ -33,9 +34,9 @@ class Averaging:
 
     counts: ClassVar[bool] = True  # whether the state holds a count
 
+    @abc.abstractmethod
     def decay(self, count: jax.Array, samples: jax.Array) -> jax.Array:
         """Weight of the old value when a batch of `samples` comes after `count`."""
-        raise NotImplementedError
 
     def advance(self, count: jax.Array, samples: jax.Array) -> jax.Array:
         """The count after this batch. A float32 stays at 2^24 steps, and a schedule at its value there."""

@@ -135,6 +135,7 @@ def batch_norm(
         x = operands.x
         values = _axes.values_per_channel(x.shape, axis) * _devices.group_size(axis_name, groups)
         _axes.check_training_batch(x.shape, axis, values, allow_single_value)
+        # Algorithm 1: mean and variance of the batch, over all devices; x_hat; y = scale x_hat + bias.
         y, moments = _normalize.batch_normalize(spec, everywhere, operands, state.mean, state.var, autodiff=autodiff)
         if average is None:
             return y, state
@@ -151,12 +152,14 @@ def batch_norm(
     ) -> jax.Array:
         del mask  # of training alone, as in Flax
         operands = _normalize.operands(spec, params.scale, params.bias, state.mean, x, None, residual)
+        # Algorithm 2, step 11: the same affine map, with E[x] and Var[x].
         return _normalize.normalize(spec, operands, *lax.stop_gradient((state.mean, state.var)))
 
     def measure(x: ArrayLike, *, mask: ArrayLike | None = None) -> _moments.Moments:
         return here(x, mask=mask)
 
     def postproc(state: BatchNormState, moments: _moments.Moments) -> BatchNormState:
+        # Algorithm 2, step 10: E[x] and Var[x], as an estimator found them; what saw nothing keeps what it has.
         seen = moments.count > 0
         mean = jnp.where(seen, moments.mean.astype(state.mean.dtype), state.mean)
         return state._replace(mean=mean, var=jnp.where(seen, moments.var.astype(state.var.dtype), state.var))
