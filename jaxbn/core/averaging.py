@@ -107,6 +107,7 @@ def constant(momentum: ArrayLike = 0.99, *, debias: bool = False) -> Averaging:
 
     Raises:
         ValueError: If `momentum` is outside [0, 1).
+        TypeError: If it is no real number.
 
     Example:
         >>> bn = jaxbn.batch_norm(momentum=jaxbn.constant(0.99, debias=True))
@@ -191,7 +192,7 @@ def as_averaging(momentum: "ArrayLike | Averaging | None") -> Averaging | None:
         return momentum
     if callable(momentum):
         raise TypeError(f"momentum={momentum!r} is a function; write momentum=jaxbn.scheduled(...).")
-    _check_momentum(momentum, stacklevel=5)
+    _check_momentum(momentum, stacklevel=4)
     return _Constant(momentum)
 
 

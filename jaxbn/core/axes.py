@@ -113,6 +113,7 @@ def weights_like(mask: ArrayLike | None, shape: Sequence[int]) -> jax.Array | No
 
     Raises:
         ValueError: If the mask does not broadcast to the input by NumPy's rules.
+        TypeError: If it is complex.
     """
     if mask is None:
         return None

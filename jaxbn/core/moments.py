@@ -92,6 +92,7 @@ def batch_moments(
 
     Raises:
         ValueError: If `axis` does not fit `x`, the mask does not broadcast, or the groups are not groups.
+        TypeError: If the mask is complex.
 
     Example:
         >>> x = 1e4 + jnp.array([[-0.125], [0.125]])

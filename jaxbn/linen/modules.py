@@ -69,7 +69,8 @@ class Norm(nn.Module):
             x: The input; its shape but for the features may change from call to call.
             use_running_average: True: normalize with the stored statistics. False: with those of the batch, and move
                 the stored ones, for which the collection `batch_stats` must be mutable. Give it here or as a field.
-            mask: Booleans or real weights, broadcastable to `x`, of the values from which statistics are computed.
+            mask: Booleans or real weights, broadcastable to `x`, of the values from which statistics are computed; in
+                training alone.
             residual: Added to the normalized input before the activation, of the shape of `x`.
 
         Returns:

@@ -86,6 +86,8 @@ def batch_norm(
     Raises:
         ValueError: Here for hyper-parameters outside their range; in `train`, while tracing, for a wrong number of
             features, a mask or residual that does not fit, an empty batch, or one value per channel.
+        TypeError: Here for a momentum or activation of the wrong kind; in `train` for a complex mask, or for a complex
+            input where the statistics are real.
 
     Example:
         >>> bn = jaxbn.batch_norm(momentum=0.9)

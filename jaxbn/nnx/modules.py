@@ -127,7 +127,8 @@ class Norm(nnx.Module):
             x: The input; its shape but for the features may change from call to call.
             use_running_average: True: normalize with the stored statistics. False: with those of the batch, and move
                 the stored ones. None: as the attribute says, which `train()`, `eval()` and `nnx.view` set.
-            mask: Booleans or real weights, broadcastable to `x`, of the values from which statistics are computed.
+            mask: Booleans or real weights, broadcastable to `x`, of the values from which statistics are computed; in
+                training alone.
             residual: Added to the normalized input before the activation, of the shape of `x`.
 
         Returns:

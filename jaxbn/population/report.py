@@ -78,7 +78,7 @@ class Report:
         for path, change in self.layers.items():
             name = path if len(path) <= width else "..." + path[3 - width :]
             if change.count == 0:
-                lines.append(f"{name:{width}}  {'not reached; its statistics are the old ones':>9}")
+                lines.append(f"{name:{width}}  not reached; its statistics are the old ones")
                 continue
             shift, ratio = change.mean_shift, change.var_ratio
             lines.append(

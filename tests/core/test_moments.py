@@ -260,7 +260,7 @@ def test_weights_are_constants(rng):
     for autodiff in (False, True):
         transform = jaxbn.batch_norm(autodiff=autodiff)
         params, state = transform.init(4)
-        loss = lambda mask, t=transform, p=params, s=state: jnp.sin(t.train(p, s, x, mask=mask)[0]).sum()  # noqa: E731
+        loss = lambda mask, t=transform, p=params, s=state: jnp.sin(t.train(p, s, x, mask=mask)[0]).sum()
         np.testing.assert_array_equal(jax.grad(loss)(weights), np.zeros_like(weights))
 
 

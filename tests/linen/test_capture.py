@@ -105,7 +105,7 @@ def test_moments_and_outputs_whatever_the_flag(norm, mode, train, transform, ima
 def test_as_called_follows_the_model(norm, images):
     net, variables = started(norm)
     for train in (True, False):
-        call = lambda v, b, train=train: net.apply(v, b, train, mutable=["batch_stats"] if train else False)  # noqa: E731
+        call = lambda v, b, train=train: net.apply(v, b, train, mutable=["batch_stats"] if train else False)
         outputs, moments = jaxbn.linen.capture_moments(call, mode="as_called")(variables, images[0])
         expected, inputs = plain(net, variables, images[0], "batch" if train else "eval")
         if train:
@@ -277,7 +277,7 @@ def test_layers_of_other_variables_pass_through(rng):
     net = nn.BatchNorm(use_running_average=True)
     student, teacher = net.init(jax.random.key(0), x), net.init(jax.random.key(0), x)
     teacher["batch_stats"]["mean"] += 7
-    call = lambda v, b: net.apply(teacher, b) + 0 * net.apply(v, b)  # noqa: E731
+    call = lambda v, b: net.apply(teacher, b) + 0 * net.apply(v, b)
     outputs, moments = jaxbn.linen.capture_moments(call)(student, x)
     np.testing.assert_allclose(outputs, net.apply(teacher, x), rtol=1e-6)
     assert list(moments) == [""]
@@ -289,7 +289,7 @@ def test_boxed_variables_keep_their_box(norm, rng):
     x = (3 + rng.standard_normal((20, 4))).astype(np.float32)
     net = norm(use_running_average=True, scale_init=nn.with_partitioning(nn.initializers.ones, ("model",)))
     variables = net.init(jax.random.key(0), x)
-    box = lambda leaf: nn.Partitioned(leaf, names=("model",))  # noqa: E731
+    box = lambda leaf: nn.Partitioned(leaf, names=("model",))
     variables["batch_stats"] = jax.tree.map(box, variables["batch_stats"])
     new, _ = jaxbn.linen.postproc(net.apply, variables, [x])
     chex.assert_trees_all_equal_structs(new, variables)
@@ -365,6 +365,6 @@ def test_a_call_that_casts_all_of_its_variables_is_told(rng):
     net = nn.BatchNorm(use_running_average=True)
     x = rng.standard_normal((4, 3)).astype(np.float32)
     variables = net.init(jax.random.key(0), x)
-    cast = lambda v, b: net.apply(jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), v), b)  # noqa: E731
+    cast = lambda v, b: net.apply(jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), v), b)
     with pytest.raises(TypeError, match="Cast the floating-point leaves only"), jax.numpy_dtype_promotion("standard"):
         jaxbn.linen.capture_moments(cast)(variables, x)

@@ -106,10 +106,8 @@ def test_evaluation_uses_the_new_statistics(norm, batches):
 @every_norm
 def test_any_iterable_will_do_and_flags_do_not_matter(norm, batches):
     net, variables = started(norm)
-    evaluating = lambda v, b: net.apply(v, b["image"], False)  # noqa: E731
-    training = lambda v, b: net.apply(  # noqa: E731
-        v, b["image"], True, rngs={"dropout": jax.random.key(0)}, mutable=["batch_stats"]
-    )
+    evaluating = lambda v, b: net.apply(v, b["image"], False)
+    training = lambda v, b: net.apply(v, b["image"], True, rngs={"dropout": jax.random.key(0)}, mutable=["batch_stats"])
     expected, _ = jaxbn.linen.postproc(evaluating, variables, batches)
     for iterable in (tuple(batches), iter(batches), (batch for batch in batches)):
         chex.assert_trees_all_equal(jaxbn.linen.postproc(evaluating, variables, iterable)[0], expected)
@@ -145,7 +143,7 @@ def test_state_with_a_count_keeps_it(rng):
 
 def test_install_moments_is_the_end_of_ones_own_loop(batches):
     net, variables = started(jaxbn.linen.BatchNorm)
-    call = lambda v, b: net.apply(v, b["image"], False)  # noqa: E731
+    call = lambda v, b: net.apply(v, b["image"], False)
     measure = jax.jit(jaxbn.linen.capture_moments(call))
     parts = [measure(variables, batch)[1] for batch in batches]
     pooled = {path: jaxbn.merge(jaxbn.merge(*(p[path] for p in parts[:2])), parts[2][path]) for path in parts[0]}
@@ -169,7 +167,7 @@ def test_report_tells_how_far_the_old_statistics_were(batches):
 
 def test_errors_come_before_anything_is_installed(batches):
     net, variables = started(nn.BatchNorm)
-    call = lambda v, b: net.apply(v, b["image"], False)  # noqa: E731
+    call = lambda v, b: net.apply(v, b["image"], False)
     before = jax.tree.map(np.copy, variables)
     batches[1]["image"][3, 0, 0, 0] = np.nan
     with pytest.raises(

@@ -176,7 +176,7 @@ def test_outputs_are_what_the_stock_model_gives(mode, norm, x):
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
 def test_as_called_follows_the_model(train, norm, x):
     model = block(norm)
-    call = lambda model, x: model(x, use_running_average=not train)  # noqa: E731
+    call = lambda model, x: model(x, use_running_average=not train)
     outputs, moments = captured(model, x, call, mode="as_called")
     expected, given = oracle(model, x, "batch" if train else "eval")
     np.testing.assert_allclose(outputs, expected, rtol=1e-5, atol=1e-5)
@@ -409,7 +409,7 @@ def test_several_feature_axes(rng):
 def test_masks_of_the_model_count(norm, x):
     valid = np.arange(24)[:, None] % 3 > 0
     model = started(norm(4, rngs=nnx.Rngs(0)))
-    call = lambda model, x: model(x, mask=valid)  # noqa: E731
+    call = lambda model, x: model(x, mask=valid)
     outputs, moments = captured(model, x, call)
     rows = np.float64(x[valid[:, 0]])
     assert_moments_of(moments, {"": rows})

@@ -118,7 +118,7 @@ def test_attributes_and_variables_are_identical(fields):
 def test_keys_are_drawn_for_the_scale_first_and_then_for_the_bias(fields, keys):
     def drawn(norm):
         rngs, seen = nnx.Rngs(params=3), []
-        note = lambda key, shape, dtype: seen.append(jax.random.key_data(key)) or jnp.zeros(shape, dtype)  # noqa: E731
+        note = lambda key, shape, dtype: seen.append(jax.random.key_data(key)) or jnp.zeros(shape, dtype)
         norm(4, rngs=rngs, scale_init=note, bias_init=note, **fields)
         return seen, rngs.params.count[...]
 

@@ -152,7 +152,7 @@ def test_any_iterable_will_do_and_flags_do_not_matter(norm, batches):
         chex.assert_trees_all_equal(values(found, nnx.BatchStat), expected)
     training = started(norm)
     training.train()
-    frozen = lambda model, batch: nnx.view(model, deterministic=True)(batch["image"])  # noqa: E731
+    frozen = lambda model, batch: nnx.view(model, deterministic=True)(batch["image"])
     found, _ = jaxbn.nnx.postproc(training, batches, call=frozen)
     chex.assert_trees_all_equal(values(found, nnx.BatchStat), expected)
     # Without a call the model is called with the batch; its dropout is on, so only the first layer agrees.
@@ -213,7 +213,7 @@ def test_layers_that_are_not_reached_keep_their_statistics(norm, batches):
     model = started(norm)
     model.norms.append(norm(4, rngs=nnx.Rngs(0)))
     model.norms[2].mean[...] = jnp.full(4, 7.0)
-    zipped = lambda model, batch: model.norms[0](model.convs[0](batch["image"]))  # noqa: E731
+    zipped = lambda model, batch: model.norms[0](model.convs[0](batch["image"]))
     new, report = jaxbn.nnx.postproc(model, batches, call=zipped)
     assert report.not_reached == ("norms/1", "norms/2")
     np.testing.assert_array_equal(new.norms[2].mean[...], np.full(4, 7.0))
