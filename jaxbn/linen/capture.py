@@ -20,7 +20,16 @@ from jaxbn.core import moments as _moments
 from jaxbn.linen.modules import STATISTICS, Norm
 from jaxbn.methods.base import NormParams, NormTransform, State
 from jaxbn.methods.batch_norm import BatchNormState, batch_norm
-from jaxbn.population.layers import Layer, call_arguments, check_mode, natural, wanted_state
+from jaxbn.population.layers import (
+    Layer,
+    LayerKind,
+    Measured,
+    call_arguments,
+    check_mode,
+    measured,
+    natural,
+    wanted_state,
+)
 
 Call = Callable[[Any, Any], Any]
 
@@ -73,9 +82,20 @@ def capture_moments(
         >>> float(moments[""].mean[0])
         2.0
     """
-    check_mode(mode)
+    capturing = capture(call, mode=mode)
 
     def captured(variables: Any, batch: Any) -> tuple[Any, dict[str, _moments.Moments]]:
+        outputs, found = capturing(variables, batch)
+        return outputs, found.moments
+
+    return captured
+
+
+def capture(call: Call, *, mode: str) -> Callable[[Any, Any], tuple[Any, Measured]]:
+    """As `capture_moments`, with the kind of each layer."""
+    check_mode(mode)
+
+    def captured(variables: Any, batch: Any) -> tuple[Any, Measured]:
         variables = flax.core.unfreeze(variables)
         layers = [Layer(path, state.mean.shape, mode) for path, state in find_states(variables).items()]
         whole = {layer: layer.positions() for layer in layers}
@@ -85,8 +105,7 @@ def capture_moments(
                 return call(variables, batch)
 
         outputs, records = _harvest.harvest(run)(_with_slots(variables, whole), batch)
-        collected = _harvest.collect(records, whole)
-        return _without_slots(outputs), {layer.path: layer.moments_from(collected) for layer in layers}
+        return _without_slots(outputs), measured(records, whole)
 
     return captured
 
@@ -151,7 +170,12 @@ def _intercept(next_call: Callable[..., Any], args: Any, kwargs: Any, context: n
         state = wanted_state(transform, stored, moments, slot.layer.mode, layer.axis_name, layer.axis_index_groups)
         normalize = _normalize if function is OUR_CALL else _normalize_stock
         y = normalize(layer, state, x, mask=mask, residual=residual)
-    return _harvest.mark(y, slot.index, moments, layer=slot.layer)
+    return _harvest.mark(y, slot.index, moments, layer=dataclasses.replace(slot.layer, kind=kind_of(layer)))
+
+
+def kind_of(layer: Any) -> LayerKind:
+    """What a layer does; a stock one is a batch_norm."""
+    return LayerKind.of(layer.factory if isinstance(layer, Norm) else batch_norm, layer.epsilon)
 
 
 def _transform_of(layer: Any) -> NormTransform:

@@ -7,13 +7,13 @@ from typing import Any
 import flax
 
 from jaxbn.core.moments import Moments
-from jaxbn.linen.capture import Call, capture_moments, find_states, keys
+from jaxbn.linen.capture import Call, capture, find_states, keys
 from jaxbn.linen.modules import STATISTICS
 from jaxbn.methods.batch_norm import batch_norm
 from jaxbn.population.estimate import estimate
-from jaxbn.population.estimators import Estimator, Layers, pooled
-from jaxbn.population.layers import moments_for
-from jaxbn.population.report import Report, compare
+from jaxbn.population.estimators import Estimator, pooled
+from jaxbn.population.layers import Measured, moments_for
+from jaxbn.population.report import Report, report
 
 
 def postproc(
@@ -60,11 +60,9 @@ def postproc(
         Wu & Johnson, `Rethinking "Batch" in BatchNorm <https://arxiv.org/abs/2105.07576>`_, 2021, section 3.
     """
     old = find_states(variables)
-    moments, count = estimate(_measure(call), variables, batches, estimator=estimator, progress=progress)
+    done, moments = estimate(_measure(call), variables, batches, estimator=estimator, progress=progress)
     new_variables = install_moments(variables, moments)
-    report = Report(estimator.name, count, compare(old, find_states(new_variables), moments))
-    report.check_reached()
-    return new_variables, report
+    return new_variables, report(estimator.name, done, moments, old, find_states(new_variables))
 
 
 def install_moments(variables: Any, moments: Mapping[str, Moments]) -> dict[str, Any]:
@@ -103,9 +101,9 @@ def install_moments(variables: Any, moments: Mapping[str, Moments]) -> dict[str,
 
 @functools.lru_cache(maxsize=16)  # the same call gives the same function, and so the same compiled step
 def _measure(call: Call) -> Any:
-    captured = capture_moments(call, mode="batch")
+    captured = capture(call, mode="batch")
 
-    def measure(variables: Any, batch: Any) -> Layers:
+    def measure(variables: Any, batch: Any) -> Measured:
         return captured(variables, batch)[1]
 
     return measure

@@ -19,7 +19,16 @@ from jaxbn.core import moments as _moments
 from jaxbn.methods.base import NormTransform, State
 from jaxbn.methods.batch_norm import BatchNormState, batch_norm
 from jaxbn.nnx.modules import Norm
-from jaxbn.population.layers import Layer, call_arguments, check_mode, natural, wanted_state
+from jaxbn.population.layers import (
+    Layer,
+    LayerKind,
+    Measured,
+    call_arguments,
+    check_mode,
+    measured,
+    natural,
+    wanted_state,
+)
 
 Call = Callable[[Any, Any], Any]
 
@@ -56,16 +65,25 @@ def capture_moments(
         >>> float(moments[""].mean[0])
         2.0
     """
-    check_mode(mode)
-    call = run_model if call is None else call
+    capturing = capture(run_model if call is None else call, mode=mode)
 
     def captured(model: Any, batch: Any) -> tuple[Any, dict[str, _moments.Moments]]:
+        outputs, found = capturing(model, batch)
+        return outputs, found.moments
+
+    return captured
+
+
+def capture(call: Call, *, mode: str) -> Callable[[Any, Any], tuple[Any, Measured]]:
+    """As `capture_moments`, with the kind of each layer."""
+    check_mode(mode)
+
+    def captured(model: Any, batch: Any) -> tuple[Any, Measured]:
         copy = nnx.clone(model)  # new objects, the same arrays
         whole = dict(_hook(path, layer, mode) for path, layer in find_layers(copy).items())
         graphdef, state = nnx.split(copy)
         outputs, records = _harvest.harvest(lambda state, batch: call(nnx.merge(graphdef, state), batch))(state, batch)
-        collected = _harvest.collect(records, whole)
-        return _without_hooks(outputs), {layer.path: layer.moments_from(collected) for layer in whole}
+        return _without_hooks(outputs), measured(records, whole)
 
     return captured
 
@@ -87,6 +105,11 @@ def find_layers(model: Any) -> dict[str, Any]:
     return {path: found[path] for path in sorted(found, key=natural)}
 
 
+def find_states(model: Any) -> dict[str, State]:
+    """The state of every normalization layer by its path."""
+    return {path: state_of(layer) for path, layer in find_layers(model).items()}
+
+
 def state_of(layer: Any) -> State:
     """The statistics of a layer; a stock one is a batch_norm."""
     return layer.state if isinstance(layer, Norm) else BatchNormState(layer.mean[...], layer.var[...])
@@ -99,8 +122,13 @@ def transform_of(layer: Any) -> NormTransform:
     return batch_norm(axis=layer.axis, epsilon=layer.epsilon, use_fast_variance=layer.use_fast_variance)
 
 
+def kind_of(layer: Any) -> LayerKind:
+    """What a layer does; a stock one is a batch_norm."""
+    return LayerKind.of(layer._factory if isinstance(layer, Norm) else batch_norm, layer.epsilon)
+
+
 def _hook(path: str, module: Any, mode: str) -> tuple[Layer, jax.Array]:
-    layer = Layer(path, state_of(module).mean.shape, mode)
+    layer = Layer(path, state_of(module).mean.shape, mode, kind_of(module))
     cls: Any = type(module)
     module.__class__ = _hooked(cls)
     positions = layer.positions()

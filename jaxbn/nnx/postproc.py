@@ -7,11 +7,11 @@ from typing import Any
 from flax import nnx
 
 from jaxbn.core.moments import Moments
-from jaxbn.nnx.capture import Call, capture_moments, find_layers, run_model, state_of, transform_of
+from jaxbn.nnx.capture import Call, capture, find_layers, find_states, run_model, transform_of
 from jaxbn.population.estimate import estimate
-from jaxbn.population.estimators import Estimator, Layers, pooled
-from jaxbn.population.layers import moments_for
-from jaxbn.population.report import Report, compare
+from jaxbn.population.estimators import Estimator, pooled
+from jaxbn.population.layers import Measured, moments_for
+from jaxbn.population.report import Report, report
 
 
 def postproc(
@@ -51,15 +51,12 @@ def postproc(
     References:
         Ioffe & Szegedy, `Batch Normalization <https://arxiv.org/abs/1502.03167>`_, 2015, Algorithm 2, steps 7-12.
     """
-    old = {path: state_of(layer) for path, layer in find_layers(model).items()}
+    old = find_states(model)
     graphdef, state = nnx.split(model)
     measure = _measure(run_model if call is None else call, graphdef)
-    moments, count = estimate(measure, state, batches, estimator=estimator, progress=progress)
+    done, moments = estimate(measure, state, batches, estimator=estimator, progress=progress)
     new_model = install_moments(model, moments)
-    new = {path: state_of(layer) for path, layer in find_layers(new_model).items()}
-    report = Report(estimator.name, count, compare(old, new, moments))
-    report.check_reached()
-    return new_model, report
+    return new_model, report(estimator.name, done, moments, old, find_states(new_model))
 
 
 def install_moments(model: Any, moments: Mapping[str, Moments]) -> Any:
@@ -84,8 +81,7 @@ def install_moments(model: Any, moments: Mapping[str, Moments]) -> Any:
         Array([2.], dtype=float32)
     """
     copy = nnx.clone(model)
-    layers = find_layers(copy)
-    states = {path: state_of(layer) for path, layer in layers.items()}
+    layers, states = find_layers(copy), find_states(copy)
     for path in moments:
         found = moments_for(path, moments, states)
         for name, leaf in transform_of(layers[path]).postproc(states[path], found)._asdict().items():
@@ -96,9 +92,9 @@ def install_moments(model: Any, moments: Mapping[str, Moments]) -> Any:
 
 @functools.lru_cache(maxsize=16)  # the same call and model structure give the same function, and so the compiled step
 def _measure(call: Call, graphdef: Any) -> Any:
-    captured = capture_moments(call, mode="batch")
+    captured = capture(call, mode="batch")
 
-    def measure(state: Any, batch: Any) -> Layers:
+    def measure(state: Any, batch: Any) -> Measured:
         return captured(nnx.merge(graphdef, state), batch)[1]
 
     return measure

@@ -1,8 +1,9 @@
 """What the hosts share of a capture: how a layer is named in the traced program, and what it normalizes with."""
 
+import dataclasses
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 
 from jaxbn.core import devices as _devices
 from jaxbn.core import dtypes as _dtypes
+from jaxbn.core import harvest as _harvest
 from jaxbn.core import moments as _moments
 from jaxbn.core.moments import Moments
 from jaxbn.methods.base import NormTransform, State
@@ -19,12 +21,27 @@ from jaxbn.methods.base import NormTransform, State
 MODES = ("batch", "eval", "as_called")
 
 
-class Layer(NamedTuple):
+class LayerKind(NamedTuple):
+    """What a layer does, as far as others need to know it."""
+
+    method: str  # the name of its factory
+    epsilon: float | None  # None: a traced value
+
+    @classmethod
+    def of(cls, factory: Callable[..., NormTransform], epsilon: Any) -> "LayerKind":
+        """The kind of a layer of the method that `factory` makes."""
+        return cls(factory.__name__, None if isinstance(epsilon, jax.core.Tracer) else float(epsilon))
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
     """What tells one layer's marks from another's; static, and different in each mode, so that programs are too."""
 
     path: str
     shape: tuple[int, ...]  # of its statistics
     mode: str
+    # Known only where the layer runs, from where the mark brings it out; it tells nothing apart.
+    kind: LayerKind | None = dataclasses.field(default=None, compare=False)
 
     @property
     def size(self) -> int:
@@ -41,6 +58,22 @@ class Layer(NamedTuple):
         if flat is None:
             return Moments(*(jnp.zeros(self.shape, jnp.float32) for _ in range(3)))
         return jax.tree.map(lambda part: part.reshape(self.shape), flat)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """What one run of a model measured: a pytree."""
+
+    moments: dict[str, Moments]  # of every layer, by path; of count 0 where it was not reached
+    kinds: tuple[tuple[str, LayerKind], ...] = dataclasses.field(metadata={"static": True})  # of those reached
+
+
+def measured(records: Sequence[_harvest.Record], whole: Mapping[Layer, jax.Array]) -> Measured:
+    """What was harvested from a program into which the positions `whole` of its layers went."""
+    collected = _harvest.collect(records, whole)
+    kinds = {record.layer.path: record.layer.kind for record in records}  # type: ignore[attr-defined]  # a Layer
+    return Measured({layer.path: layer.moments_from(collected) for layer in whole}, tuple(kinds.items()))
 
 
 def check_mode(mode: str) -> None:

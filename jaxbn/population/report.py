@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 
 from jaxbn.core.moments import Moments
+from jaxbn.population.estimate import Pass
+from jaxbn.population.layers import LayerKind
 
 _WIDEST_PATH = 44
 
@@ -20,6 +22,7 @@ class LayerChange:
     old_var: np.ndarray
     new_mean: np.ndarray
     new_var: np.ndarray
+    kind: LayerKind | None = None  # None: not reached
 
     @property
     def mean_shift(self) -> np.ndarray:
@@ -60,14 +63,6 @@ class Report:
         """Layers that no batch went through; their statistics are the old ones."""
         return tuple(path for path, change in self.layers.items() if change.count == 0)
 
-    def check_reached(self) -> None:
-        """Raises a ValueError if no layer was reached at all: the model was not the one that the call ran."""
-        if len(self.not_reached) == len(self.layers):
-            raise ValueError(
-                f"No batch went through a normalization layer of this model; it has "
-                f"{', '.join(map(repr, self.layers))}. Does `call` run the model that it is given?"
-            )
-
     def __str__(self) -> str:
         width = min(max(len("layer"), *map(len, self.layers)), _WIDEST_PATH)
         lines = [
@@ -88,13 +83,23 @@ class Report:
         return "\n".join(lines)
 
 
-def compare(old: Mapping[str, Any], new: Mapping[str, Any], moments: Mapping[str, Moments]) -> dict[str, LayerChange]:
-    """The change of each layer, in the order of `old`; states are anything with a mean and a var."""
+def report(
+    estimator: str, done: Pass, moments: Mapping[str, Moments], old: Mapping[str, Any], new: Mapping[str, Any]
+) -> Report:
+    """What a pass did; states are anything with a mean and a var. A ValueError if it reached no layer."""
+    kinds = dict(done.kinds)
 
     def arrays(state: Any) -> tuple[np.ndarray, np.ndarray]:
         return np.asarray(state.mean), np.asarray(state.var)
 
-    return {
-        path: LayerChange(float(np.max(moments[path].count)), *arrays(state), *arrays(new[path]))
-        for path, state in old.items()
-    }
+    def change(path: str) -> LayerChange:
+        count = float(np.max(moments[path].count))
+        return LayerChange(count, *arrays(old[path]), *arrays(new[path]), kinds.get(path))
+
+    made = Report(estimator, int(done.batches), {path: change(path) for path in old})
+    if len(made.not_reached) == len(made.layers):
+        raise ValueError(
+            f"No batch went through a normalization layer of this model; it has "
+            f"{', '.join(map(repr, made.layers))}. Does `call` run the model that it is given?"
+        )
+    return made
