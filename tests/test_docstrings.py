@@ -2,22 +2,27 @@
 
 import dataclasses
 import doctest
+import functools
 import importlib
 import inspect
+import os
 import pkgutil
 import re
+import tempfile
 
 import flax
 import flax.linen
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
 import jaxbn
 import jaxbn.linen
 import jaxbn.nnx
+import jaxbn.serving
 
 MODULES = ["jaxbn", *(m.name for m in pkgutil.walk_packages(jaxbn.__path__, "jaxbn."))]
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
@@ -27,6 +32,13 @@ SUMMARY_ONLY = {
     "jaxbn.Averaging": "the type of what constant, scheduled, cumulative and horizon return; their examples show it",
     "jaxbn.BatchNormState": "a NamedTuple that batch_norm makes; its fields say their shapes",
     "jaxbn.Estimator": "a protocol, a tuple of functions; pooled and the others show it",
+    "jaxbn.Frozen": "made by freeze, finalize and load; its fields say what it holds",
+    "jaxbn.Info": "a NamedTuple in a Frozen; its fields say what they are",
+    "jaxbn.LayerInfo": "a NamedTuple in a Frozen; its fields say what they are",
+    "jaxbn.LayerKind": "a NamedTuple in a Report; its fields say what they are",
+    "jaxbn.Steps": "a tuple of functions whose signatures stand beside its fields; make_steps shows it",
+    "jaxbn.linen.TrainState": "made by make_steps, whose example shows it; a class of Flax but for its last fields",
+    "jaxbn.nnx.TrainState": "made by make_steps, whose example shows it; a class of Flax but for its last field",
     "jaxbn.LayerChange": "one row of a Report, made by postproc",
     "jaxbn.Moments": "a NamedTuple that batch_moments makes; its fields say their shapes",
     "jaxbn.NormParams": "a NamedTuple that batch_norm makes; its fields say their shapes",
@@ -38,7 +50,8 @@ SUMMARY_ONLY = {
 def doctests(module_name):
     """The doctests of what a module defines itself, with the names that the docstrings may use."""
     module = importlib.import_module(module_name)
-    names = {"jax": jax, "jnp": jnp, "np": np, "flax": flax, "nnx": nnx, "jaxbn": jaxbn}
+    names = {"jax": jax, "jnp": jnp, "np": np, "flax": flax, "nnx": nnx, "optax": optax, "jaxbn": jaxbn}
+    names |= {"functools": functools, "os": os, "tempfile": tempfile}
     tests = doctest.DocTestFinder(exclude_empty=True).find(module, module_name, extraglobs=names)
     return [test for test in tests if test.examples]
 
@@ -47,7 +60,7 @@ def public_names():
     """Every public name of the packages that users import from."""
     named = {
         f"{package.__name__}.{name}": value
-        for package in (jaxbn, jaxbn.linen, jaxbn.nnx)
+        for package in (jaxbn, jaxbn.linen, jaxbn.nnx, jaxbn.serving)
         for name, value in vars(package).items()
         if not name.startswith("_") and not inspect.ismodule(value)
     }

@@ -33,6 +33,7 @@ class Averaging(abc.ABC):
     """
 
     counts: ClassVar[bool] = True  # whether the state holds a count
+    counts_samples: ClassVar[bool] = False  # whether that is one of samples
 
     @abc.abstractmethod
     def decay(self, count: jax.Array, samples: jax.Array) -> jax.Array:
@@ -82,6 +83,7 @@ class _Cumulative(Averaging):
 @dataclasses.dataclass(frozen=True)
 class _Horizon(Averaging):
     samples: float
+    counts_samples: ClassVar[bool] = True
 
     def decay(self, count: jax.Array, samples: jax.Array) -> jax.Array:
         # The debiased average in which a sample that is h samples old weighs exp(-h / samples).

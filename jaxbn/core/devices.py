@@ -80,6 +80,16 @@ def group_size(axis_name: AxisName | None, groups: Groups | None) -> int:
     return lax.axis_size(axis_name) if groups is None else len(groups[0])
 
 
+def mean_over(tree: Any, axis_name: AxisName | None) -> Any:
+    """The mean of each array over the devices of the axis; as it is where there is no axis."""
+    return tree if axis_name is None else lax.pmean(make_varying(tree, axis_name), axis_name)
+
+
+def make_varying(tree: Any, axis_name: AxisName | None) -> Any:
+    """Marks arrays as differing over the axis where a shard_map keeps track of that, so that gradients stay local."""
+    return tree if axis_name is None else jax.tree.map(lambda leaf: _vary(leaf, axis_name), tree)
+
+
 def is_bound(axis_name: AxisName) -> bool:
     """Whether the axis exists here: a surrounding shard_map, pmap or vmap has it."""
     try:

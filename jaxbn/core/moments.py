@@ -13,6 +13,7 @@ state, and is right from a cold start.
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -148,10 +149,28 @@ def pool(parts: Moments) -> Moments:
     return _merge_blocks(_Block(parts.count, parts.mean, jnp.zeros_like(parts.mean), parts.var))
 
 
-def merge_over(moments: Moments, axis_name: _devices.AxisName, axis_index_groups: _devices.Groups | None) -> Moments:
-    """Moments of the union over the devices of a named axis, in one collective; empty devices are legal."""
+def merge_over(
+    moments: Moments, axis_name: _devices.AxisName, axis_index_groups: Sequence[Sequence[int]] | None = None
+) -> Moments:
+    """Moments of the union over the devices of a named axis, in one collective; empty devices are legal.
+
+    Args:
+        moments: `Moments` of what this device holds.
+        axis_name: Axis of the surrounding `shard_map`, `pmap` or `vmap`.
+        axis_index_groups: Groups of devices along the axis, each of which is merged by itself.
+
+    Returns:
+        `Moments` of the same shape, the same on all devices.
+
+    Example:
+        >>> devices = jnp.array([[[1.0], [3.0]], [[11.0], [13.0]]])
+        >>> merged = jax.vmap(lambda x: jaxbn.merge_over(jaxbn.batch_moments(x), "devices"), axis_name="devices")
+        >>> merged(devices).var[:, 0]
+        Array([26., 26.], dtype=float32)
+    """
+    groups = _devices.check_groups(axis_name, axis_index_groups)
     stacked = jnp.stack([part.astype(moments.mean.dtype) for part in moments])[None]
-    everywhere = _devices.gather(stacked, axis_name, axis_index_groups)
+    everywhere = _devices.gather(stacked, axis_name, groups)
     return pool(Moments(everywhere[:, 0].real, everywhere[:, 1], everywhere[:, 2].real))
 
 

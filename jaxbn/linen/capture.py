@@ -39,6 +39,7 @@ STOCK_CALL = inspect.unwrap(nn.BatchNorm.__call__)
 OUR_CALL = inspect.unwrap(Norm.__call__)
 
 _SLOT = "jaxbn_slot"
+FROZEN = "jaxbn_frozen"  # beside the statistics of a layer that is to keep and to use them
 # Fields of the stock layer that matter once its statistics are given.
 _STOCK_FIELDS = (
     "axis epsilon dtype param_dtype use_bias use_scale bias_init scale_init force_float32_reductions".split()
@@ -99,13 +100,14 @@ def capture(call: Call, *, mode: str) -> Callable[[Any, Any], tuple[Any, Measure
         variables = flax.core.unfreeze(variables)
         layers = [Layer(path, state.mean.shape, mode) for path, state in find_states(variables).items()]
         whole = {layer: layer.positions() for layer in layers}
+        slots = {layer.path: Slot(index, layer) for layer, index in whole.items()}
 
         def run(variables: Any, batch: Any) -> Any:
             with nn.intercept_methods(_intercept):
                 return call(variables, batch)
 
-        outputs, records = _harvest.harvest(run)(_with_slots(variables, whole), batch)
-        return _without_slots(outputs), measured(records, whole)
+        outputs, records = _harvest.harvest(run)(with_leaves(variables, _SLOT, slots), batch)
+        return without(_SLOT, outputs), measured(records, whole)
 
     return captured
 
@@ -126,24 +128,25 @@ def find_states(variables: Mapping[str, Any]) -> dict[str, State]:
     return states
 
 
-def _with_slots(variables: dict[str, Any], positions: Mapping[Layer, jax.Array]) -> dict[str, Any]:
+def with_leaves(variables: dict[str, Any], name: str, leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """The variables with one leaf more, of this name, beside the statistics of each layer given by its path."""
     flat = flax.traverse_util.flatten_dict(variables[STATISTICS])
-    flat |= {(*keys(layer.path), _SLOT): Slot(index, layer) for layer, index in positions.items()}
+    flat |= {(*keys(path), name): leaf for path, leaf in leaves.items()}
     return variables | {STATISTICS: flax.traverse_util.unflatten_dict(flat)}
 
 
-def _without_slots(tree: Any) -> Any:
-    """Outputs in which the call returned its variables, as with `mutable=`, without the slots."""
+def without(name: str, tree: Any) -> Any:
+    """Outputs in which the call returned its variables, as with `mutable=`, without the leaves of this name."""
 
-    def holds_slot(node: Any) -> bool:
-        return isinstance(node, dict | flax.core.FrozenDict) and _SLOT in node
+    def holds_it(node: Any) -> bool:
+        return isinstance(node, dict | flax.core.FrozenDict) and name in node
 
     def strip(node: Any) -> Any:
-        if not holds_slot(node):
+        if not holds_it(node):
             return node
-        return type(node)({key: _without_slots(value) for key, value in node.items() if key != _SLOT})
+        return type(node)({key: without(name, value) for key, value in node.items() if key != name})
 
-    return jax.tree.map(strip, tree, is_leaf=holds_slot)
+    return jax.tree.map(strip, tree, is_leaf=holds_it)
 
 
 def keys(path: str) -> tuple[str, ...]:
@@ -154,11 +157,9 @@ def keys(path: str) -> tuple[str, ...]:
 def _intercept(next_call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
     """Runs in the place of every method of every module, and lets all but the calls of normalization layers pass."""
     layer: Any = context.module
-    function = getattr(context.orig_method, "func", None)
-    if function not in (STOCK_CALL, OUR_CALL) or layer.is_initializing():
-        return next_call(*args, **kwargs)
-    slot = layer.get_variable(STATISTICS, _SLOT)
-    if slot is None:  # not a layer of the variables that were passed in: a frozen teacher, or our own call below
+    # Without a slot it is no layer of the variables that were passed in: a teacher, or our own call below.
+    slot = layer.get_variable(STATISTICS, _SLOT) if is_call_of_layer(context) else None
+    if slot is None or layer.has_variable(STATISTICS, FROZEN):
         return next_call(*args, **kwargs)
     x, mask, residual = call_arguments(*args, **kwargs)
     transform = _transform_of(layer)
@@ -166,11 +167,16 @@ def _intercept(next_call: Callable[..., Any], args: Any, kwargs: Any, context: n
     if slot.layer.mode == "as_called":
         y = next_call(*args, **kwargs)
     else:
-        stored = _stored_state(layer, transform, moments.mean.shape)
+        stored = stored_state(layer)
         state = wanted_state(transform, stored, moments, slot.layer.mode, layer.axis_name, layer.axis_index_groups)
-        normalize = _normalize if function is OUR_CALL else _normalize_stock
         y = normalize(layer, state, x, mask=mask, residual=residual)
     return _harvest.mark(y, slot.index, moments, layer=dataclasses.replace(slot.layer, kind=kind_of(layer)))
+
+
+def is_call_of_layer(context: nn.module.InterceptorContext) -> bool:
+    """Whether an interceptor has met the call of a normalization layer, other than for its initialization."""
+    function = getattr(context.orig_method, "func", None)
+    return function in (STOCK_CALL, OUR_CALL) and not context.module.is_initializing()
 
 
 def kind_of(layer: Any) -> LayerKind:
@@ -185,21 +191,24 @@ def _transform_of(layer: Any) -> NormTransform:
     return batch_norm(axis=layer.axis, epsilon=layer.epsilon, use_fast_variance=layer.use_fast_variance)
 
 
-def _stored_state(layer: Any, transform: NormTransform, shape: tuple[int, ...]) -> State:
-    _, initial = transform.init(shape)
+def stored_state(layer: Any) -> State:
+    """The statistics that a layer holds, as the methods' functions take them."""
+    _, initial = _transform_of(layer).init(flax.core.meta.unbox(layer.get_variable(STATISTICS, "mean")).shape)
     names = (name for name, leaf in initial._asdict().items() if leaf is not None)
     return initial._replace(**{name: flax.core.meta.unbox(layer.get_variable(STATISTICS, name)) for name in names})
 
 
-def _normalize(layer: Any, state: State, x: jax.Array, *, mask: Any, residual: Any) -> jax.Array:
+def normalize(layer: Any, state: State, x: jax.Array, *, mask: Any, residual: Any) -> jax.Array:
+    """What the layer makes of its input with these statistics."""
+    if not isinstance(layer, Norm):
+        return _normalize_stock(layer, state, x)  # where Flax ignores the mask, and has no residual
     params = flax.core.meta.unbox(layer.variables.get("params", {}))
     affine = NormParams(params.get("scale"), params.get("bias"))
     return layer.transform().eval(affine, state, x, mask=mask, residual=residual)
 
 
-def _normalize_stock(layer: Any, state: State, x: jax.Array, *, mask: Any, residual: Any) -> jax.Array:
+def _normalize_stock(layer: Any, state: State, x: jax.Array) -> jax.Array:
     """Through a stock layer of the same fields that stands outside the model, so that Flax's own rules hold."""
-    del mask, residual  # which Flax ignores with given statistics, and does not have
     detached = nn.BatchNorm(**{name: getattr(layer, name) for name in _STOCK_FIELDS}, parent=None)
     variables = {name: value for name, value in layer.variables.items() if name == "params"}
     variables[STATISTICS] = {"mean": state.mean, "var": state.var}

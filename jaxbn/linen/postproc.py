@@ -5,14 +5,17 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import flax
+from jax.typing import ArrayLike
 
+from jaxbn.core.averaging import Averaging, as_averaging
 from jaxbn.core.moments import Moments
 from jaxbn.linen.capture import Call, capture, find_states, keys
 from jaxbn.linen.modules import STATISTICS
-from jaxbn.methods.batch_norm import batch_norm
+from jaxbn.methods.base import State
+from jaxbn.methods.batch_norm import batch_norm, move
 from jaxbn.population.estimate import estimate
 from jaxbn.population.estimators import Estimator, pooled
-from jaxbn.population.layers import Measured, moments_for
+from jaxbn.population.layers import Measured, checked
 from jaxbn.population.report import Report, report
 
 
@@ -87,12 +90,62 @@ def install_moments(variables: Any, moments: Mapping[str, Moments]) -> dict[str,
         >>> jaxbn.linen.install_moments(variables, moments)["batch_stats"]["mean"]
         Array([2.], dtype=float32)
     """
-    variables = flax.core.unfreeze(variables)
     states = find_states(variables)
+    given = checked(moments, states)
+    return _with_states(variables, {path: batch_norm().postproc(states[path], given[path]) for path in given})
+
+
+def move_averages(
+    variables: Any,
+    moments: Mapping[str, Moments],
+    momentum: ArrayLike | Averaging = 0.99,
+    *,
+    samples: ArrayLike | None = None,
+) -> dict[str, Any]:
+    """Moves the running averages once, by moments of your own: of all the micro-batches of one optimizer step.
+
+    In a loop over micro-batches the layers would move them once for each, by its variance alone. Take the moments with
+    `capture_moments(call, mode="as_called")` instead, put them together, with `jaxbn.merge` or, if the loop is inside
+    `call`, not at all, for all marks of a call are pooled; across devices with `jaxbn.merge_over`. Pure; may be jitted.
+
+    Args:
+        variables: All variables of the model, as they were before the step.
+        moments: `Moments` by layer path. Where the count is 0, or they are not finite, the averages stay.
+        momentum: That of the layers: the weight of the OLD value, or a `jaxbn.Averaging`.
+        samples: Examples in all micro-batches together; needed for `jaxbn.horizon` alone.
+
+    Returns:
+        New variables.
+
+    Raises:
+        ValueError: If a path is not that of a normalization layer, or the features of a layer differ; or for a
+            momentum that does not fit the statistics.
+
+    Example:
+        >>> net = jaxbn.linen.BatchNorm(use_running_average=False, momentum=0.9)
+        >>> micro_batches = jnp.array([[[1.0], [3.0]], [[11.0], [13.0]]])
+        >>> variables = net.init(jax.random.key(0), micro_batches[0])
+        >>> call = functools.partial(net.apply, mutable=["batch_stats"])
+        >>> capture = jaxbn.linen.capture_moments(call, mode="as_called")
+        >>> moments = [capture(variables, batch)[1] for batch in micro_batches]
+        >>> pooled = {path: jaxbn.merge(moments[0][path], moments[1][path]) for path in moments[0]}
+        >>> moved = jaxbn.linen.move_averages(variables, pooled, 0.9)
+        >>> print(f"{float(moved['batch_stats']['var'][0]):.2f}")  # 0.9 * 1 + 0.1 * 26
+        3.50
+    """
+    average = as_averaging(momentum)
+    if average is None:
+        raise ValueError("momentum=None keeps no running averages, so there is nothing to move.")
+    states = find_states(variables)
+    given = checked(moments, states)
+    return _with_states(variables, {path: move(average, states[path], given[path], samples) for path in given})
+
+
+def _with_states(variables: Any, states: Mapping[str, State]) -> dict[str, Any]:
+    variables = flax.core.unfreeze(variables)
     flat = flax.traverse_util.flatten_dict(variables[STATISTICS])
-    for path in moments:
-        found = moments_for(path, moments, states)
-        for name, leaf in batch_norm().postproc(states[path], found)._asdict().items():
+    for path, state in states.items():
+        for name, leaf in state._asdict().items():
             if leaf is not None:
                 key = (*keys(path), name)
                 flat[key] = flax.core.meta.replace_boxed(flat[key], leaf)

@@ -142,7 +142,7 @@ def batch_norm(
         if average is None:
             return y, state
         samples = moments.count.max(initial=0) / math.prod(x.shape[a] for a in _axes.split(x.ndim, axis).reduced[1:])
-        return y, _move(average, state, moments, samples)
+        return y, move(average, state, moments, samples)
 
     def evaluate(
         params: NormParams,
@@ -173,10 +173,14 @@ def batch_norm(
     return NormTransform(init, train, evaluate, measure, postproc, backward)
 
 
-def _move(
-    average: _averaging.Averaging, state: BatchNormState, moments: _moments.Moments, samples: jax.Array
+def move(
+    average: _averaging.Averaging, state: BatchNormState, moments: _moments.Moments, samples: ArrayLike | None
 ) -> BatchNormState:
     """One step of the running averages, left alone in channels that saw nothing or something that is not finite."""
+    if average.counts_samples and samples is None:
+        raise ValueError(
+            "jaxbn.horizon counts examples, which moments do not tell; pass samples=, how many there were."
+        )
     if average.counts and state.count is None:
         raise ValueError(
             f"momentum={average} counts steps, but the state has no `count`: it was made for a constant momentum. Add "
@@ -189,6 +193,7 @@ def _move(
         )
     good = (moments.count > 0) & jnp.isfinite(moments.mean) & jnp.isfinite(moments.var)
     count = jnp.zeros((), jnp.float32) if state.count is None else state.count
+    samples = jnp.asarray(0 if samples is None else samples, jnp.float32)
     decay = average.decay(count, samples)
     after = jnp.where(good.any(), average.advance(count, samples), count)
     return BatchNormState(

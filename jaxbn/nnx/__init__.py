@@ -1,6 +1,14 @@
 """Batch normalization for flax.nnx: the layers, and the statistics pass for any NNX model."""
 
 from jaxbn.nnx.capture import capture_moments as capture_moments
+from jaxbn.nnx.freeze import affine_mask as affine_mask
+from jaxbn.nnx.freeze import freeze as freeze
+from jaxbn.nnx.freeze import freeze_layers as freeze_layers
+from jaxbn.nnx.freeze import install_frozen as install_frozen
+from jaxbn.nnx.freeze import summary as summary
 from jaxbn.nnx.modules import BatchNorm as BatchNorm
 from jaxbn.nnx.postproc import install_moments as install_moments
+from jaxbn.nnx.postproc import move_averages as move_averages
 from jaxbn.nnx.postproc import postproc as postproc
+from jaxbn.nnx.steps import TrainState as TrainState
+from jaxbn.nnx.steps import make_steps as make_steps

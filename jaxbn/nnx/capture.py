@@ -127,21 +127,30 @@ def kind_of(layer: Any) -> LayerKind:
     return LayerKind.of(layer._factory if isinstance(layer, Norm) else batch_norm, layer.epsilon)
 
 
-def _hook(path: str, module: Any, mode: str) -> tuple[Layer, jax.Array]:
-    layer = Layer(path, state_of(module).mean.shape, mode, kind_of(module))
-    cls: Any = type(module)
-    module.__class__ = _hooked(cls)
-    positions = layer.positions()
-    module.jaxbn_slot = Slot(positions)
-    module.jaxbn_layer = nnx.static(layer)
-    return layer, positions
+def is_frozen(layer: Any) -> bool:
+    """Whether the layer keeps its statistics and normalizes with them whatever it is asked to."""
+    return getattr(layer, "jaxbn_frozen", False)
 
 
 @functools.cache  # the same class each time, so that equal models have equal graphdefs
-def _hooked(cls: type) -> type:
-    """The class with the hook right above the one that defines the call, where super().__call__ meets it."""
-    hook = _OurHook if issubclass(cls, Norm) else _StockHook
+def with_call_of(cls: type, ours: type, stock: type) -> type:
+    """The class with another call: that of `ours` or `stock`, right above the class that defines the call.
+
+    There super().__call__ meets it.
+    """
+    hook = ours if issubclass(cls, Norm) else stock
     return hook if cls is nnx.BatchNorm else type(cls.__name__, (cls, hook), {})
+
+
+def _hook(path: str, module: Any, mode: str) -> tuple[Layer, jax.Array]:
+    layer = Layer(path, state_of(module).mean.shape, mode, kind_of(module))
+    positions = layer.positions()
+    if not is_frozen(module):
+        cls: Any = type(module)
+        module.__class__ = with_call_of(cls, _OurHook, _StockHook)
+        module.jaxbn_slot = Slot(positions)
+        module.jaxbn_layer = nnx.static(layer)
+    return layer, positions
 
 
 def _without_hooks(outputs: Any) -> Any:

@@ -1,16 +1,20 @@
 """Population statistics for any NNX model: the pass, and the write-back for those who run their own loop."""
 
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from flax import nnx
+from jax.typing import ArrayLike
 
+from jaxbn.core.averaging import as_averaging
 from jaxbn.core.moments import Moments
+from jaxbn.methods.base import State
+from jaxbn.methods.batch_norm import move
 from jaxbn.nnx.capture import Call, capture, find_layers, find_states, run_model, transform_of
 from jaxbn.population.estimate import estimate
 from jaxbn.population.estimators import Estimator, pooled
-from jaxbn.population.layers import Measured, moments_for
+from jaxbn.population.layers import Measured, checked
 from jaxbn.population.report import Report, report
 
 
@@ -80,11 +84,52 @@ def install_moments(model: Any, moments: Mapping[str, Moments]) -> Any:
         >>> jaxbn.nnx.install_moments(model, moments).mean[...]
         Array([2.], dtype=float32)
     """
+    return _with_states(model, moments, lambda layer, state, found: transform_of(layer).postproc(state, found))
+
+
+def move_averages(model: Any, moments: Mapping[str, Moments], *, samples: ArrayLike | None = None) -> Any:
+    """Moves the running averages once, by moments of your own: of all the micro-batches of one optimizer step.
+
+    As :func:`jaxbn.linen.move_averages`, for NNX, where each layer has its momentum with it; layers of `momentum=None`
+    stay. A new model comes back, and the one given is left untouched: `nnx.update(model, nnx.state(new_model,
+    nnx.BatchStat))` takes its statistics over.
+
+    Args:
+        model: The model, as it was before the step.
+        moments: `Moments` by layer path. Where the count is 0, or they are not finite, the averages stay.
+        samples: Examples in all micro-batches together; needed for `jaxbn.horizon` alone.
+
+    Returns:
+        A new model.
+
+    Raises:
+        ValueError: If a path is not that of a normalization layer, or the features of a layer differ.
+
+    Example:
+        >>> model = jaxbn.nnx.BatchNorm(1, momentum=0.9, rngs=nnx.Rngs(0))
+        >>> micro_batches = jnp.array([[[1.0], [3.0]], [[11.0], [13.0]]])
+        >>> capture = jaxbn.nnx.capture_moments(mode="as_called")
+        >>> moments = [capture(model, batch)[1] for batch in micro_batches]
+        >>> pooled = {path: jaxbn.merge(moments[0][path], moments[1][path]) for path in moments[0]}
+        >>> moved = jaxbn.nnx.move_averages(model, pooled)
+        >>> print(f"{float(moved.var[0]):.2f}")  # 0.9 * 1 + 0.1 * 26
+        3.50
+    """
+
+    def moved(layer: Any, state: State, found: Moments) -> State:
+        average = as_averaging(layer.momentum)
+        return state if average is None else move(average, state, found, samples)
+
+    return _with_states(model, moments, moved)
+
+
+def _with_states(model: Any, moments: Mapping[str, Moments], new_state: Callable[[Any, State, Moments], State]) -> Any:
+    """A copy of the model, with the new states of the layers that the moments are of."""
     copy = nnx.clone(model)
     layers, states = find_layers(copy), find_states(copy)
-    for path in moments:
-        found = moments_for(path, moments, states)
-        for name, leaf in transform_of(layers[path]).postproc(states[path], found)._asdict().items():
+    for path, found in checked(moments, states).items():
+        state = new_state(layers[path], states[path], found)
+        for name, leaf in state._asdict().items():
             if leaf is not None:
                 getattr(layers[path], name)[...] = leaf
     return copy

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -76,6 +76,29 @@ def measured(records: Sequence[_harvest.Record], whole: Mapping[Layer, jax.Array
     return Measured({layer.path: layer.moments_from(collected) for layer in whole}, tuple(kinds.items()))
 
 
+def merged(found: Measured, axis_name: _devices.AxisName | None) -> Measured:
+    """What all devices of the axis measured together; as it is where there is no axis, as in tracing for shapes."""
+    if axis_name is None or not _devices.is_bound(axis_name):
+        return found
+    return dataclasses.replace(
+        found, moments={path: _moments.merge_over(part, axis_name) for path, part in found.moments.items()}
+    )
+
+
+def check_synchronized(path: str, momentum: Any, layer_axis: Any, axis_name: Any) -> None:
+    """Raises a ValueError if the running averages of a layer would differ from device to device."""
+
+    def names(axis: Any) -> set[str]:
+        return set() if axis is None else {axis} if isinstance(axis, str) else set(axis)
+
+    if momentum is not None and not names(axis_name) <= names(layer_axis):
+        raise ValueError(
+            f"{path!r} would keep running averages of the rows of its own device, and they would differ over "
+            f"{axis_name!r}: it has axis_name={layer_axis!r}. Give the layer axis_name={axis_name!r}; or, of jaxbn's "
+            f"layers, momentum=None, so that the statistics come from postproc."
+        )
+
+
 def check_mode(mode: str) -> None:
     """Raises a ValueError for a mode that does not exist."""
     if mode not in MODES:
@@ -100,18 +123,32 @@ def wanted_state(
     if mode == "eval":
         return stored
     if axis_name is not None and _devices.is_bound(axis_name):
-        moments = _moments.merge_over(moments, axis_name, _devices.check_groups(axis_name, axis_index_groups))
+        moments = _moments.merge_over(moments, axis_name, axis_index_groups)
     return transform.postproc(jax.tree.map(_unrounded, stored), moments)
 
 
-def moments_for(path: str, moments: Mapping[str, Moments], states: Mapping[str, State]) -> Moments:
-    """The moments to install in a layer; a ValueError if there is no such layer, or it has other features."""
-    if path not in states:
-        raise ValueError(f"{path!r} is not a normalization layer; there are {', '.join(map(repr, states))}.")
-    found, features = moments[path].mean.shape, states[path].mean.shape
-    if found != features:
-        raise ValueError(f"The moments of {path!r} are for features {found}, its statistics for {features}.")
-    return moments[path]
+def select(paths: str | Sequence[str], known: Iterable[str]) -> list[str]:
+    """The layers at or below the paths; a ValueError for a path that leads to none. The path "" leads to all."""
+    known, chosen = list(known), []
+    for path in [paths] if isinstance(paths, str) else paths:
+        found = [layer for layer in known if path in ("", layer) or layer.startswith(f"{path}/")]
+        if not found:
+            raise ValueError(
+                f"No normalization layer is at {path!r} or below it; there are {', '.join(map(repr, known))}."
+            )
+        chosen += found
+    return list(dict.fromkeys(chosen))
+
+
+def checked(moments: Mapping[str, Moments], states: Mapping[str, State]) -> Mapping[str, Moments]:
+    """The moments, if all are of layers that there are and have their features; else a ValueError."""
+    for path in moments:
+        if path not in states:
+            raise ValueError(f"{path!r} is not a normalization layer; there are {', '.join(map(repr, states))}.")
+        found, features = moments[path].mean.shape, states[path].mean.shape
+        if found != features:
+            raise ValueError(f"The moments of {path!r} are for features {found}, its statistics for {features}.")
+    return moments
 
 
 def natural(path: str) -> list[tuple[int, int | str]]:

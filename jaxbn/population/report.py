@@ -17,12 +17,12 @@ _WIDEST_PATH = 44
 class LayerChange:
     """Old and new statistics of one layer, in the shape of its features, on the host."""
 
-    count: float  # values per channel that the new statistics were computed from; 0: not reached, nothing changed
+    count: float  # values per channel that the new statistics were computed from; 0: not reached or frozen
     old_mean: np.ndarray
     old_var: np.ndarray
     new_mean: np.ndarray
     new_var: np.ndarray
-    kind: LayerKind | None = None  # None: not reached
+    kind: LayerKind | None = None  # None: not reached, or frozen
 
     @property
     def mean_shift(self) -> np.ndarray:
@@ -73,7 +73,7 @@ class Report:
         for path, change in self.layers.items():
             name = path if len(path) <= width else "..." + path[3 - width :]
             if change.count == 0:
-                lines.append(f"{name:{width}}  not reached; its statistics are the old ones")
+                lines.append(f"{name:{width}}  not reached, or frozen; its statistics are the old ones")
                 continue
             shift, ratio = change.mean_shift, change.var_ratio
             lines.append(

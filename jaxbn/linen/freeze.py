@@ -1,0 +1,176 @@
+"""What stands still in a linen model: the frozen network, and single layers that keep their statistics in training."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax
+import flax.linen as nn
+import jax.numpy as jnp
+
+from jaxbn.linen.capture import (
+    FROZEN,
+    find_states,
+    is_call_of_layer,
+    keys,
+    kind_of,
+    normalize,
+    stored_state,
+    with_leaves,
+    without,
+)
+from jaxbn.linen.modules import STATISTICS
+from jaxbn.population.frozen import Frozen, check_frozen, check_kinds, check_shapes, make_info
+from jaxbn.population.layers import call_arguments, select
+from jaxbn.population.report import Report
+from jaxbn.population.summary import tabulate
+
+
+def freeze(variables: Any, report: Report | None = None) -> Frozen:
+    """Makes the network that is evaluated, saved and served, out of variables that are ready for it.
+
+    Args:
+        variables: All variables of the model, with running averages (Method ONE) or as `postproc` returned them
+            (Method TWO).
+        report: What `postproc` returned beside them; it says where the statistics come from.
+
+    Returns:
+        A `Frozen`, whose `variables` go into `model.apply`.
+
+    Raises:
+        ValueError: If nothing ever estimated the statistics of a layer, if they are not finite, or if the report is
+            about others.
+
+    Example:
+        >>> net = jaxbn.linen.BatchNorm(use_running_average=True)
+        >>> data = jnp.arange(10.0)[:, None]
+        >>> variables, report = jaxbn.linen.postproc(net.apply, net.init(jax.random.key(0), data), [data])
+        >>> frozen = jaxbn.linen.freeze(variables, report)
+        >>> frozen.info.layer("")
+        LayerInfo(method='batch_norm', epsilon=1e-05, estimator='pooled', rows=10.0)
+        >>> print(f"{net.apply(frozen.variables, data[:1])[0, 0]:.2f}")
+        -1.57
+    """
+    variables = flax.core.meta.unbox(flax.core.unfreeze(variables))
+    return Frozen(variables, make_info(find_states(variables), report=report))
+
+
+def apply_frozen(apply: Callable[..., Any], frozen: Frozen, *args: Any, **kwargs: Any) -> Any:
+    """Runs `apply(frozen.variables, ...)`; a ValueError if it normalizes otherwise than the network that was frozen."""
+    check_frozen(frozen)
+
+    def check(next_call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+        if is_call_of_layer(context):
+            check_kinds(frozen, {"/".join(context.module.path): kind_of(context.module)})
+        return next_call(*args, **kwargs)
+
+    with nn.intercept_methods(check):
+        return apply(frozen.variables, *args, **kwargs)
+
+
+def check_fits(frozen: Frozen, variables: Any) -> None:
+    """Raises a ValueError that names the first variable in which the frozen network differs from these, or theirs."""
+
+    def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+        flat = flax.traverse_util.flatten_dict(flax.core.meta.unbox(flax.core.unfreeze(tree)), sep="/")
+        return {path: leaf.shape for path, leaf in flat.items()}
+
+    check_shapes(shapes(frozen.variables), shapes(variables))
+
+
+def freeze_layers(call: Callable[..., Any], paths: str | Sequence[str]) -> Callable[..., Any]:
+    """Makes a call in which some layers keep their statistics and normalize with them, whatever flags the model passes.
+
+    For fine-tuning with small batches or on little data. Their scale and bias still learn; :func:`affine_mask` holds
+    those. A `postproc` on the call leaves the layers untouched. To freeze from step t on, inside jit:
+    `jax.lax.cond(step >= t, frozen_call, call, variables, batch)`.
+
+    Args:
+        call: Runs the model: `net.apply`, or any function whose first argument is all its variables.
+        paths: Layers, or modules all of whose layers are meant, such as `"backbone"` or `"Block_0/BatchNorm_1"`; one or
+            several. `""` is the whole model.
+
+    Returns:
+        A function like `call`.
+
+    Raises:
+        ValueError: When called, if there is no layer at a path or below it.
+
+    Example:
+        >>> net = jaxbn.linen.BatchNorm(use_running_average=False)
+        >>> x = jnp.array([[1.0], [3.0]])
+        >>> variables = net.init(jax.random.key(0), x)
+        >>> y, updates = jaxbn.linen.freeze_layers(net.apply, "")(variables, x, mutable=["batch_stats"])
+        >>> print(f"output {y[1, 0]:.2f}, mean {updates['batch_stats']['mean'][0]:.2f}")
+        output 3.00, mean 0.00
+    """
+
+    def frozen_call(variables: Any, *args: Any, **kwargs: Any) -> Any:
+        variables = flax.core.unfreeze(variables)
+        states = find_states(variables)
+        # In the shape of the statistics, so that every transformation carries it in the same way. Being part of the
+        # tree structure it keeps compiled programs with and without it apart.
+        marks = {path: jnp.ones(states[path].mean.shape, bool) for path in select(paths, states)}
+        with nn.intercept_methods(_hold):
+            return without(FROZEN, call(with_leaves(variables, FROZEN, marks), *args, **kwargs))
+
+    return frozen_call
+
+
+def affine_mask(variables: Any, paths: str | Sequence[str]) -> Any:
+    """Says of each parameter whether it is the scale or bias of one of these layers, for `optax.masked`.
+
+    `optax.chain(optimizer, optax.masked(optax.set_to_zero(), mask))` holds them; `optax.add_decayed_weights(1e-4,
+    mask=jax.tree.map(operator.not_, mask))` keeps weight decay off them.
+
+    Args:
+        variables: All variables of the model.
+        paths: As in :func:`freeze_layers`.
+
+    Returns:
+        Booleans, in a tree like `variables["params"]`.
+
+    Raises:
+        ValueError: If there is no layer at a path or below it.
+
+    Example:
+        >>> net = flax.linen.Sequential([flax.linen.Dense(2), jaxbn.linen.BatchNorm(use_running_average=True)])
+        >>> variables = net.init(jax.random.key(0), jnp.ones((4, 3)))
+        >>> jaxbn.linen.affine_mask(variables, "layers_1")
+        {'layers_0': {'kernel': False, 'bias': False}, 'layers_1': {'scale': True, 'bias': True}}
+    """
+    layers = {keys(path) for path in select(paths, find_states(variables))}
+    params = flax.core.unfreeze(variables["params"])
+    return flax.traverse_util.path_aware_map(lambda path, _: path[:-1] in layers, params)
+
+
+def summary(variables: Any) -> str:
+    """A table of what is normalized, how, and by what its statistics were estimated.
+
+    Args:
+        variables: All variables of a model, or a `Frozen`, which knows more.
+
+    Returns:
+        Text, with a line per layer.
+
+    Raises:
+        ValueError: If there is no normalization layer.
+
+    Example:
+        >>> net = flax.linen.Sequential([flax.linen.Dense(8), jaxbn.linen.BatchNorm(use_running_average=True)])
+        >>> print(jaxbn.linen.summary(net.init(jax.random.key(0), jnp.ones((4, 3)))))
+        1 normalization layer, 8 channels
+        layer     channels  learns       method  epsilon  statistics      rows
+        layers_1         8  scale, bias  -       -        initial values     -
+    """
+    info = variables.info if isinstance(variables, Frozen) else None
+    variables = variables.variables if isinstance(variables, Frozen) else variables
+    params = flax.traverse_util.flatten_dict(flax.core.unfreeze(variables.get("params", {})), sep="/")
+    return tabulate(find_states(variables), params, info=info)
+
+
+def _hold(next_call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+    layer: Any = context.module
+    if not is_call_of_layer(context) or not layer.has_variable(STATISTICS, FROZEN):
+        return next_call(*args, **kwargs)
+    x, mask, residual = call_arguments(*args, **kwargs)
+    return normalize(layer, stored_state(layer), x, mask=mask, residual=residual)

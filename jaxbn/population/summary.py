@@ -1,0 +1,68 @@
+"""What is normalized in a model, how, and by what its statistics were estimated, as a table."""
+
+from collections.abc import Iterable, Mapping
+
+from jaxbn.methods.base import State
+from jaxbn.population.frozen import AS_GIVEN, Info, LayerInfo, is_initial
+from jaxbn.population.layers import LayerKind
+
+_HEAD = ("layer", "channels", "learns", "method", "epsilon", "statistics", "rows")
+_TO_THE_RIGHT = {"channels", "rows"}
+_WIDEST_PATH = 44
+
+
+def tabulate(
+    states: Mapping[str, State],
+    params: Iterable[str],
+    *,
+    info: Info | None = None,
+    kinds: Mapping[str, LayerKind] | None = None,
+) -> str:
+    """The table.
+
+    Args:
+        states: The statistics of each layer, by path.
+        params: The paths of all parameters.
+        info: What is known of a frozen network.
+        kinds: What the layers do, where there is no `info`.
+
+    Returns:
+        Text, with a line per layer.
+    """
+    params = set(params)
+    known = dict(info.layers) if info else {}
+    rows = [_HEAD]
+    for path, state in states.items():
+        learned = ", ".join(name for name in ("scale", "bias") if (f"{path}/{name}" if path else name) in params)
+        rows.append((_short(path), str(state.mean.size), learned or "-", *_cells(state, path, known, kinds or {})))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    channels = sum(state.mean.size for state in states.values())
+    lines = [f"{len(states)} normalization layer{'s'[: len(states) > 1]}, {channels} channel{'s'[: channels > 1]}"]
+    for row in rows:
+        cells = (
+            cell.rjust(width) if name in _TO_THE_RIGHT else cell.ljust(width)
+            for name, cell, width in zip(_HEAD, row, widths, strict=True)
+        )
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def _cells(
+    state: State, path: str, known: Mapping[str, LayerInfo], kinds: Mapping[str, LayerKind]
+) -> tuple[str, str, str, str]:
+    """Method, epsilon, statistics and rows; a dash stands for what is not known."""
+    info = known.get(path)
+    kind = info or kinds.get(path)
+    statistics = info.estimator if info else "initial values" if is_initial(state) else AS_GIVEN
+    return (
+        (kind and kind.method) or "-",
+        "-" if kind is None or kind.epsilon is None else f"{kind.epsilon:g}",
+        statistics,
+        "-" if info is None or info.rows is None else f"{info.rows:.0f}",
+    )
+
+
+def _short(path: str) -> str:
+    if not path:
+        return "(the model)"
+    return path if len(path) <= _WIDEST_PATH else "..." + path[3 - _WIDEST_PATH :]
