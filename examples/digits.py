@@ -1,4 +1,4 @@
-"""Handwritten digits: train with batch normalization, fix the population statistics, evaluate with them.
+"""Handwritten digits: train with batch normalization, fix the population statistics, evaluate with them, and serve.
 
     python examples/digits.py
 
@@ -7,16 +7,22 @@ bundles. After each epoch the same parameters classify held-out digits, normaliz
 
     Batch statistics    each held-out batch is normalized by its own mean and variance, as in training
     Method ONE          the running averages that were kept while training (momentum 0.99, Flax's default)
-    Method TWO          `jaxbn.linen.postproc` sends the training digits through the network once more, its parameters
-                        fixed, and combines their moments: pooled, by a mean of batches, or by a moving average
+    Method TWO          a pass over the training digits, with the parameters fixed, that combines their moments: pooled,
+                        by a mean of batches, or by a moving average
 
-It prints a table with a row per epoch and method, says in one line where the gap comes from, and saves a picture. With
-`--order class` each training batch holds a single digit; the passes of Method TWO see mixed digits all the same.
+It prints a table with a row per epoch and method, says in one line where the gap comes from, and saves a picture. Then
+it saves the network with its pooled statistics, loads it in a fresh process, and compares what the two answer.
+
+`--api nnx` does all of it with Flax NNX instead of linen. With `--order class` each training batch holds a single
+digit; the passes of Method TWO see mixed digits all the same.
 """
 
 import argparse
+import dataclasses
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +30,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 import optax
+from flax import nnx
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import Console
@@ -33,7 +40,9 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 import jaxbn
-from jaxbn.linen import BatchNorm, capture_moments, postproc
+import jaxbn.linen
+import jaxbn.nnx
+import jaxbn.serving
 
 BATCH = 64
 TRAIN, HELD_OUT = 21 * BATCH, 7 * BATCH  # whole batches, so that every function compiles once
@@ -45,8 +54,8 @@ ESTIMATORS = {
     "Method TWO: mean of batches": jaxbn.mean_of_batches(),
     "Method TWO: moving average": jaxbn.moving_average(0.9),
 }
+LAYERS = [(16, 1)] * 5 + [(32, 2)] + [(32, 1)] * 4  # width and stride of each convolution
 
-Variables = dict[str, Any]  # of a Flax module: params and batch_stats
 Batch = tuple[np.ndarray, np.ndarray]  # images [N, 8, 8, 1] and labels [N]
 Scores = dict[str, float]  # held-out accuracy by method
 
@@ -56,47 +65,56 @@ class DigitNet(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        for width, stride in [(16, 1)] * 5 + [(32, 2)] + [(32, 1)] * 4:
+        for width, stride in LAYERS:
             x = nn.Conv(width, (3, 3), strides=stride, use_bias=False)(x)
-            x = BatchNorm(use_running_average=not train, momentum=MOMENTUM, activation=nn.relu)(x)
+            x = jaxbn.linen.BatchNorm(use_running_average=not train, momentum=MOMENTUM, activation=nn.relu)(x)
         return nn.Dense(10)(x.mean((1, 2)))
 
 
-NET = DigitNet()
+class NNXDigitNet(nnx.Module):
+    """The same in NNX, where `train()` and `eval()` set how layers normalize."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        self.convs, self.norms = nnx.List(), nnx.List()
+        channels = 1
+        for width, stride in LAYERS:
+            self.convs.append(nnx.Conv(channels, width, (3, 3), strides=stride, use_bias=False, rngs=rngs))
+            self.norms.append(jaxbn.nnx.BatchNorm(width, momentum=MOMENTUM, activation=jax.nn.relu, rngs=rngs))
+            channels = width
+        self.head = nnx.Linear(channels, 10, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            x = norm(conv(x))
+        return self.head(x.mean((1, 2)))
+
+
 OPTIMIZER = optax.adam(3e-3)
 
 
-@jax.jit
-def train_step(variables: Variables, opt_state: optax.OptState, batch: Batch) -> tuple[Variables, optax.OptState]:
-    """One step of Adam, with batch statistics; the running averages move on the way."""
-    images, labels = batch
-
-    def loss_of(params: Any) -> tuple[jax.Array, Variables]:
-        logits, updates = NET.apply(variables | {"params": params}, images, train=True, mutable=["batch_stats"])
-        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), updates
-
-    params = variables["params"]
-    grads, updates = jax.grad(loss_of, has_aux=True)(params)
-    steps, opt_state = OPTIMIZER.update(grads, opt_state)
-    return {"params": optax.apply_updates(params, steps), **updates}, opt_state
+def loss_fn(logits: jax.Array, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Cross-entropy; no metrics."""
+    return optax.softmax_cross_entropy_with_integer_labels(logits, batch[1]).mean(), {}
 
 
-@jax.jit
-def predict(variables: Variables, batch: Batch) -> jax.Array:
-    """The network in use: layers normalize with the statistics that the variables hold."""
-    return NET.apply(variables, batch[0], train=False)
+def make_steps(api: str, seed: int, estimator: jaxbn.Estimator) -> jaxbn.Steps:
+    """The functions of the loop, compiled. From here on linen and NNX are the same."""
+    if api == "linen":
+        steps = jaxbn.linen.make_steps(DigitNet(), loss_fn, OPTIMIZER, inputs=images_of, estimator=estimator)
+    else:
+        net = NNXDigitNet(nnx.Rngs(seed))
+        steps = jaxbn.nnx.make_steps(net, loss_fn, OPTIMIZER, inputs=images_of, estimator=estimator)
+    return steps._replace(
+        init=jax.jit(steps.init),
+        train_step=jax.jit(steps.train_step, donate_argnums=0),
+        postproc_step=jax.jit(steps.postproc_step),
+        eval_step=jax.jit(steps.eval_step),
+    )
 
 
-@jax.jit
-def predict_with_own(variables: Variables, batch: Batch) -> jax.Array:
-    """The same network, but layers normalize with the statistics of this batch."""
-    logits, _ = capture_moments(predict, mode="batch")(variables, batch)
-    return logits
-
-
-def accuracy(classify: Callable[..., jax.Array], variables: Variables, data: Batch) -> float:
-    """Fraction of digits that are classified correctly."""
-    return float(np.mean([classify(variables, batch).argmax(-1) == batch[1] for batch in in_batches(*data)]))
+def images_of(batch: Batch) -> np.ndarray:
+    """What the network takes of a batch."""
+    return batch[0]
 
 
 def load(seed: int) -> tuple[Batch, Batch]:
@@ -124,45 +142,88 @@ def training_batches(data: Batch, order: str, rng: np.random.Generator) -> list[
     return [batches[i] for i in rng.permutation(len(batches))]
 
 
-def train(data: Batch, *, order: str, epochs: int, seed: int, progress: bool) -> Iterator[Variables]:
-    """Yields the variables after each epoch."""
+def train(steps: jaxbn.Steps, data: Batch, *, order: str, epochs: int, seed: int, progress: bool) -> Iterator[Any]:
+    """Yields the state after each epoch."""
     rng, screen = np.random.default_rng(seed), Console(stderr=True)
-    variables = jax.jit(NET.init, static_argnames="train")(jax.random.key(seed), data[0][:1], train=False)
-    opt_state = OPTIMIZER.init(variables["params"])
+    state = steps.init(jax.random.key(seed), in_batches(*data)[0])
     for epoch in range(1, epochs + 1):
         batches = training_batches(data, order, rng)
         for batch in track(batches, f"Training, epoch {epoch}", console=screen, transient=True, disable=not progress):
-            variables, opt_state = train_step(variables, opt_state, batch)
-        yield variables
+            state, _ = steps.train_step(state, batch)
+        yield state
 
 
-def evaluate(variables: Variables, data: Batch, held_out: Batch, progress: bool) -> tuple[Scores, jaxbn.Report]:
-    """Held-out accuracy by method, and what the pooled statistics changed in each layer."""
-    scores = {OWN: accuracy(predict_with_own, variables, held_out), ONE: accuracy(predict, variables, held_out)}
-    reports, batches = {}, in_batches(*data)
-    for name, estimator in ESTIMATORS.items():
-        # `predict` is the same function object each time, so that the pass compiles once for each estimator.
-        fixed, reports[name] = postproc(predict, variables, batches, estimator=estimator, progress=progress)
-        scores[name] = accuracy(predict, fixed, held_out)
-    return scores, reports[POOLED]
+def postproc(steps: jaxbn.Steps, state: Any, batches: list[Batch]) -> tuple[jaxbn.Frozen, jaxbn.Report]:
+    """The network with the population statistics of these batches, and what that changed in each layer."""
+    acc = steps.start(state, batches[0])
+    for batch in batches:
+        acc = steps.postproc_step(state, acc, batch)
+    return steps.finalize(state, acc)
 
 
-def without_start(variables: Variables, left: float) -> Variables:
+def predict(steps: jaxbn.Steps, frozen: jaxbn.Frozen, held_out: Batch) -> np.ndarray:
+    """The digits that the network takes the held-out images for."""
+    return np.concatenate([steps.eval_step(frozen, batch).argmax(-1) for batch in in_batches(*held_out)])
+
+
+def evaluate(
+    by_name: dict[str, jaxbn.Steps], state: Any, data: Batch, held_out: Batch
+) -> tuple[Scores, jaxbn.Frozen, jaxbn.Report]:
+    """Held-out accuracy by method; the network with pooled statistics, and what they changed in each layer."""
+    steps, labels = by_name[POOLED], held_out[1]
+    batches = in_batches(*held_out)
+    own = [predict(steps, postproc(steps, state, [batch])[0], batch) for batch in batches]
+    scores = {OWN: np.mean(np.concatenate(own) == labels)}
+    scores[ONE] = np.mean(predict(steps, steps.finalize(state)[0], held_out) == labels)
+    networks = {name: postproc(by_name[name], state, in_batches(*data)) for name in ESTIMATORS}
+    scores |= {name: np.mean(predict(steps, frozen, held_out) == labels) for name, (frozen, _) in networks.items()}
+    return {name: float(score) for name, score in scores.items()}, *networks[POOLED]
+
+
+def without_start(frozen: jaxbn.Frozen, left: float) -> jaxbn.Frozen:
     """Takes what is `left` of the initial values out; `momentum=jaxbn.constant(0.99, debias=True)` keeps them out."""
-    old = variables["batch_stats"]
-    new = {k: {"mean": s["mean"] / (1 - left), "var": (s["var"] - left) / (1 - left)} for k, s in old.items()}
-    return variables | {"batch_stats": new}
+
+    def is_layer(node: Any) -> bool:
+        return isinstance(node, dict) and "var" in node
+
+    def fix(node: Any) -> Any:
+        if not is_layer(node):
+            return node
+        return node | {"mean": node["mean"] / (1 - left), "var": (node["var"] - left) / (1 - left)}
+
+    return dataclasses.replace(frozen, variables=jax.tree.map(fix, frozen.variables, is_leaf=is_layer))
 
 
-def explain(scores: list[Scores], variables: Variables, held_out: Batch, order: str) -> str:
+def explain(steps: jaxbn.Steps, scores: list[Scores], state: Any, held_out: Batch, order: str) -> str:
     """One line on where the gap comes from, or on why there is nothing to gain."""
     if order == "class":
         cause = "batches of one digit spoilt the training, which no statistics undo"
         return f"Why: {cause}: batch {scores[-1][OWN]:.2f}, pooled {scores[-1][POOLED]:.2f}."
-    steps = len(scores) * (TRAIN // BATCH)
-    left = MOMENTUM**steps
-    share = f"{left:.0%} ({MOMENTUM}^{steps}) of each running average is still its initial value"
-    return f"Why: {share}; without it: {accuracy(predict, without_start(variables, left), held_out):.2f}."
+    left = MOMENTUM ** int(state.step)
+    share = f"{left:.0%} ({MOMENTUM}^{state.step}) of each running average is still its initial value"
+    without = predict(steps, without_start(steps.finalize(state)[0], left), held_out)
+    return f"Why: {share}; without it: {np.mean(without == held_out[1]):.2f}."
+
+
+def serve(path: Path, api: str, seed: int) -> np.ndarray:
+    """The answers of a fresh process, which has nothing but the file and the held-out digits."""
+    command = [sys.executable, __file__, "--answer", str(path), "--api", api, "--seed", str(seed)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return np.array(done.stdout.split(), np.int64)
+
+
+def answer(path: Path, api: str, seed: int) -> np.ndarray:
+    """What such a process does: build the model, load the network, and classify."""
+    _, held_out = load(seed)
+    images, _ = held_out
+    if api == "linen":
+        shapes = jax.eval_shape(lambda x: DigitNet().init(jax.random.key(0), x, train=False), images[:1])
+        frozen = jaxbn.serving.load(path, like=shapes)
+        logits = jax.jit(lambda variables, x: DigitNet().apply(variables, x, train=False))(frozen.variables, images)
+    else:
+        net = nnx.eval_shape(lambda: NNXDigitNet(nnx.Rngs(0)))
+        logits = nnx.jit(lambda net, x: net(x))(jaxbn.nnx.install_frozen(net, jaxbn.serving.load(path)), images)
+    return np.asarray(logits.argmax(-1))
 
 
 def tabulate(scores: list[Scores], order: str) -> Table:
@@ -219,28 +280,40 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--order", choices=ORDERS, default="shuffled", help="of the training digits (shuffled)")
     parser.add_argument("--epochs", type=int, default=3, help="passes over the training digits (3)")
     parser.add_argument("--seed", type=int, default=0, help="of split, initialization and order (0)")
+    parser.add_argument("--api", choices=("linen", "nnx"), default="linen", help="of Flax (linen)")
     parser.add_argument("--picture", type=Path, default="digits.png", metavar="PATH", help="file to draw (digits.png)")
+    parser.add_argument("--network", type=Path, default="digits.jaxbn", metavar="PATH", help="to save (digits.jaxbn)")
+    parser.add_argument("--answer", type=Path, metavar="PATH", help="only load this network and print its answers")
     parser.add_argument("--no-progress", action="store_true", help="show no progress bars")
     args = parser.parse_args(argv)
     if args.epochs < 1 or not 0 <= args.seed < 2**32:
         parser.error("--epochs must be 1 or more, and --seed 0 or more and below 2^32")
     if args.picture.suffix not in (".png", ".pdf", ".svg") or not args.picture.parent.is_dir():
         parser.error("--picture must end in .png, .pdf or .svg, and its folder must exist")
+    if not args.network.parent.is_dir():
+        parser.error("the folder of --network must exist")
     return args
 
 
 def main(argv: Sequence[str] | None = None) -> list[Scores]:
     """Runs the program; returns the held-out accuracy by method, for each epoch."""
     args, console, start = parse(argv), Console(highlight=False, markup=False), time.perf_counter()
+    if args.answer:
+        print(*answer(args.answer, args.api, args.seed))
+        return []
     progress = not args.no_progress and Console(stderr=True).is_terminal
     data, held_out = load(args.seed)
-    scores = []
-    for variables in train(data, order=args.order, epochs=args.epochs, seed=args.seed, progress=progress):
-        row, report = evaluate(variables, data, held_out, progress)
+    by_name = {name: make_steps(args.api, args.seed, estimator) for name, estimator in ESTIMATORS.items()}
+    steps, scores = by_name[POOLED], []
+    for state in train(steps, data, order=args.order, epochs=args.epochs, seed=args.seed, progress=progress):
+        row, frozen, report = evaluate(by_name, state, data, held_out)
         scores.append(row)
     console.print(tabulate(scores, args.order))
-    console.print(explain(scores, variables, held_out, args.order), soft_wrap=True)
+    console.print(explain(steps, scores, state, held_out, args.order), soft_wrap=True)
     draw(scores, report, args.order, args.picture)
+    jaxbn.serving.save(args.network, frozen)
+    same = predict(steps, frozen, held_out) == serve(args.network, args.api, args.seed)
+    console.print(f"Saved {args.network}; in a fresh process {same.sum()} of {same.size} answers are the same.")
     console.print(f"Saved {args.picture}; {time.perf_counter() - start:.0f} s, compilation included.", soft_wrap=True)
     return scores
 
