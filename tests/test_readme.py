@@ -1,18 +1,22 @@
 """The README tells the truth: its blocks run, its numbers come out, its errors are raised, its links lead somewhere."""
 
 import contextlib
+import doctest
 import io
 import re
+import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
 import flax
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 
 import jaxbn
 import jaxbn.linen
+import jaxbn.serving
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -42,7 +46,8 @@ def comments(code):
 
 
 @pytest.mark.parametrize("blocks", list(sections()))
-def test_blocks_run_and_print_what_they_say(blocks):
+def test_blocks_run_and_print_what_they_say(blocks, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)  # where they may save
     names = {"__name__": "readme"}
     for block in blocks:
         printed = io.StringIO()
@@ -60,6 +65,12 @@ def test_no_block_escapes():
     blocks = [block for param in sections() for block in param.values[0]]
     assert len(blocks) == README.count("```python") > 0
     assert sum(block.code.count("print(") for block in blocks if block.output) == README.count("print(")
+
+
+def test_the_loop_is_that_of_the_docstring():
+    example = doctest.DocTestParser().get_examples(jaxbn.linen.make_steps.__doc__)
+    source = "".join(part.source for part in example if "frozen.info" not in part.source)
+    assert source in README.replace("\n\n", "\n").replace("\n\n", "\n")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -107,6 +118,28 @@ def on_devices(**kwargs):
     return jaxbn.linen.BatchNorm(use_running_average=False, axis_name="devices", **kwargs)
 
 
+def make_steps(model, **kwargs):
+    return jaxbn.linen.make_steps(model, lambda y, batch: (y.mean(), {}), optax.sgd(0.1), inputs=lambda x: x, **kwargs)
+
+
+def steps_on_devices():
+    class Net(flax.linen.Module):
+        @flax.linen.compact
+        def __call__(self, x, train):
+            return jaxbn.linen.BatchNorm(use_running_average=not train)(x)
+
+    steps = make_steps(Net(), axis_name="devices")
+    jax.vmap(lambda x: steps.train_step(steps.init(jax.random.key(0), x), x), axis_name="devices")(X[None])
+
+
+def load_cut_off():
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "network")
+        jaxbn.serving.save(path, jaxbn.linen.freeze(jaxbn.linen.postproc(EVALUATION.apply, variables(), [X])[0]))
+        path.write_bytes(path.read_bytes()[:-1])
+        jaxbn.serving.load(path)
+
+
 # For each row of the table, by the start of its message: the type, and calls that raise it.
 ERRORS = {
     "Cannot update variable": (flax.errors.ModifyScopeVariableError, [lambda: LAYER.apply(variables(), X)]),
@@ -150,6 +183,14 @@ ERRORS = {
         ValueError,
         [lambda: jaxbn.linen.postproc(EVALUATION.apply, params_alone(), [X])],
     ),
+    "Nothing has estimated the statistics of": (ValueError, [lambda: jaxbn.linen.freeze(variables())]),
+    "are not those that the report is about": (
+        ValueError,
+        [lambda: jaxbn.linen.freeze(variables(), jaxbn.linen.postproc(EVALUATION.apply, variables(), [X])[1])],
+    ),
+    "would keep running averages": (ValueError, [steps_on_devices]),
+    "does not take train": (TypeError, [lambda: make_steps(EVALUATION)]),
+    "is damaged or cut off": (ValueError, [load_cut_off]),
     "can't apply forward-mode": (
         TypeError,
         [

@@ -163,6 +163,6 @@ def _check_takes_train(model: nn.Module) -> None:
     parameters = inspect.signature(type(model).__call__).parameters
     if "train" not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         raise TypeError(
-            f"The call of {type(model).__name__} does not take `train`; it takes {list(parameters)[1:]}. Wrap it in a "
+            f"The call of {type(model).__name__} does not take train; it takes {list(parameters)[1:]}. Wrap it in a "
             f"module that does: def __call__(self, x, train): return Net()(x, use_running_average=not train)."
         )

@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import jax
+import jax.numpy as jnp
 from flax import nnx, traverse_util
 
 from jaxbn.methods.batch_norm import BatchNormState
-from jaxbn.nnx.capture import find_layers, find_states, kind_of, with_call_of
+from jaxbn.nnx.capture import find_layers, find_states, is_frozen, kind_of, with_call_of
 from jaxbn.nnx.modules import Norm
 from jaxbn.population.frozen import Frozen, check_frozen, check_kinds, check_shapes, make_info
 from jaxbn.population.layers import LayerKind, select
@@ -24,7 +25,7 @@ def freeze(model: Any, report: Report | None = None) -> Frozen:
         report: What `postproc` returned beside it; it says where the statistics come from.
 
     Returns:
-        A `Frozen`, which holds all variables of the model but those of random numbers. `install_frozen` puts it into a
+        A `Frozen`, which holds all variables of the model but random states and intermediates. `install_frozen` puts it into a
         model again.
 
     Raises:
@@ -45,7 +46,8 @@ def install_frozen(model: Any, frozen: Frozen) -> Any:
     """Puts a frozen network into a model of its structure; the model given is left untouched.
 
     Args:
-        model: A model, of jaxbn's layers or stock ones. Its values do not matter: `nnx.eval_shape` may have made it.
+        model: A model, of jaxbn's layers or stock ones. Its values do not matter: `nnx.eval_shape` may have made it, in
+            which case its random streams start from a key of zeros.
         frozen: The network, of `freeze` or `jaxbn.serving.load`.
 
     Returns:
@@ -71,11 +73,14 @@ def install_frozen(model: Any, frozen: Frozen) -> Any:
     copy.eval()
     for path, variable in nnx.to_flat_state(nnx.state(copy, SAVED)):
         variable.set_value(flat[_joined(path)])
+    for _, variable in nnx.to_flat_state(nnx.state(copy, nnx.RngState)):
+        if isinstance(variable.get_value(), jax.ShapeDtypeStruct):  # of an abstract model, which then can be jitted
+            variable.set_value(jnp.zeros(variable.shape, variable.dtype))
     return copy
 
 
 # What a frozen network holds of a model.
-SAVED = nnx.Not(nnx.RngState)
+SAVED = nnx.Not(nnx.Any(nnx.RngState, nnx.Intermediate))
 
 
 def to_variables(model: Any) -> dict[str, Any]:
@@ -127,8 +132,9 @@ def freeze_layers(model: Any, paths: str | Sequence[str]) -> Any:
     copy = nnx.clone(model)
     layers = find_layers(copy)
     for path in select(paths, layers):
-        cls: Any = type(layers[path])
-        layers[path].__class__ = with_call_of(cls, _OurFrozen, _StockFrozen)
+        if not is_frozen(layers[path]):
+            cls: Any = type(layers[path])
+            layers[path].__class__ = with_call_of(cls, _OurFrozen, _StockFrozen)
     return copy
 
 

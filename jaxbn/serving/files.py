@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import secrets
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx, serialization
+from jax.extend import core
 
 from jaxbn.linen.freeze import check_fits as check_fits_linen
 from jaxbn.nnx.freeze import check_fits as check_fits_nnx
@@ -76,6 +78,7 @@ def load(path: str | os.PathLike[str], *, like: Any = None) -> Frozen:
     Raises:
         ValueError: If the file is none of these, is damaged or cut off, was written by a later version, or does not fit
             `like`; the message names the first variable that differs.
+        TypeError: If `like` is neither of these.
         FileNotFoundError: If there is no file.
 
     Example:
@@ -94,14 +97,16 @@ def load(path: str | os.PathLike[str], *, like: Any = None) -> Frozen:
         header = _read_header(path, file.readline(_LONGEST_HEADER))
         arrays = file.read()
     if header.pop("sha256", None) != _digest(header, arrays):
-        raise ValueError(
-            f"{path} is damaged: its {len(arrays)} bytes of arrays do not have the checksum of its header."
-        )
+        raise ValueError(f"{path} is damaged or cut off: its checksum is not that of its content.")
     variables = jax.tree.map_with_path(_to_device, serialization.msgpack_restore(arrays))
     layers = tuple((name, LayerInfo(**layer)) for name, layer in header["layers"].items())
     frozen = Frozen(variables, Info(layers, tuple(header["versions"].items())))
-    if like is not None:
-        (check_fits_nnx if isinstance(like, nnx.Module) else check_fits_linen)(frozen, like)
+    if isinstance(like, nnx.Module):
+        check_fits_nnx(frozen, like)
+    elif isinstance(like, Mapping):
+        check_fits_linen(frozen, like)
+    elif like is not None:
+        raise TypeError(f"`like` is the variables of a linen model, or an NNX model; given: {type(like)}.")
     return frozen
 
 
@@ -134,9 +139,12 @@ def _read_header(path: str | os.PathLike[str], line: bytes) -> dict[str, Any]:
 
 def _to_host(path: Any, leaf: Any) -> np.ndarray:
     name = jax.tree_util.keystr(path, simple=True, separator="/")
-    if not isinstance(leaf, jax.Array | np.ndarray | np.generic) or jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
+    is_array = isinstance(leaf, jax.Array | np.ndarray | np.generic)
+    # What JAX does not take, text and numbers in the byte order of other machines among it, would not come back as it is.
+    if not is_array or not core.valid_jaxtype(leaf) or jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
         raise TypeError(
-            f"{name!r} is a {getattr(leaf, 'dtype', type(leaf))}; a frozen network holds arrays of numbers."
+            f"{name!r} is {leaf.dtype if is_array else type(leaf)}; a frozen network holds arrays of numbers as JAX "
+            f"has them."
         )
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
         raise ValueError(f"{name!r} lies on several processes: gather it on one, and save it there.")
