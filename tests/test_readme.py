@@ -104,8 +104,8 @@ def train(x=X, transform=TRANSFORM, **kwargs):
     return transform.train(*TRANSFORM.init(3), x, **kwargs)
 
 
-def postproc(batches):
-    return jaxbn.linen.postproc(EVALUATION.apply, variables(), batches)
+def postproc(batches, **options):
+    return jaxbn.linen.postproc(EVALUATION.apply, variables(), batches, **options)
 
 
 def read_before():
@@ -170,6 +170,8 @@ ERRORS = {
         ValueError,
         [lambda: train(X[:1]), lambda: LAYER.apply(variables(), X[:1], mutable=["batch_stats"])],
     ),
+    "can be read only once": (TypeError, [lambda: postproc(iter([X]), consistent=True)]),
+    "gave statistics that are not finite": (ValueError, [lambda: postproc([X, X * jnp.nan])]),
     "does not broadcast to the input": (ValueError, [lambda: train(mask=jnp.ones(2, bool))]),
     'No Variable named "count"': (
         flax.errors.ScopeVariableNotFoundError,

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AxisName = str | tuple[str, ...]
 Groups = tuple[tuple[int, ...], ...]
@@ -90,6 +90,36 @@ def make_varying(tree: Any, axis_name: AxisName | None) -> Any:
     return tree if axis_name is None else jax.tree.map(lambda leaf: _vary(leaf, axis_name), tree)
 
 
+def spread(batch: Any, mesh: Mesh) -> Any:
+    """The batch on the devices of a mesh, its rows divided among them; what does not divide is whole on each."""
+
+    def place(leaf: Any) -> jax.Array:
+        divides = np.ndim(leaf) > 0 and np.shape(leaf)[0] % mesh.size == 0
+        return jax.device_put(leaf, NamedSharding(mesh, PartitionSpec(mesh.axis_names) if divides else PartitionSpec()))
+
+    return jax.tree.map(place, batch)
+
+
+def mesh_of(tree: Any) -> Mesh | None:
+    """The mesh over which an array of the tree is placed; None where none is, and while tracing."""
+    for leaf in jax.tree.leaves(tree):
+        if isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer):
+            if isinstance(leaf.sharding, NamedSharding) and leaf.sharding.mesh.size > 1:
+                return leaf.sharding.mesh  # type: ignore[return-value]  # not abstract, as the array is real
+    return None
+
+
+def replicate(tree: Any, mesh: Mesh) -> Any:
+    """The arrays on all devices of a mesh; those that are spread over its devices already stay as they are."""
+    devices = set(mesh.devices.flat)
+
+    def place(leaf: Any) -> Any:
+        placed = isinstance(leaf, jax.Array) and leaf.sharding.device_set == devices
+        return leaf if placed else jax.device_put(leaf, NamedSharding(mesh, PartitionSpec()))
+
+    return jax.tree.map(place, tree)
+
+
 def is_bound(axis_name: AxisName) -> bool:
     """Whether the axis exists here: a surrounding shard_map, pmap or vmap has it."""
     try:
@@ -118,6 +148,11 @@ def check_groups(axis_name: AxisName | None, groups: Any) -> Groups | None:
 def varying(x: jax.Array) -> frozenset[str]:
     """The axes of a surrounding shard_map over which x may differ; none known with check_vma=False and under pmap."""
     return frozenset(jax.typeof(x).manual_axis_type.varying)
+
+
+def axes_of(specs: Sequence[PartitionSpec]) -> frozenset[str]:
+    """The axes over which the specs divide any array."""
+    return frozenset(name for spec in specs for entry in spec for name in _names(entry))
 
 
 def vary_like(x: jax.Array | None, like: jax.Array) -> jax.Array | None:

@@ -1,39 +1,34 @@
-"""A mark in a traced program, and the transformation that brings the marked moments out.
+"""The transformation that brings the moments of the marks in a program out of it.
 
-`mark` is the identity on a layer's output; moments ride along with it, and an `index` that says which flat positions of
-the layer they hold. The index entered the program beside the layer's statistics, so whatever was done to those on the
-way in (sliced by scan, stacked by vmap, shared, permuted) was done to the index too, and nobody has to guess.
 `harvest(fun)` traces `fun` to a jaxpr and evaluates that. An equation without a mark inside is bound again untouched;
 one with a mark inside has a rule, by which the moments become outputs: stacked by scan, zero where cond took another
-branch, pooled in the carry of while. So nothing leaks and nothing is written. `collect` pools all that a layer saw.
+branch, pooled in the carry of while and over the devices of shard_map, which pmap is too. So nothing leaks and nothing
+is written. `collect` pools all that a layer saw.
 
 Counts are multiples (mean and variance stay right) where JAX itself rewrites `fun` before it is seen here: a second
-derivative of checkpoint, or a gradient of a scan whose layer sees only constants of the scan. And `vmap` of a cond or
-while whose predicate differs per lane runs every branch on every lane: put that `vmap` around the call instead.
+derivative of checkpoint, or a gradient of a scan whose layer sees only constants of the scan. So they are where the
+devices of a shard_map saw the same, but nothing says so: what `lax.all_gather` gives is typed as varying; and with
+check_vma=False, as in pmap, an axis counts as varying if an in_spec or an operation inside names it. And `vmap` of a
+cond or while whose predicate differs per lane runs every branch on every lane: put that `vmap` around the call instead.
 """
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.extend import core, source_info_util
 from jax.extend.core import primitives
-from jax.interpreters import ad, batching, mlir
+from jax.sharding import PartitionSpec
 
+from jaxbn.core import devices as _devices
+from jaxbn.core import marks as _marks
 from jaxbn.core import moments as _moments
 
 _Output = TypeVar("_Output")
-
-
-class Layer(Protocol):
-    """What a mark belongs to: static, hashable, equal to itself in every trace, of `size` flat positions."""
-
-    @property
-    def size(self) -> int: ...
 
 
 @jax.tree_util.register_dataclass
@@ -41,7 +36,7 @@ class Layer(Protocol):
 class Record:
     """One mark, or a stack of them; a pytree with a static layer, so that jit, scan and the like may return it."""
 
-    layer: Layer = dataclasses.field(metadata={"static": True})
+    layer: _marks.Layer = dataclasses.field(metadata={"static": True})
     index: jax.Array  # i32[..., C]: flat positions in the layer; of no matter where the count is 0
     moments: _moments.Moments  # f32[..., C] each
 
@@ -50,33 +45,13 @@ class Record:
 _Result = tuple[list[Any], list[Record]]
 
 
-def mark(y: jax.Array, index: jax.Array, moments: _moments.Moments, *, layer: Layer) -> jax.Array:
-    """Gives back `y` and lets the moments ride along for :func:`harvest`; without harvest it compiles to nothing.
-
-    Args:
-        y: Any array that the program goes on with; its derivative is that of the identity.
-        index: `i32[..., C]`, the flat positions in `layer` that the moments hold.
-        moments: Moments, broadcastable to the shape of `index`; no gradient flows through them.
-        layer: The layer; static.
-
-    Raises:
-        TypeError: If `index` no longer holds integers.
-    """
-    if not jnp.issubdtype(index.dtype, jnp.integer):
-        raise TypeError(
-            f"the index of {layer} arrived as {index.dtype}, must be int32: the program casts every leaf of its "
-            "variables. Cast the floating-point leaves only."
-        )
-    parts = [jnp.broadcast_to(lax.stop_gradient(part), index.shape) for part in moments]
-    return _mark_p.bind(y, index, *parts, layer=layer)
-
-
 def harvest(fun: Callable[..., _Output]) -> Callable[..., tuple[_Output, list[Record]]]:
     """`fun(*args) -> out` becomes `(out, records)`, with one record for every mark that the program met.
 
     The result may be called anywhere, within jit, vmap, pmap and shard_map too: the records are then those of one lane
-    or device. It is traced at each call, so wrap it in `jax.jit` to call it repeatedly. jit and checkpoint around a
-    mark are inlined. Arguments and outputs may be any pytrees; leaves that are no arrays pass through untraced.
+    or device. Where `fun` itself runs a pmap or shard_map, they are those of all its devices. It is traced at each
+    call, so wrap it in `jax.jit` to call it repeatedly. jit and checkpoint around a mark are inlined. Arguments and
+    outputs may be any pytrees; leaves that are no arrays pass through untraced.
 
     Raises:
         NotImplementedError: When called, if a mark lies inside an operation for which there is no rule.
@@ -131,27 +106,6 @@ def _pool_by_index(records: Sequence[Record], size: int) -> _moments.Moments:
     return _moments.Moments(count_total, origin + correction, total(m2 + count * jnp.square(deviation)))
 
 
-# The mark as a JAX primitive: y, index, count, mean, m2 -> y
-def _mark_batching(args: Sequence[Any], dims: Sequence[int | None], *, layer: Layer) -> tuple[Any, int | None]:
-    """Under vmap each lane has its own index and moments, in front; y stays as it is."""
-    (lanes,) = {arg.shape[dim] for arg, dim in zip(args, dims, strict=True) if dim is not None}
-
-    def in_front(arg: Any, dim: int | None) -> jax.Array:
-        return jnp.broadcast_to(arg, (lanes, *arg.shape)) if dim is None else jnp.moveaxis(arg, dim, 0)
-
-    rest = [in_front(arg, dim) for arg, dim in zip(args[1:], dims[1:], strict=True)]
-    return _mark_p.bind(args[0], *rest, layer=layer), dims[0]
-
-
-_mark_p: Any = core.Primitive("jaxbn_mark")
-_mark_p.def_impl(lambda y, *_, layer: y)
-_mark_p.def_abstract_eval(lambda y, *_, layer: y)
-mlir.register_lowering(_mark_p, lambda ctx, y, *_, layer: [y])
-# The tangent goes round the mark, so no transpose is needed.
-ad.primitive_jvps[_mark_p] = lambda primals, tangents, *, layer: (_mark_p.bind(*primals, layer=layer), tangents[0])
-batching.primitive_batchers[_mark_p] = _mark_batching
-
-
 def _over_arrays(tree: Any) -> Any:
     """The tree as a `Partial` of its arrays: a pytree that keeps other leaves (numbers, strings) out of the trace."""
     leaves, structure = jax.tree.flatten(tree)
@@ -168,7 +122,7 @@ def _over_arrays(tree: Any) -> Any:
 
 def _marked(eqn: Any) -> bool:
     """Whether the equation is a mark, or holds one in its jaxprs, however deep."""
-    return eqn.primitive is _mark_p or any(_marked(e) for j in core.jaxprs_in_params(eqn.params) for e in j.eqns)
+    return eqn.primitive is _marks.mark_p or any(_marked(e) for j in core.jaxprs_in_params(eqn.params) for e in j.eqns)
 
 
 def _evaluate(jaxpr: core.Jaxpr | core.ClosedJaxpr, args: Sequence[Any]) -> _Result:
@@ -217,7 +171,7 @@ def _apply(eqn: Any, values: list[Any]) -> _Result:
 
 
 # The rules. Their keyword arguments are the parameters that JAX gives these primitives; the rest does not matter here.
-def _record(values: list[Any], *, layer: Layer) -> _Result:
+def _record(values: list[Any], *, layer: _marks.Layer) -> _Result:
     y, index, *parts = values
     return [y], [Record(layer, index, _moments.Moments(*parts))]
 
@@ -249,6 +203,13 @@ def _nothing_of(fun: Callable[[Any], _Result], args: list[Any]) -> list[Record]:
     return jax.tree.map(jnp.zeros_like, jax.eval_shape(lambda args: fun(args)[1], args))
 
 
+def _pooled(result: _Result) -> _Result:
+    """The same with one record for each layer, which holds all its positions."""
+    outputs, records = result
+    pooled = collect(records).items()
+    return outputs, [Record(layer, jnp.arange(layer.size, dtype=jnp.int32), moments) for layer, moments in pooled]
+
+
 def _cond(values: list[Any], *, branches: Sequence[core.ClosedJaxpr], **_: Any) -> _Result:
     """Each branch returns the records of all: its own, and nothing for the others. Also lax.switch."""
     which, *operands = values
@@ -270,9 +231,7 @@ def _while(values: list[Any], *, cond_jaxpr: Any, cond_nconsts: int, body_jaxpr:
     body_consts, init = values[:body_nconsts], values[body_nconsts:]
 
     def turn(carry: list[Any]) -> _Result:
-        outputs, records = _evaluate(body_jaxpr, [*body_consts, *carry])
-        pooled = collect(records).items()
-        return outputs, [Record(layer, jnp.arange(layer.size, dtype=jnp.int32), moments) for layer, moments in pooled]
+        return _pooled(_evaluate(body_jaxpr, [*body_consts, *carry]))
 
     def body(state: Any) -> Any:
         outputs, new = turn(state[0])
@@ -283,8 +242,38 @@ def _while(values: list[Any], *, cond_jaxpr: Any, cond_nconsts: int, body_jaxpr:
     return lax.while_loop(lambda state: _evaluate(cond_jaxpr, [*cond_consts, *state[0]])[0][0], body, (init, nothing))
 
 
+def _shard_map(
+    values: list[Any], *, jaxpr: core.Jaxpr, mesh: Any, in_specs: Any, out_specs: Any, check_vma: bool, **params: Any
+) -> _Result:
+    """One record per layer, pooled over the devices that have seen different values, and so the same on all of them."""
+    manual = params["newly_manual_axes" if "newly_manual_axes" in params else "manual_axes"]  # renamed in jax 0.10.2
+    axes = [axis for axis in mesh.axis_names if axis in manual and axis not in mesh.manual_axes]
+    unchecked: frozenset[str] = frozenset() if check_vma else _devices.axes_of(in_specs) | _strings_in(jaxpr)
+
+    def over_devices(moments: _moments.Moments) -> _moments.Moments:
+        differing = unchecked.union(*map(_devices.varying, moments))
+        over = tuple(axis for axis in axes if axis in differing)
+        return _moments.merge_over(moments, over) if over else moments
+
+    def shard(*args: Any) -> _Result:
+        outputs, records = _pooled(_evaluate(jaxpr, args))
+        return outputs, [dataclasses.replace(record, moments=over_devices(record.moments)) for record in records]
+
+    mapped = jax.shard_map(
+        shard, mesh=mesh, in_specs=tuple(in_specs), out_specs=(list(out_specs), PartitionSpec()),
+        axis_names={*axes, *mesh.manual_axes}, check_vma=check_vma,
+    )  # fmt: skip
+    return jax.jit(mapped)(*values)  # outside jit, JAX runs less of what a shard_map may hold, and that slowly
+
+
+def _strings_in(jaxpr: core.Jaxpr) -> set[str]:
+    """All strings among the parameters of the equations, however deep: each axis that one of them uses is there."""
+    own = {leaf for eqn in jaxpr.eqns for leaf in jax.tree.leaves(eqn.params) if isinstance(leaf, str)}
+    return own.union(*(_strings_in(inner) for eqn in jaxpr.eqns for inner in core.jaxprs_in_params(eqn.params)))
+
+
 _RULES: dict[str, Callable[..., _Result]] = {
-    _mark_p.name: _record,
+    _marks.mark_p.name: _record,
     primitives.jit_p.name: _inline("jaxpr"),
     primitives.remat_p.name: _remat,
     primitives.call_p.name: _inline("call_jaxpr"),
@@ -295,4 +284,5 @@ _RULES: dict[str, Callable[..., _Result]] = {
     primitives.scan_p.name: _scan,
     primitives.cond_p.name: _cond,
     primitives.while_p.name: _while,
+    "shard_map": _shard_map,
 }

@@ -16,6 +16,7 @@ import flax.linen as nn
 import jax
 
 from jaxbn.core import harvest as _harvest
+from jaxbn.core import marks as _marks
 from jaxbn.core import moments as _moments
 from jaxbn.linen.modules import STATISTICS, Norm
 from jaxbn.methods.base import NormParams, NormTransform, State
@@ -24,8 +25,12 @@ from jaxbn.population.layers import (
     Layer,
     LayerKind,
     Measured,
+    Weights,
     call_arguments,
+    carry_weights,
     check_mode,
+    example_weights,
+    mask_of_examples,
     measured,
     natural,
     wanted_state,
@@ -39,6 +44,7 @@ STOCK_CALL = inspect.unwrap(nn.BatchNorm.__call__)
 OUR_CALL = inspect.unwrap(Norm.__call__)
 
 _SLOT = "jaxbn_slot"
+_WEIGHTS = "jaxbn_weights"
 FROZEN = "jaxbn_frozen"  # beside the statistics of a layer that is to keep and to use them
 # Fields of the stock layer that matter once its statistics are given.
 _STOCK_FIELDS = (
@@ -56,7 +62,7 @@ class Slot:
 
 
 def capture_moments(
-    call: Call, *, mode: str = "batch"
+    call: Call, *, mode: str = "batch", weights: Weights | None = None
 ) -> Callable[[Any, Any], tuple[Any, dict[str, _moments.Moments]]]:
     """Makes a function that also returns the moments of every normalization layer's input.
 
@@ -66,6 +72,8 @@ def capture_moments(
         call: Runs the model, for one `lambda variables, batch: net.apply(variables, batch["image"], train=False)`.
         mode: What the layers normalize with, whatever flags the model passes them: `"batch"`, the statistics of their
             batch; `"eval"`, the stored ones; `"as_called"`, what the model asks for.
+        weights: `batch -> [N]`, booleans or real weights of the N examples along the leading axis of every layer's
+            input, such as 0 for those that fill up a batch. Layers that the model gives a mask follow that.
 
     Returns:
         A function `(variables, batch) -> (outputs, moments)`. `moments` maps the path of each layer, such as
@@ -83,7 +91,7 @@ def capture_moments(
         >>> float(moments[""].mean[0])
         2.0
     """
-    capturing = capture(call, mode=mode)
+    capturing = capture(call, mode=mode, weights=weights)
 
     def captured(variables: Any, batch: Any) -> tuple[Any, dict[str, _moments.Moments]]:
         outputs, found = capturing(variables, batch)
@@ -92,7 +100,7 @@ def capture_moments(
     return captured
 
 
-def capture(call: Call, *, mode: str) -> Callable[[Any, Any], tuple[Any, Measured]]:
+def capture(call: Call, *, mode: str, weights: Weights | None = None) -> Callable[[Any, Any], tuple[Any, Measured]]:
     """As `capture_moments`, with the kind of each layer."""
     check_mode(mode)
 
@@ -103,8 +111,12 @@ def capture(call: Call, *, mode: str) -> Callable[[Any, Any], tuple[Any, Measure
         slots = {layer.path: Slot(index, layer) for layer, index in whole.items()}
 
         def run(variables: Any, batch: Any) -> Any:
+            if weights is not None:
+                per_example = example_weights(weights, batch)
+                carried = {layer.path: carry_weights(per_example, layer) for layer in layers}
+                variables = with_leaves(variables, _WEIGHTS, carried)
             with nn.intercept_methods(_intercept):
-                return call(variables, batch)
+                return without(_WEIGHTS, call(variables, batch))
 
         outputs, records = _harvest.harvest(run)(with_leaves(variables, _SLOT, slots), batch)
         return without(_SLOT, outputs), measured(records, whole)
@@ -163,6 +175,8 @@ def _intercept(next_call: Callable[..., Any], args: Any, kwargs: Any, context: n
         return next_call(*args, **kwargs)
     x, mask, residual = call_arguments(*args, **kwargs)
     transform = _transform_of(layer)
+    if mask is None and layer.has_variable(STATISTICS, _WEIGHTS):
+        mask = mask_of_examples(layer.get_variable(STATISTICS, _WEIGHTS), x, slot.layer.path, layer.axis)
     moments = transform.measure(x, mask=mask)
     if slot.layer.mode == "as_called":
         y = next_call(*args, **kwargs)
@@ -170,7 +184,7 @@ def _intercept(next_call: Callable[..., Any], args: Any, kwargs: Any, context: n
         stored = stored_state(layer)
         state = wanted_state(transform, stored, moments, slot.layer.mode, layer.axis_name, layer.axis_index_groups)
         y = normalize(layer, state, x, mask=mask, residual=residual)
-    return _harvest.mark(y, slot.index, moments, layer=dataclasses.replace(slot.layer, kind=kind_of(layer)))
+    return _marks.mark(y, slot.index, moments, layer=dataclasses.replace(slot.layer, kind=kind_of(layer)))
 
 
 def is_call_of_layer(context: nn.module.InterceptorContext) -> bool:

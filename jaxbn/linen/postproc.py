@@ -1,10 +1,11 @@
 """Population statistics for any linen model: the pass, and the write-back for those who run their own loop."""
 
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import flax
+from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
 from jaxbn.core.averaging import Averaging, as_averaging
@@ -13,18 +14,24 @@ from jaxbn.linen.capture import Call, capture, find_states, keys
 from jaxbn.linen.modules import STATISTICS
 from jaxbn.methods.base import State
 from jaxbn.methods.batch_norm import batch_norm, move
-from jaxbn.population.estimate import estimate
+from jaxbn.population import postproc as _postproc
 from jaxbn.population.estimators import Estimator, pooled
-from jaxbn.population.layers import Measured, checked
-from jaxbn.population.report import Report, report
+from jaxbn.population.layers import Measured, Weights, checked
+from jaxbn.population.report import Report
 
 
 def postproc(
     call: Call,
     variables: Any,
-    batches: Iterable[Any],
+    batches: Iterable[Any] | Callable[[], Iterator[Any]],
     *,
     estimator: Estimator = pooled(),  # noqa: B008  a constant: pure functions, made once
+    consistent: bool = False,
+    tolerance: float = 1e-5,
+    max_sweeps: int | None = None,
+    weights: Weights | None = None,
+    skip_nonfinite: bool = False,
+    mesh: Mesh | None = None,
     progress: bool | None = None,
 ) -> tuple[dict[str, Any], Report]:
     """Estimates the population statistics of every normalization layer, with the parameters fixed.
@@ -39,8 +46,23 @@ def postproc(
             mutable. Pass the same function object again and it is not compiled again; what is compiled for a new one
             each time is kept.
         variables: All variables of the model; they are left untouched.
-        batches: Any iterable of batches, pytrees of arrays. Sizes may differ: every value counts once.
+        batches: Any iterable of batches, pytrees of arrays, or a function that returns an iterator. Sizes may differ:
+            every value counts once. Each of several processes gives its own, none or any number of them.
         estimator: `jaxbn.pooled()`, `jaxbn.mean_of_batches()` or `jaxbn.moving_average()`.
+        consistent: Estimate the statistics of the network that will be used. One pass normalizes the layers before a
+            layer with the statistics of each batch, so that deep statistics depend on the size of the batches. Here
+            later sweeps normalize with the statistics of the sweep before; the result is the same for any size and
+            order of the batches. Ends after as many sweeps as there are layers in sequence and one more, at the latest.
+        tolerance: What a sweep of `consistent` may move for it to be the last: means in standard deviations, variances
+            relative.
+        max_sweeps: Sweeps of `consistent`, at most. None: one more than there are layers, which is enough unless a
+            layer is reached again downstream of itself.
+        weights: `batch -> [N]`, booleans or real weights of the examples, such as 0 for those that fill up a batch.
+            Layers that the model gives a mask follow that.
+        skip_nonfinite: Leave batches out that give NaN or infinity in any layer, instead of raising; the report counts
+            them.
+        mesh: Devices of this process over which each batch is spread; a batch that does not divide is whole on each.
+            None: batches are used as they come, sharded or not.
         progress: Show a progress bar. None: if this is a terminal.
 
     Returns:
@@ -49,6 +71,8 @@ def postproc(
 
     Raises:
         ValueError: If there is no batch, no normalization layer, none was reached, or a batch gave NaN.
+        TypeError: If `consistent` is given an iterator that can be read only once.
+        RuntimeError: If another process failed; the error of the process itself is raised as it is.
 
     Example:
         >>> net = jaxbn.linen.BatchNorm(use_running_average=True)
@@ -62,10 +86,18 @@ def postproc(
         Ioffe & Szegedy, `Batch Normalization <https://arxiv.org/abs/1502.03167>`_, 2015, Algorithm 2, steps 7-12;
         Wu & Johnson, `Rethinking "Batch" in BatchNorm <https://arxiv.org/abs/2105.07576>`_, 2021, section 3.
     """
-    old = find_states(variables)
-    done, moments = estimate(_measure(call), variables, batches, estimator=estimator, progress=progress)
-    new_variables = install_moments(variables, moments)
-    return new_variables, report(estimator.name, done, moments, old, find_states(new_variables))
+    return _postproc.postproc(
+        _postproc.Host(functools.partial(_measure, call, weights), lambda v: v, find_states, install_moments),
+        variables,
+        batches,
+        estimator=estimator,
+        consistent=consistent,
+        tolerance=tolerance,
+        max_sweeps=max_sweeps,
+        skip_nonfinite=skip_nonfinite,
+        mesh=mesh,
+        progress=progress,
+    )
 
 
 def install_moments(variables: Any, moments: Mapping[str, Moments]) -> dict[str, Any]:
@@ -153,8 +185,8 @@ def _with_states(variables: Any, states: Mapping[str, State]) -> dict[str, Any]:
 
 
 @functools.lru_cache(maxsize=16)  # the same call gives the same function, and so the same compiled step
-def _measure(call: Call) -> Any:
-    captured = capture(call, mode="batch")
+def _measure(call: Call, weights: Weights | None, mode: str) -> Any:
+    captured = capture(call, mode=mode, weights=weights)
 
     def measure(variables: Any, batch: Any) -> Measured:
         return captured(variables, batch)[1]

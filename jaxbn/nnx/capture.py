@@ -15,6 +15,7 @@ import jax
 from flax import nnx
 
 from jaxbn.core import harvest as _harvest
+from jaxbn.core import marks as _marks
 from jaxbn.core import moments as _moments
 from jaxbn.methods.base import NormTransform, State
 from jaxbn.methods.batch_norm import BatchNormState, batch_norm
@@ -23,8 +24,12 @@ from jaxbn.population.layers import (
     Layer,
     LayerKind,
     Measured,
+    Weights,
     call_arguments,
+    carry_weights,
     check_mode,
+    example_weights,
+    mask_of_examples,
     measured,
     natural,
     wanted_state,
@@ -37,11 +42,11 @@ _STOCK_FIELDS = "axis momentum epsilon dtype axis_name axis_index_groups use_fas
 
 
 class Slot(nnx.BatchStat[jax.Array]):
-    """The flat position of each statistic; a BatchStat, so that filters carry it wherever they carry the statistics."""
+    """What rides beside the statistics; a BatchStat, so that filters carry it wherever they carry those."""
 
 
 def capture_moments(
-    call: Call | None = None, *, mode: str = "batch"
+    call: Call | None = None, *, mode: str = "batch", weights: Weights | None = None
 ) -> Callable[[Any, Any], tuple[Any, dict[str, _moments.Moments]]]:
     """Makes a function that also returns the moments of every normalization layer's input.
 
@@ -51,6 +56,8 @@ def capture_moments(
         call: Runs the model; None: `lambda model, batch: model(batch)`.
         mode: What the layers normalize with, whatever flags the model passes them: `"batch"`, the statistics of their
             batch; `"eval"`, the stored ones; `"as_called"`, what the model asks for.
+        weights: `batch -> [N]`, booleans or real weights of the N examples along the leading axis of every layer's
+            input, such as 0 for those that fill up a batch. Layers that the model gives a mask follow that.
 
     Returns:
         A function `(model, batch) -> (outputs, moments)`. `moments` maps the path of each layer, such as
@@ -65,7 +72,7 @@ def capture_moments(
         >>> float(moments[""].mean[0])
         2.0
     """
-    capturing = capture(run_model if call is None else call, mode=mode)
+    capturing = capture(run_model if call is None else call, mode=mode, weights=weights)
 
     def captured(model: Any, batch: Any) -> tuple[Any, dict[str, _moments.Moments]]:
         outputs, found = capturing(model, batch)
@@ -74,13 +81,18 @@ def capture_moments(
     return captured
 
 
-def capture(call: Call, *, mode: str) -> Callable[[Any, Any], tuple[Any, Measured]]:
+def capture(call: Call, *, mode: str, weights: Weights | None = None) -> Callable[[Any, Any], tuple[Any, Measured]]:
     """As `capture_moments`, with the kind of each layer."""
     check_mode(mode)
 
     def captured(model: Any, batch: Any) -> tuple[Any, Measured]:
         copy = nnx.clone(model)  # new objects, the same arrays
-        whole = dict(_hook(path, layer, mode) for path, layer in find_layers(copy).items())
+        modules = find_layers(copy)
+        whole = dict(_hook(path, layer, mode) for path, layer in modules.items())
+        if weights is not None:
+            per_example = example_weights(weights, batch)
+            for layer in (layer for layer in whole if not is_frozen(modules[layer.path])):
+                modules[layer.path].jaxbn_weights = Slot(carry_weights(per_example, layer))
         graphdef, state = nnx.split(copy)
         outputs, records = _harvest.harvest(lambda state, batch: call(nnx.merge(graphdef, state), batch))(state, batch)
         return _without_hooks(outputs), measured(records, whole)
@@ -162,7 +174,7 @@ def _without_hooks(outputs: Any) -> Any:
     for _, module in nnx.iter_modules(outputs):
         if isinstance(module, _OurHook | _StockHook):
             module.__class__ = type(module).__bases__[0]
-            for name in ("jaxbn_slot", "jaxbn_layer"):
+            for name in {"jaxbn_slot", "jaxbn_layer", "jaxbn_weights"} & vars(module).keys():
                 delattr(module, name)
     filtered = nnx.Not(Slot)
     return jax.tree.map(lambda n: nnx.filter_state(n, filtered) if is_state(n) else n, outputs, is_leaf=is_state)
@@ -175,6 +187,8 @@ def _measured(
     layer: Layer = module.jaxbn_layer
     x, mask, residual = call_arguments(*args, **kwargs)
     transform = transform_of(module)
+    if mask is None and hasattr(module, "jaxbn_weights"):
+        mask = mask_of_examples(module.jaxbn_weights[...], x, layer.path, module.axis)
     moments = transform.measure(x, mask=mask)
     if layer.mode == "as_called":
         y = plain(*args, **kwargs)
@@ -182,7 +196,7 @@ def _measured(
         groups = module.axis_index_groups
         state = wanted_state(transform, state_of(module), moments, layer.mode, module.axis_name, groups)
         y = normalize(module, state, x, residual)
-    return _harvest.mark(y, module.jaxbn_slot[...], moments, layer=layer)
+    return _marks.mark(y, module.jaxbn_slot[...], moments, layer=layer)
 
 
 class _OurHook(Norm):

@@ -25,8 +25,8 @@ def freeze(model: Any, report: Report | None = None) -> Frozen:
         report: What `postproc` returned beside it; it says where the statistics come from.
 
     Returns:
-        A `Frozen`, which holds all variables of the model but random states and intermediates. `install_frozen` puts it into a
-        model again.
+        A `Frozen`, which holds all variables of the model but random states and intermediates. `install_frozen` puts it
+        into a model again.
 
     Raises:
         ValueError: If nothing ever estimated the statistics of a layer, if they are not finite, or if the report is

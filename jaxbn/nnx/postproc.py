@@ -1,10 +1,11 @@
 """Population statistics for any NNX model: the pass, and the write-back for those who run their own loop."""
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from flax import nnx
+from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
 from jaxbn.core.averaging import as_averaging
@@ -12,18 +13,24 @@ from jaxbn.core.moments import Moments
 from jaxbn.methods.base import State
 from jaxbn.methods.batch_norm import move
 from jaxbn.nnx.capture import Call, capture, find_layers, find_states, run_model, transform_of
-from jaxbn.population.estimate import estimate
+from jaxbn.population import postproc as _postproc
 from jaxbn.population.estimators import Estimator, pooled
-from jaxbn.population.layers import Measured, checked
-from jaxbn.population.report import Report, report
+from jaxbn.population.layers import Measured, Weights, checked
+from jaxbn.population.report import Report
 
 
 def postproc(
     model: Any,
-    batches: Iterable[Any],
+    batches: Iterable[Any] | Callable[[], Iterator[Any]],
     *,
     call: Call | None = None,
     estimator: Estimator = pooled(),  # noqa: B008  a constant: pure functions, made once
+    consistent: bool = False,
+    tolerance: float = 1e-5,
+    max_sweeps: int | None = None,
+    weights: Weights | None = None,
+    skip_nonfinite: bool = False,
+    mesh: Mesh | None = None,
     progress: bool | None = None,
 ) -> tuple[Any, Report]:
     """Estimates the population statistics of every normalization layer, with the parameters fixed.
@@ -32,10 +39,25 @@ def postproc(
 
     Args:
         model: The model.
-        batches: Any iterable of batches, pytrees of arrays. Sizes may differ: every value counts once.
+        batches: Any iterable of batches, pytrees of arrays, or a function that returns an iterator. Sizes may differ:
+            every value counts once. Each of several processes gives its own, none or any number of them.
         call: Runs the model; None: `lambda model, batch: model(batch)`. Whatever flags it passes, layers use their
             batch's statistics. Pass the same function object again and it is not compiled again.
         estimator: `jaxbn.pooled()`, `jaxbn.mean_of_batches()` or `jaxbn.moving_average()`.
+        consistent: Estimate the statistics of the network that will be used. One pass normalizes the layers before a
+            layer with the statistics of each batch, so that deep statistics depend on the size of the batches. Here
+            later sweeps normalize with the statistics of the sweep before; the result is the same for any size and
+            order of the batches. Ends after as many sweeps as there are layers in sequence and one more, at the latest.
+        tolerance: What a sweep of `consistent` may move for it to be the last: means in standard deviations, variances
+            relative.
+        max_sweeps: Sweeps of `consistent`, at most. None: one more than there are layers, which is enough unless a
+            layer is reached again downstream of itself.
+        weights: `batch -> [N]`, booleans or real weights of the examples, such as 0 for those that fill up a batch.
+            Layers that the model gives a mask follow that.
+        skip_nonfinite: Leave batches out that give NaN or infinity in any layer, instead of raising; the report counts
+            them.
+        mesh: Devices of this process over which each batch is spread; a batch that does not divide is whole on each.
+            None: batches are used as they come, sharded or not.
         progress: Show a progress bar. None: if this is a terminal.
 
     Returns:
@@ -44,6 +66,8 @@ def postproc(
 
     Raises:
         ValueError: If there is no batch, no normalization layer, none was reached, or a batch gave NaN.
+        TypeError: If `consistent` is given an iterator that can be read only once.
+        RuntimeError: If another process failed; the error of the process itself is raised as it is.
 
     Example:
         >>> data = jnp.arange(10.0)[:, None]
@@ -55,12 +79,19 @@ def postproc(
     References:
         Ioffe & Szegedy, `Batch Normalization <https://arxiv.org/abs/1502.03167>`_, 2015, Algorithm 2, steps 7-12.
     """
-    old = find_states(model)
-    graphdef, state = nnx.split(model)
-    measure = _measure(run_model if call is None else call, graphdef)
-    done, moments = estimate(measure, state, batches, estimator=estimator, progress=progress)
-    new_model = install_moments(model, moments)
-    return new_model, report(estimator.name, done, moments, old, find_states(new_model))
+    measure = functools.partial(_measure, run_model if call is None else call, weights, nnx.graphdef(model))
+    return _postproc.postproc(
+        _postproc.Host(measure, nnx.state, find_states, install_moments),
+        model,
+        batches,
+        estimator=estimator,
+        consistent=consistent,
+        tolerance=tolerance,
+        max_sweeps=max_sweeps,
+        skip_nonfinite=skip_nonfinite,
+        mesh=mesh,
+        progress=progress,
+    )
 
 
 def install_moments(model: Any, moments: Mapping[str, Moments]) -> Any:
@@ -136,8 +167,8 @@ def _with_states(model: Any, moments: Mapping[str, Moments], new_state: Callable
 
 
 @functools.lru_cache(maxsize=16)  # the same call and model structure give the same function, and so the compiled step
-def _measure(call: Call, graphdef: Any) -> Any:
-    captured = capture(call, mode="batch")
+def _measure(call: Call, weights: Weights | None, graphdef: Any, mode: str) -> Any:
+    captured = capture(call, mode=mode, weights=weights)
 
     def measure(state: Any, batch: Any) -> Measured:
         return captured(nnx.merge(graphdef, state), batch)[1]

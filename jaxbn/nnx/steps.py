@@ -57,13 +57,14 @@ def make_steps(
             the pass are put together; layers with running averages need it too. Under `jit` on sharded arrays None.
 
     Returns:
-        `Steps`. The state is a `TrainState` of Flax with `others`. `rng`, of `init` and of `train_step`, seeds the
-        random streams of the model anew, such as dropout; None lets them go on. Give each device its own.
+        `Steps`. The state is a `TrainState` of Flax with `others`. `rng` of `init` seeds the random streams of the
+        model anew, such as dropout; None leaves them. `rng` of `train_step` serves all of them in that step, and leaves
+        those of the state where they are; give each device its own. None uses those of the state, and they go on.
 
     Raises:
         TypeError: If `eval_step` is given anything but a `Frozen`.
-        ValueError: If the model has no normalization; in `train_step`, if a layer would keep running averages of its
-            own device; in `finalize`, if nothing has estimated the statistics, or a batch gave NaN.
+        ValueError: If the model has no normalization, or a layer would keep running averages of its own device; in
+            `finalize`, if nothing has estimated the statistics, or a batch gave NaN.
 
     Example:
         >>> model = nnx.Sequential(jaxbn.nnx.BatchNorm(3, rngs=nnx.Rngs(0)), nnx.Linear(3, 1, rngs=nnx.Rngs(1)))
@@ -104,7 +105,10 @@ def make_steps(
             net = nnx.merge(training, params, state.others, copy=True)  # variables that may be set in this trace
             _reseed(net, rng)
             loss, metrics = loss_fn(net(*arguments(inputs, batch)), batch)
-            return loss, ({"loss": loss, **metrics}, nnx.state(net, _OTHERS))
+            others = nnx.state(net, _OTHERS)
+            if rng is not None:  # of this device alone, while the state is the same on all
+                others = nnx.merge_state(others, nnx.filter_state(state.others, nnx.RngState))
+            return loss, ({"loss": loss, **metrics}, others)
 
         # As parameters of this device alone, their gradients are those of its rows, in every way to spread a batch.
         params = make_varying(state.params, axis_name)

@@ -1,4 +1,4 @@
-"""The statistics pass: batches in, population moments out. Knows no model; the hosts say how a batch is measured.
+"""One sweep of the statistics pass: batches in, population moments out. Knows no model; the hosts say how to measure.
 
 Accumulators stay on the device and no batch waits for the host; the step compiles once for each shape of a batch.
 """
@@ -10,7 +10,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
+from jaxbn.core.devices import mesh_of, replicate, spread
 from jaxbn.population.estimators import Estimator, Layers
 from jaxbn.population.layers import LayerKind, Measured
 from jaxbn.population.progress import track
@@ -25,83 +27,103 @@ _IN_FLIGHT = 8
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Pass:
-    """A pass under way: a pytree, which may be saved."""
+    """A pass under way: a pytree of arrays, which may be saved, and resumed with identical bits."""
 
     estimate: Any  # the estimator's accumulators
     batches: jax.Array  # i32[]: batches seen
-    first_bad: dict[str, jax.Array]  # i32[] per layer: the first batch whose moments were not finite, or -1
-    kinds: tuple[tuple[str, LayerKind], ...] = dataclasses.field(metadata={"static": True})
+    skipped: jax.Array  # i32[]: how many of them gave moments that are not finite, and count for nothing
+    first_bad: dict[str, jax.Array]  # i32[] per layer: the first such batch, or -1
+    kinds: tuple[tuple[str, LayerKind], ...] = dataclasses.field(metadata={"static": True})  # in the order of the calls
 
 
-def estimate(
+def run(
     measure: Measure,
     model: Any,
     batches: Iterable[Any],
     *,
     estimator: Estimator,
-    progress: bool | None = None,
-) -> tuple[Pass, Layers]:
-    """Measures every batch and estimates the moments of the population.
+    mesh: Mesh | None,
+    title: str,
+    progress: bool | None,
+) -> Pass | None:
+    """Measures every batch; None if there is none.
 
     Args:
         measure: How a batch is measured.
         model: A pytree, the parameters that stay fixed.
         batches: Any iterable of pytrees of arrays, of any sizes.
         estimator: How moments are accumulated.
-        progress: Show a progress bar. None: if this is a terminal.
+        mesh: Devices over which each batch is spread; None: it is used as it comes.
+        title: Of the progress bar.
+        progress: Show one. None: if this is a terminal.
 
     Returns:
-        The pass, and the moments of each layer.
-
-    Raises:
-        ValueError: If there is no batch, or the moments of one are not finite.
+        What was accumulated.
     """
     state: Pass | None = None
     under_way: collections.deque[jax.Array] = collections.deque()
-    for batch in track(batches, f"Estimating statistics, {estimator.name}", progress):
+    for batch in track(batches, title, progress):
+        batch = batch if mesh is None else spread(batch, mesh)
         if state is None:
             state = start(measure, model, batch, estimator=estimator)
         state = _jitted_update(state, model, batch, measure=measure, estimator=estimator)
         under_way.append(state.batches)
         if len(under_way) > _IN_FLIGHT:
             under_way.popleft().block_until_ready()
-    if state is None:
-        raise ValueError(
-            "There was no batch to estimate statistics from: the iterable is empty. An iterator can be read only once; "
-            "pass a list, a loader, or a fresh iterator."
-        )
-    return state, finish(state, estimator=estimator)
+    return state
 
 
 def start(measure: Measure, model: Any, batch: Any, *, estimator: Estimator) -> Pass:
     """A pass that has seen nothing; of the batch only shapes are used."""
     found = jax.eval_shape(measure, model, batch)
-    like = jax.tree.map(lambda part: jnp.zeros(part.shape, part.dtype), found.moments)
-    first_bad = {path: jnp.full((), -1, jnp.int32) for path in like}
-    return Pass(estimator.init(like), jnp.zeros((), jnp.int32), first_bad, found.kinds)
+    nothing = empty(found.moments, found.kinds, estimator=estimator)
+    mesh = mesh_of((model, batch))  # where the step will leave it, so that it is not compiled for two places
+    return nothing if mesh is None else replicate(nothing, mesh)
+
+
+def empty(like: Layers, kinds: tuple[tuple[str, LayerKind], ...], *, estimator: Estimator) -> Pass:
+    """A pass that has seen nothing, for moments of these shapes and dtypes."""
+    zeros = jax.tree.map(lambda part: jnp.zeros(part.shape, part.dtype), like)
+    none, nobody = jnp.zeros((), jnp.int32), {path: jnp.full((), -1, jnp.int32) for path in zeros}
+    # Leaves in memory of their own, so that the pass may be donated.
+    return jax.tree.map(jnp.copy, Pass(estimator.init(zeros), none, none, nobody, kinds))
 
 
 def update(state: Pass, model: Any, batch: Any, *, measure: Measure, estimator: Estimator) -> Pass:
-    """The pass after one batch more; pure."""
+    """The pass after one batch more; pure. A batch whose moments are not finite is counted, and left out."""
     moments = measure(model, batch).moments
-
-    def first_bad(path: str) -> jax.Array:
-        finite = jnp.all(jnp.isfinite(moments[path].mean)) & jnp.all(jnp.isfinite(moments[path].m2))
-        before = state.first_bad[path]
-        return jnp.where((before < 0) & ~finite, state.batches, before)
-
+    bad = {path: ~(jnp.isfinite(part.mean).all() & jnp.isfinite(part.m2).all()) for path, part in moments.items()}
+    any_bad = jnp.stack(list(bad.values())).any()
+    after = estimator.update(state.estimate, moments)
     return dataclasses.replace(
         state,
-        estimate=estimator.update(state.estimate, moments),
+        estimate=jax.tree.map(lambda old, new: jnp.where(any_bad, old, new), state.estimate, after),
         batches=state.batches + 1,
-        first_bad={path: first_bad(path) for path in moments},
+        skipped=state.skipped + any_bad.astype(jnp.int32),
+        first_bad={
+            path: jnp.where((before < 0) & bad[path], state.batches, before) for path, before in state.first_bad.items()
+        },
     )
 
 
 _jitted_update = jax.jit(update, static_argnames=("measure", "estimator"))
 
 
-def finish(state: Pass, *, estimator: Estimator) -> Layers:
+def check_finite(state: Pass) -> None:
+    """Raises a ValueError that says which batch first gave moments that are not finite, and in which layer."""
+    bad = {path: int(index) for path, index in jax.device_get(state.first_bad).items() if index >= 0}
+    if not bad:
+        return
+    first = min(bad.values())
+    layer = next(path for path, _ in state.kinds if bad.get(path) == first)  # in the order in which layers run
+    raise ValueError(
+        f"Batch {first} (counted from 0) gave statistics that are not finite, first in "
+        f"{repr(layer) if layer else 'the model itself'}. Look for NaN or infinity in this batch and in the "
+        f"parameters; nothing was installed. skip_nonfinite=True leaves such batches out."
+    )
+
+
+def finish(state: Pass, *, estimator: Estimator, skip_nonfinite: bool = False) -> Layers:
     """The moments to install; a ValueError if there are none, or the moments of a batch were not finite."""
     if state.batches.ndim:
         raise ValueError(
@@ -110,14 +132,6 @@ def finish(state: Pass, *, estimator: Estimator) -> Layers:
         )
     if not state.batches:
         raise ValueError("The accumulator has seen no batch: call postproc_step on each batch first.")
-    first_bad = {path: int(index) for path, index in jax.device_get(state.first_bad).items() if index >= 0}
-    if first_bad:
-        first = min(first_bad.values())
-        layers = ", ".join(
-            repr(path) if path else "the model itself" for path, index in first_bad.items() if index == first
-        )
-        raise ValueError(
-            f"Batch {first} (counted from 0) gave statistics that are not finite, in {layers}. Look for NaN or "
-            f"infinity in this batch and in the parameters; nothing was installed."
-        )
+    if not skip_nonfinite or state.skipped == state.batches:
+        check_finite(state)
     return estimator.finalize(state.estimate)

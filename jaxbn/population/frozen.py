@@ -103,14 +103,13 @@ def check_frozen(frozen: Any) -> None:
 def check_kinds(frozen: Frozen, kinds: Mapping[str, LayerKind]) -> None:
     """Raises a ValueError if a layer of the model does something else than the one that was frozen."""
     known = dict(frozen.info.layers)
-    for path, kind in kinds.items():
-        was = known.get(path)
-        if was is None:
-            raise ValueError(f"The model normalizes in {path!r}, of which the frozen network knows nothing; {_HINT}")
+    for path in kinds.keys() & known.keys():  # others are of a teacher, say, that the model holds
         for name in LayerKind._fields:
-            old, new = getattr(was, name), getattr(kind, name)
+            old, new = getattr(known[path], name), getattr(kinds[path], name)
             if old is not None and new is not None and old != new:
-                raise ValueError(f"{path!r} was frozen with {name}={old!r}, and the model has {name}={new!r}; {_HINT}")
+                raise ValueError(
+                    f"{_name(path)} was frozen with {name}={old!r}, and the model has {name}={new!r}; {_HINT}"
+                )
 
 
 def check_shapes(given: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> None:
@@ -128,8 +127,12 @@ def _version(package: str) -> str:
         return "unknown"
 
 
+def _name(path: str) -> str:
+    return repr(path) if path else "the model itself"
+
+
 def _layer_info(path: str, state: State, report: Report | None, kind: LayerKind | None, otherwise: str) -> LayerInfo:
-    name = repr(path) if path else "the model itself"
+    name = _name(path)
     mean, var = np.asarray(state.mean), np.asarray(state.var)
     if not (np.isfinite(mean).all() and np.isfinite(var).all() and (var >= 0).all()):
         raise ValueError(f"The statistics of {name} are not finite, or a variance is negative; nothing was frozen.")

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxbn.core import axes as _axes
 from jaxbn.core import devices as _devices
 from jaxbn.core import dtypes as _dtypes
 from jaxbn.core import harvest as _harvest
@@ -19,6 +20,10 @@ from jaxbn.methods.base import NormTransform, State
 # What layers normalize with while they are measured: the statistics of their batch, the stored ones, or as they are
 # asked to.
 MODES = ("batch", "eval", "as_called")
+
+
+# batch -> weights of its examples, [N]
+Weights = Callable[[Any], Any]
 
 
 class LayerKind(NamedTuple):
@@ -74,6 +79,30 @@ def measured(records: Sequence[_harvest.Record], whole: Mapping[Layer, jax.Array
     collected = _harvest.collect(records, whole)
     kinds = {record.layer.path: record.layer.kind for record in records}  # type: ignore[attr-defined]  # a Layer
     return Measured({layer.path: layer.moments_from(collected) for layer in whole}, tuple(kinds.items()))
+
+
+def example_weights(weights: Weights, batch: Any) -> jax.Array:
+    """The weights of the examples of a batch, `[N]`."""
+    given = jnp.asarray(weights(batch))
+    if given.ndim != 1 or not (given.dtype == bool or jnp.isrealobj(given)):
+        raise ValueError(f"weights(batch) must be one real number for each example, [N]; it is {jax.typeof(given)}.")
+    return given
+
+
+def carry_weights(weights: jax.Array, layer: Layer) -> jax.Array:
+    """The weights `[*features, N]` as they go into a program beside a layer's statistics, and are cut as those are."""
+    return jnp.broadcast_to(weights, (*layer.shape, *weights.shape))
+
+
+def mask_of_examples(carried: jax.Array, x: jax.Array, path: str, axis: Any) -> jax.Array:
+    """The weights of the examples as a mask for the input of a layer."""
+    weights = carried.reshape(-1, carried.shape[-1])[0]
+    if x.shape[:1] != weights.shape or 0 in _axes.split(x.ndim, axis).features:
+        raise ValueError(
+            f"There are weights for {weights.size} examples, but the input of {path!r} is {x.shape}: its leading axis "
+            f"does not hold them. Give this layer a mask in the model instead."
+        )
+    return weights.reshape(-1, *(1,) * (x.ndim - 1))
 
 
 def merged(found: Measured, axis_name: _devices.AxisName | None) -> Measured:

@@ -57,16 +57,27 @@ class Report:
     estimator: str
     batches: int
     layers: dict[str, LayerChange]
+    skipped: int = 0  # batches whose moments were not finite
+    sweeps: int = 1  # over all batches
+    change: float | None = None  # how far any statistic moved in the last sweep, in standard deviations; of several
 
     @property
     def not_reached(self) -> tuple[str, ...]:
         """Layers that no batch went through; their statistics are the old ones."""
         return tuple(path for path, change in self.layers.items() if change.count == 0)
 
+    def _headline(self) -> str:
+        line = f"{self.estimator} statistics from {self.batches} batches"
+        if self.skipped:
+            line += f", {self.skipped} of which were not finite and left out"
+        if self.change is not None:
+            line += f"; {self.sweeps} sweeps, the last of which moved them by {self.change:.2g} std"
+        return line
+
     def __str__(self) -> str:
         width = min(max(len("layer"), *map(len, self.layers)), _WIDEST_PATH)
         lines = [
-            f"{self.estimator} statistics from {self.batches} batches",
+            self._headline(),
             f"{'layer':{width}}  {'values':>9}   old mean off by (new std)   old var / new var",
             f"{'':{width}}  {'':>9}          mean       worst         min        max",
         ]
@@ -84,7 +95,14 @@ class Report:
 
 
 def report(
-    estimator: str, done: Pass, moments: Mapping[str, Moments], old: Mapping[str, Any], new: Mapping[str, Any]
+    estimator: str,
+    done: Pass,
+    moments: Mapping[str, Moments],
+    old: Mapping[str, Any],
+    new: Mapping[str, Any],
+    *,
+    sweeps: int = 1,
+    change: float | None = None,
 ) -> Report:
     """What a pass did; states are anything with a mean and a var. A ValueError if it reached no layer."""
     kinds = dict(done.kinds)
@@ -92,11 +110,12 @@ def report(
     def arrays(state: Any) -> tuple[np.ndarray, np.ndarray]:
         return np.asarray(state.mean), np.asarray(state.var)
 
-    def change(path: str) -> LayerChange:
+    def of(path: str) -> LayerChange:
         count = float(np.max(moments[path].count))
         return LayerChange(count, *arrays(old[path]), *arrays(new[path]), kinds.get(path))
 
-    made = Report(estimator, int(done.batches), {path: change(path) for path in old})
+    layers = {path: of(path) for path in old}
+    made = Report(estimator, int(done.batches), layers, skipped=int(done.skipped), sweeps=sweeps, change=change)
     if len(made.not_reached) == len(made.layers):
         raise ValueError(
             f"No batch went through a normalization layer of this model; it has "

@@ -140,7 +140,7 @@ def _read_header(path: str | os.PathLike[str], line: bytes) -> dict[str, Any]:
 def _to_host(path: Any, leaf: Any) -> np.ndarray:
     name = jax.tree_util.keystr(path, simple=True, separator="/")
     is_array = isinstance(leaf, jax.Array | np.ndarray | np.generic)
-    # What JAX does not take, text and numbers in the byte order of other machines among it, would not come back as it is.
+    # What JAX does not take would not come back as it is: text, and numbers in the byte order of other machines.
     if not is_array or not core.valid_jaxtype(leaf) or jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
         raise TypeError(
             f"{name!r} is {leaf.dtype if is_array else type(leaf)}; a frozen network holds arrays of numbers as JAX "

@@ -127,6 +127,14 @@ def test_resuming_in_an_epoch_gives_the_batches_that_were_left(loader):
     assert same([], loader().batches(2, start=3))
 
 
+def test_each_row_of_each_epoch_is_cut_in_its_own_way(loader, rng):
+    source, picture = Numbered(12), Image.fromarray(rng.integers(0, 256, (40, 40, 3)).astype(np.uint8))
+    source.image = lambda index: picture.copy()
+
+    crops = [crop.tobytes() for epoch in range(2) for batch in loader(source).batches(epoch) for crop in batch["image"]]
+    assert len(crops) == len(set(crops)) == 24
+
+
 def test_folders_and_shards_of_the_same_pictures_give_the_same(images, loader, shards):
     for train in (True, False):
         assert same(loader(train=train).batches(), loader(images.Shards(shards), train=train).batches())

@@ -171,7 +171,7 @@ def test_errors_come_before_anything_is_installed(batches):
     before = jax.tree.map(np.copy, variables)
     batches[1]["image"][3, 0, 0, 0] = np.nan
     with pytest.raises(
-        ValueError, match=r"Batch 1 \(counted from 0\) gave statistics that are not finite, in 'norm_0'"
+        ValueError, match=r"Batch 1 \(counted from 0\) gave statistics that are not finite, first in 'norm_0'"
     ):
         jaxbn.linen.postproc(call, variables, batches)
     with pytest.raises(ValueError, match="There was no batch"):

@@ -255,7 +255,7 @@ def test_errors_come_before_anything_is_installed(batches):
     bad = [{**batch, "image": batch["image"].copy()} for batch in batches]
     bad[1]["image"][3, 0, 0, 0] = np.nan
     with pytest.raises(
-        ValueError, match=r"Batch 1 \(counted from 0\) gave statistics that are not finite, in 'norms/0'"
+        ValueError, match=r"Batch 1 \(counted from 0\) gave statistics that are not finite, first in 'norms/0'"
     ):
         jaxbn.nnx.postproc(model, bad, call=call)
     with pytest.raises(ValueError, match="There was no batch"):

@@ -1,0 +1,257 @@
+"""Labelled images for training, from folders or shards, decoded in the background.
+
+Folders: `root/class_name/*.jpg` (or .png, ...); classes are numbered in the order of their names. Shards: pairs of
+files `images_000.npy`, u8[N, H, W, 3], and `labels_000.npy`, integers [N], mapped into memory.
+
+A source gives images by number, and a loader makes batches of them. The image in row `i` of epoch `e`, and its random
+crop, depend on the seed, `e` and `i` alone: a run may stop anywhere and go on with the batches it would have seen.
+Where grain is installed its threads read the images, otherwise threads of this file do; the batches are the same.
+"""
+
+import collections
+import dataclasses
+import importlib.util
+import itertools
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from PIL import Image
+
+SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".webp"}
+PADDING = -1  # the label of rows that fill up the last batch
+FAKE_CLASSES = 4
+HAS_GRAIN = importlib.util.find_spec("grain") is not None
+
+Batch = dict[str, np.ndarray]  # "image": u8[N, S, S, 3], "label": i32[N]
+Crop = Callable[[Image.Image, int, np.random.Generator], Image.Image]
+
+
+class Source(Protocol):
+    """Images by number, each with a label in 0..classes-1."""
+
+    labels: np.ndarray  # i32[N]
+    classes: int
+
+    def name(self, index: int) -> str:
+        """Where the image is, for messages."""
+
+    def image(self, index: int) -> Image.Image:
+        """The image, decoded or not."""
+
+
+class Folder:
+    """A folder with one folder of images for each class."""
+
+    def __init__(self, root: Path, class_names: Sequence[str] | None = None):
+        """Finds the images; `class_names` numbers the classes, if not the order of the names found."""
+        found = {d.name: sorted(f for f in os.listdir(d) if Path(f).suffix.lower() in SUFFIXES) for d in folders(root)}
+        self.class_names = list(found if class_names is None else class_names)
+        unknown = found.keys() - set(self.class_names)
+        if unknown:
+            raise ValueError(f"{root} has classes that the training images have not: {', '.join(sorted(unknown)[:5])}")
+        number = {name: i for i, name in enumerate(self.class_names)}
+        self.root, self.classes = root, len(number)
+        self._files = [os.path.join(name, file) for name, files in found.items() for file in files]
+        self.labels = np.array([number[name] for name, files in found.items() for _ in files], np.int32)
+        if not self._files:
+            raise ValueError(f"{root} holds neither class_name/*.jpg (or {', '.join(SUFFIXES)}) nor images_*.npy")
+
+    def name(self, index: int) -> str:
+        return str(self.root / self._files[index])
+
+    def image(self, index: int) -> Image.Image:
+        return Image.open(self.name(index))
+
+
+class Shards:
+    """A folder with pairs of files `images_*.npy` and `labels_*.npy`."""
+
+    def __init__(self, root: Path):
+        """Maps the files into memory, and checks that they fit."""
+        self._paths = sorted(root.glob("images_*.npy"))
+        self._images = [np.load(path, mmap_mode="r") for path in self._paths]
+        labels = [np.load(path.with_name(path.name.replace("images", "labels", 1))) for path in self._paths]
+        for path, x, y in zip(self._paths, self._images, labels, strict=True):
+            if x.ndim != 4 or x.shape[3] != 3 or x.dtype != np.uint8:
+                raise ValueError(f"{path} must hold u8[N, H, W, 3]; it holds {x.dtype}{list(x.shape)}")
+            if y.shape != x.shape[:1] or not np.issubdtype(y.dtype, np.integer) or (y < 0).any():
+                raise ValueError(f"{path} has {len(x)} images; its labels must be as many integers, 0 or more")
+        self.labels = np.concatenate(labels).astype(np.int32)
+        if not self.labels.size:
+            raise ValueError(f"The files {root}/images_*.npy hold no image")
+        self.classes = int(self.labels.max()) + 1
+        self._ends = np.cumsum([len(y) for y in labels])
+
+    def name(self, index: int) -> str:
+        shard, row = self._find(index)
+        return f"{self._paths[shard]}[{row}]"
+
+    def image(self, index: int) -> Image.Image:
+        shard, row = self._find(index)
+        return Image.fromarray(self._images[shard][row])
+
+    def _find(self, index: int) -> tuple[int, int]:
+        shard = int(np.searchsorted(self._ends, index, side="right"))
+        return shard, index - (int(self._ends[shard - 1]) if shard else 0)
+
+
+def folders(root: Path) -> list[Path]:
+    """The folders in a folder, by name."""
+    return sorted(d for d in root.iterdir() if d.is_dir() and not d.name.startswith("."))
+
+
+def open_images(root: Path) -> tuple[Source, Source]:
+    """Opens `root/train` and `root/val`, each a folder of images or of shards.
+
+    Raises:
+        ValueError: If one of them is missing, empty or malformed, or if they do not have the same classes.
+    """
+    sources: list[Source] = []
+    for part in (root / "train", root / "val"):
+        if not part.is_dir():
+            raise ValueError(f"There is no folder {part}")
+        like = sources[0].class_names if sources and isinstance(sources[0], Folder) else None
+        sources.append(Shards(part) if any(part.glob("images_*.npy")) else Folder(part, like))
+    train, held_out = sources
+    if held_out.labels.max() >= train.classes:
+        raise ValueError(f"{root}/val has a label {held_out.labels.max()}; {root}/train has {train.classes} classes")
+    return train, held_out
+
+
+def random_crop(image: Image.Image, size: int, rng: np.random.Generator) -> Image.Image:
+    """A random part, of 8 to 100 % of the area and an aspect ratio of 3/4 to 4/3; half of the time mirrored."""
+    width = height = min(image.size)  # should no part fit, which happens in long images
+    for _ in range(10):
+        side = math.sqrt(image.width * image.height * rng.uniform(0.08, 1))
+        stretch = math.sqrt(math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3))))
+        w, h = round(side * stretch), round(side / stretch)
+        if 0 < w <= image.width and 0 < h <= image.height:
+            width, height = w, h
+            break
+    left, top = int(rng.integers(image.width - width + 1)), int(rng.integers(image.height - height + 1))
+    part = image.resize((size, size), Image.Resampling.BILINEAR, box=(left, top, left + width, top + height))
+    return part.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else part
+
+
+def centre_crop(image: Image.Image, size: int, rng: np.random.Generator) -> Image.Image:
+    """The centre of an image whose shorter side was made 8/7 of `size`: 256 for 224. Nothing is random."""
+    side = min(image.size) * 7 / 8
+    left, top = (image.width - side) / 2, (image.height - side) / 2
+    return image.resize((size, size), Image.Resampling.BILINEAR, box=(left, top, left + side, top + side))
+
+
+@dataclasses.dataclass(frozen=True)
+class Loader:
+    """Batches of a source: shuffled and whole for training; in order, the last one filled up, for evaluation.
+
+    Attributes:
+        source: The images.
+        batch_size: Number of images in each batch.
+        image_size: Height and width to which they are cut.
+        crop: `random_crop` or `centre_crop`.
+        shuffle: Whether each epoch has an order of its own; what is left over after whole batches is then left out.
+        seed: Decides orders and crops.
+        workers: Number of threads.
+        ahead: Number of batches that are read before they are asked for, 1 or more.
+    """
+
+    source: Source
+    batch_size: int
+    image_size: int
+    crop: Crop
+    shuffle: bool
+    seed: tuple[int, ...] = (0,)
+    workers: int = 8
+    ahead: int = 2
+
+    def __len__(self) -> int:
+        """Number of batches in an epoch."""
+        images = len(self.source.labels)
+        return images // self.batch_size if self.shuffle else -(-images // self.batch_size)
+
+    def batches(self, epoch: int = 0, start: int = 0, stop: int | None = None) -> Iterator[Batch]:
+        """Yields the batches `start`, `start + 1`, ... of an epoch, up to but without `stop`."""
+        order = self.order(epoch)
+        rows = range(len(order))[start * self.batch_size : None if stop is None else stop * self.batch_size]
+
+        def read(row: int) -> Batch:
+            return self.read(int(order[row]), np.random.default_rng([*self.seed, epoch, row]))
+
+        return (by_grain if HAS_GRAIN else by_threads)(read, rows, self)
+
+    def order(self, epoch: int) -> np.ndarray:
+        """The numbers of the images in the rows of an epoch; `PADDING` fills up the last batch."""
+        images, rows = len(self.source.labels), len(self) * self.batch_size
+        if self.shuffle:
+            return np.random.default_rng([*self.seed, epoch]).permutation(images)[:rows]
+        return np.pad(np.arange(images), (0, rows - images), constant_values=PADDING)
+
+    def read(self, index: int, rng: np.random.Generator) -> Batch:
+        """One image, cut, and its label.
+
+        Raises:
+            ValueError: If the image cannot be read; the message names it.
+        """
+        if index == PADDING:
+            black = np.zeros((self.image_size, self.image_size, 3), np.uint8)
+            return {"image": black, "label": np.array(PADDING, np.int32)}
+        try:
+            with self.source.image(index) as image:
+                cut = self.crop(image.convert("RGB"), self.image_size, rng)
+        except Exception as error:
+            raise ValueError(f"The image {self.source.name(index)} cannot be read: {error}") from error
+        return {"image": np.asarray(cut), "label": self.source.labels[index]}
+
+
+def by_threads(read: Callable[[int], Batch], rows: range, loader: Loader) -> Iterator[Batch]:
+    """Yields batches of rows, in order; an error is raised where its batch would come."""
+    pool = ThreadPoolExecutor(loader.workers, "images")
+    batches = iter([rows[i : i + loader.batch_size] for i in range(0, len(rows), loader.batch_size)])
+    started = ([pool.submit(read, row) for row in batch] for batch in batches)
+    under_way = collections.deque(itertools.islice(started, loader.ahead))
+    try:
+        while under_way:
+            under_way.extend(itertools.islice(started, 1))
+            examples = [future.result() for future in under_way.popleft()]
+            yield {name: np.stack([example[name] for example in examples]) for name in examples[0]}
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def by_grain(read: Callable[[int], Batch], rows: range, loader: Loader) -> Iterator[Batch]:
+    """The same batches, read by the threads of grain."""
+    import grain
+
+    options = grain.ReadOptions(num_threads=loader.workers, prefetch_buffer_size=loader.ahead * loader.batch_size)
+    batches = iter(grain.MapDataset.source(rows).map(read).to_iter_dataset(options).batch(loader.batch_size))
+    try:
+        yield from batches
+    finally:
+        batches.close()
+
+
+def make_images(root: Path, count: int, size: int, seed: int = 0) -> None:
+    """Makes `root/train`, a folder with `count` images, and `root/val`, shards with a quarter of that.
+
+    There are `FAKE_CLASSES` classes. The colour of an image tells its class, and noise hides it a little.
+    """
+    rng = np.random.default_rng(seed)
+    colours = rng.integers(0, 128, (FAKE_CLASSES, 3))
+
+    def image(label: int, height: int, width: int) -> np.ndarray:
+        return np.asarray(colours[label] + rng.integers(0, 128, (height, width, 3)), np.uint8)
+
+    for i in range(count):
+        folder = root / "train" / f"class_{i % FAKE_CLASSES}"
+        folder.mkdir(parents=True, exist_ok=True)
+        height, width = rng.integers(size, 2 * size, 2).tolist()
+        Image.fromarray(image(i % FAKE_CLASSES, height, width)).save(folder / f"{i:06}.png", compress_level=1)
+    (root / "val").mkdir()
+    labels = (np.arange(max(count // 4, 1)) % FAKE_CLASSES).tolist()
+    np.save(root / "val" / "images_000.npy", np.stack([image(label, size, size) for label in labels]))
+    np.save(root / "val" / "labels_000.npy", labels)

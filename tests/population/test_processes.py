@@ -1,0 +1,143 @@
+"""The pass on two real processes: they end with the same bits, or all with an error, and never wait for ever."""
+
+import importlib.util
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxbn
+
+WORKER = Path(__file__).with_name("worker.py")
+EXAMPLE = Path(__file__).parents[2] / "examples" / "multihost.py"
+SECONDS = 240  # for all that two processes have to do, on a busy machine
+
+
+@pytest.fixture(scope="module")
+def worker():
+    """The scenarios, to be run in this process."""
+    spec = importlib.util.spec_from_file_location("worker_of_processes", WORKER)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """What each of two processes says of each scenario."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    paths = [tmp_path_factory.mktemp("processes") / f"{i}.json" for i in range(2)]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    started = [
+        subprocess.Popen([sys.executable, WORKER, address, str(i), path], env=environment, stderr=subprocess.PIPE)
+        for i, path in enumerate(paths)
+    ]
+    try:
+        errors = [process.communicate(timeout=SECONDS)[1].decode() for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert [process.returncode for process in started] == [0, 0], errors
+    return [json.loads(path.read_text()) for path in paths]
+
+
+def of_all(worker, parts, **options):
+    """What one process makes of all the batches, in the order of the processes."""
+    batches = [batch for process, count in enumerate(parts) for batch in worker.batches_of(process, count)]
+    return worker.statistics(batches, **options)
+
+
+@pytest.mark.parametrize(
+    "name, parts, options",
+    [
+        ("five and none", (5, 0), {}),
+        ("none and five", (0, 5), {}),
+        ("three and two", (3, 2), {}),
+        ("on two devices each", (3, 2), {}),
+        ("consistent", (3, 2), {"consistent": True}),
+        ("moving average", (3, 2), {"estimator": jaxbn.moving_average()}),
+        ("mean of batches", (3, 2), {"estimator": jaxbn.mean_of_batches()}),
+        ("nan left out", (3, 2), {}),
+        ("the same again", (3, 2), {}),
+    ],
+)
+def test_processes_agree_with_one_that_has_all_batches(name, parts, options, results, worker):
+    first, second = (result[name]["result"] for result in results)
+    assert first == second  # to the last bit
+    expected = of_all(worker, parts, **options)
+    for found, wanted in zip(first["leaves"], expected["leaves"], strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
+    assert first["skipped"] == (name == "nan left out")
+    assert first["batches"] == sum(parts) + first["skipped"]
+    assert [kind[0] for kind in first["kinds"].values()] == ["batch_norm", "batch_norm"]
+
+
+def test_nnx_models_too(results, worker):
+    rows = np.concatenate([*worker.batches_of(0, 3), *worker.batches_of(1, 2)]).astype(np.float64)
+    assert results[0]["nnx"] == results[1]["nnx"]
+    mean, var = results[0]["nnx"]["result"]
+    np.testing.assert_allclose(mean, rows.mean(0), rtol=1e-6)
+    np.testing.assert_allclose(var, rows.var(0), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "name, errors, messages",
+    [
+        ("one breaks", ["RuntimeError", "OSError"], ["Process 1 failed.*OSError: batch 3 cannot be read", "batch 3"]),
+        ("one breaks at once", ["RuntimeError", "OSError"], ["Process 1 failed", "batch 0 cannot be read"]),
+        ("one can be read once", ["RuntimeError", "TypeError"], ["Process 1 failed.*read only once", "read only once"]),
+        ("none", ["ValueError", "ValueError"], ["There was no batch"] * 2),
+        ("nan", ["RuntimeError", "ValueError"], ["Process 1 failed.*Batch 1", "Batch 1 .*'BatchNorm_0'"]),
+        ("other models", ["RuntimeError"] * 2, ["run different models"] * 2),
+        ("other variables", ["ValueError"] * 2, ["'b/c' on process 1 differs from its copy on process 0"] * 2),
+    ],
+)
+def test_what_fails_in_one_fails_in_all(name, errors, messages, results):
+    assert [result[name]["error"] for result in results] == errors
+    for result, message in zip(results, messages, strict=True):
+        with pytest.raises(AssertionError, match=message):
+            raise AssertionError(result[name]["message"])
+
+
+def test_every_scenario_is_looked_at(results, worker):
+    assert [list(result) for result in results] == [list(worker.SCENARIOS)] * 2
+
+
+def test_replicas_of_one_process_that_differ_are_named():
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    shards = [jax.device_put(jnp.full(3, float(i == 5)), device) for i, device in enumerate(jax.devices())]
+    broken = jax.make_array_from_single_device_arrays((3,), replicated, shards)
+    whole = jax.device_put(jnp.zeros(3), replicated)
+    jaxbn.check_replicas({"net": [whole, np.zeros(2)], "step": 3})
+    with pytest.raises(ValueError, match="'net/1' on cpu:5 differs"):
+        jaxbn.check_replicas({"net": [whole, broken]})
+
+
+def test_shards_are_compared_where_they_are_copies():
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
+    devices = spread.devices_indices_map((8,))
+    shards = [jax.device_put(jnp.arange(8.0)[index], device) for device, index in devices.items()]
+    jaxbn.check_replicas(jax.make_array_from_single_device_arrays((8,), spread, shards))
+    shards[3] = shards[3] + 1
+    with pytest.raises(ValueError, match="differs from its copy"):
+        jaxbn.check_replicas({"a": jax.make_array_from_single_device_arrays((8,), spread, shards)})
+
+
+def test_the_example_runs_as_a_user_runs_it(tmp_path):
+    done = subprocess.run([sys.executable, EXAMPLE], cwd=tmp_path, capture_output=True, text=True, timeout=SECONDS)
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stdout.splitlines() if not line.startswith("[Gloo]")]
+    assert lines[0].startswith("pooled statistics from 8 batches; 3 sweeps")
+    assert lines[-1].startswith("2 processes agree to the last bit, and with float64 to ")
+    assert float(lines[-1].split()[-3]) < 1e-5

@@ -1,0 +1,105 @@
+"""One of the two processes of test_processes.py: runs every scenario, and writes what came of it."""
+
+import json
+import sys
+import warnings
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import AxisType
+
+import jaxbn
+import jaxbn.linen
+import jaxbn.nnx
+
+ROWS = 12
+
+
+class Net(nn.Module):
+    width: int = 4
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.BatchNorm(use_running_average=True)(nn.Dense(self.width)(x)))
+        return jaxbn.linen.BatchNorm(use_running_average=True)(nn.Dense(self.width)(x))
+
+
+def batches_of(process, count):
+    """`count` batches, other ones for each process."""
+    return list(np.random.default_rng(process).normal(process, 1, (count, ROWS, 3)).astype(np.float32))
+
+
+def pass_over(batches, width=4, **options):
+    net = Net(width)
+    variables = net.init(jax.random.key(0), np.zeros((2, 3), np.float32))
+    return jaxbn.linen.postproc(net.apply, variables, batches, **options)
+
+
+def statistics(batches, **options):
+    variables, report = pass_over(batches, **options)
+    jaxbn.check_replicas(variables)
+    leaves = [np.asarray(leaf).tolist() for leaf in jax.tree.leaves(variables["batch_stats"])]
+    kinds = {path: change.kind for path, change in report.layers.items()}
+    return {"leaves": leaves, "batches": report.batches, "skipped": report.skipped, "kinds": kinds}
+
+
+def mesh():
+    return jax.make_mesh((2,), ("data",), (AxisType.Auto,), devices=jax.local_devices())
+
+
+def breaks_at(position, batches):
+    yield from batches[:position]
+    raise OSError(f"batch {position} cannot be read")
+
+
+def with_nan(batches):
+    return [*batches[:1], np.full_like(batches[0], np.nan), *batches[1:]]
+
+
+def nnx_statistics(batches):
+    model, _ = jaxbn.nnx.postproc(nnx.BatchNorm(3, rngs=nnx.Rngs(0)), batches)
+    jaxbn.check_replicas(nnx.state(model))
+    return [np.asarray(model.mean[...]).tolist(), np.asarray(model.var[...]).tolist()]
+
+
+SCENARIOS = {
+    "five and none": lambda p: statistics(batches_of(p, 0 if p else 5)),
+    "none and five": lambda p: statistics(batches_of(p, 5 if p else 0)),
+    "three and two": lambda p: statistics(batches_of(p, 2 if p else 3)),
+    "on two devices each": lambda p: statistics(batches_of(p, 2 if p else 3), mesh=mesh()),
+    "consistent": lambda p: statistics(batches_of(p, 2 if p else 3), consistent=True),
+    "moving average": lambda p: statistics(batches_of(p, 2 if p else 3), estimator=jaxbn.moving_average()),
+    "mean of batches": lambda p: statistics(batches_of(p, 2 if p else 3), estimator=jaxbn.mean_of_batches()),
+    "nnx": lambda p: nnx_statistics(batches_of(p, 2 if p else 3)),
+    "one breaks": lambda p: statistics(breaks_at(3, batches_of(p, 5)) if p else batches_of(p, 5)),
+    "one breaks at once": lambda p: statistics(breaks_at(0, []) if p else batches_of(p, 5)),
+    "one can be read once": lambda p: statistics(iter(batches_of(p, 2)) if p else batches_of(p, 2), consistent=True),
+    "none": lambda p: statistics([]),
+    "nan": lambda p: statistics(with_nan(batches_of(p, 2)) if p else batches_of(p, 2)),
+    "nan left out": lambda p: statistics(with_nan(batches_of(p, 2)) if p else batches_of(p, 3), skip_nonfinite=True),
+    "other models": lambda p: pass_over(batches_of(p, 2), width=4 + p)[1].batches,
+    "other variables": lambda p: jaxbn.check_replicas({"a": jnp.ones(3), "b": {"c": jnp.full(2, p)}}),
+    "the same again": lambda p: statistics(batches_of(p, 2 if p else 3)),  # after all those errors
+}
+
+
+def main(address, process, path):
+    warnings.simplefilter("error")
+    jax.config.update("jax_num_cpu_devices", 2)
+    jax.distributed.initialize(address, 2, process)
+    results = {}
+    for name, scenario in SCENARIOS.items():
+        try:
+            results[name] = {"result": scenario(process)}
+        except Exception as error:
+            results[name] = {"error": type(error).__name__, "message": str(error)}
+    with open(path, "w") as file:
+        json.dump(results, file)
+    jax.distributed.shutdown()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), sys.argv[3])
