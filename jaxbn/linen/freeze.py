@@ -19,7 +19,7 @@ from jaxbn.linen.capture import (
     without,
 )
 from jaxbn.linen.modules import STATISTICS
-from jaxbn.population.frozen import Frozen, check_frozen, check_kinds, check_shapes, make_info
+from jaxbn.population.frozen import Frozen, check_frozen, check_kinds, check_shapes, copied, make_info
 from jaxbn.population.layers import call_arguments, select
 from jaxbn.population.report import Report
 from jaxbn.population.summary import tabulate
@@ -50,7 +50,7 @@ def freeze(variables: Any, report: Report | None = None) -> Frozen:
         >>> print(f"{net.apply(frozen.variables, data[:1])[0, 0]:.2f}")
         -1.57
     """
-    variables = flax.core.meta.unbox(flax.core.unfreeze(variables))
+    variables = copied(flax.core.meta.unbox(flax.core.unfreeze(variables)))
     return Frozen(variables, make_info(find_states(variables), report=report))
 
 

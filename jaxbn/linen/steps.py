@@ -12,13 +12,13 @@ from flax.training import train_state
 
 from jaxbn.core.devices import AxisName, make_varying, mean_over
 from jaxbn.linen.capture import capture, find_states, is_call_of_layer
-from jaxbn.linen.freeze import apply_frozen, freeze
+from jaxbn.linen.freeze import apply_frozen
 from jaxbn.linen.modules import STATISTICS
 from jaxbn.linen.postproc import install_moments
 from jaxbn.population import estimate as _estimate
 from jaxbn.population.estimate import Pass
 from jaxbn.population.estimators import Estimator, pooled
-from jaxbn.population.frozen import RUNNING, Frozen, make_info
+from jaxbn.population.frozen import RUNNING, Frozen, copied, make_info
 from jaxbn.population.layers import LayerKind, Measured, check_synchronized, merged
 from jaxbn.population.report import Report, report
 from jaxbn.population.steps import Steps, arguments, check_whole
@@ -137,14 +137,14 @@ def make_steps(
 
     def finalize(state: TrainState, acc: Pass | None = None) -> tuple[Frozen, Report | None]:
         check_whole(state.step)
-        variables = jax.tree.map(jnp.copy, state.variables)  # the next train_step may be given the state's memory
-        if acc is None:
-            info = make_info(find_states(variables), kinds=dict(state.kinds), otherwise=RUNNING)
-            return Frozen(flax.core.meta.unbox(variables), info), None
-        moments = _estimate.finish(acc, estimator=estimator)
-        new_variables = install_moments(variables, moments)
-        made = report(estimator.name, acc, moments, find_states(variables), find_states(new_variables))
-        return freeze(new_variables, made), made
+        variables = copied(state.variables)  # the next train_step may be given the state's memory
+        made = None
+        if acc is not None:
+            old, moments = find_states(variables), _estimate.finish(acc, estimator=estimator)
+            variables = install_moments(variables, moments)
+            made = report(estimator.name, acc, moments, old, find_states(variables))
+        info = make_info(find_states(variables), report=made, kinds=dict(state.kinds), otherwise=RUNNING)
+        return Frozen(flax.core.meta.unbox(variables), info), made
 
     def eval_step(frozen: Frozen, batch: Any) -> Any:
         return apply_frozen(model.apply, frozen, *arguments(inputs, batch), train=False)

@@ -154,12 +154,17 @@ def with_call_of(cls: type, ours: type, stock: type) -> type:
     return hook if cls is nnx.BatchNorm else type(cls.__name__, (cls, hook), {})
 
 
+def set_class(module: Any, cls: type) -> None:
+    """Gives the module another class; not as an attribute that NNX keeps account of, which would be left in graphs."""
+    object.__setattr__(module, "__class__", cls)
+
+
 def _hook(path: str, module: Any, mode: str) -> tuple[Layer, jax.Array]:
     layer = Layer(path, state_of(module).mean.shape, mode, kind_of(module))
     positions = layer.positions()
     if not is_frozen(module):
         cls: Any = type(module)
-        module.__class__ = with_call_of(cls, _OurHook, _StockHook)
+        set_class(module, with_call_of(cls, _OurHook, _StockHook))
         module.jaxbn_slot = Slot(positions)
         module.jaxbn_layer = nnx.static(layer)
     return layer, positions
@@ -173,7 +178,7 @@ def _without_hooks(outputs: Any) -> Any:
 
     for _, module in nnx.iter_modules(outputs):
         if isinstance(module, _OurHook | _StockHook):
-            module.__class__ = type(module).__bases__[0]
+            set_class(module, type(module).__bases__[0])
             for name in {"jaxbn_slot", "jaxbn_layer", "jaxbn_weights"} & vars(module).keys():
                 delattr(module, name)
     filtered = nnx.Not(Slot)

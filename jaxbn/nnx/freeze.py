@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from flax import nnx, traverse_util
 
 from jaxbn.methods.batch_norm import BatchNormState
-from jaxbn.nnx.capture import find_layers, find_states, is_frozen, kind_of, with_call_of
+from jaxbn.nnx.capture import find_layers, find_states, is_frozen, kind_of, set_class, with_call_of
 from jaxbn.nnx.modules import Norm
-from jaxbn.population.frozen import Frozen, check_frozen, check_kinds, check_shapes, make_info
+from jaxbn.population.frozen import Frozen, check_frozen, check_kinds, check_shapes, copied, make_info
 from jaxbn.population.layers import LayerKind, select
 from jaxbn.population.report import Report
 from jaxbn.population.summary import tabulate
@@ -39,7 +39,8 @@ def freeze(model: Any, report: Report | None = None) -> Frozen:
         >>> frozen.info.layer("")
         LayerInfo(method='batch_norm', epsilon=1e-05, estimator='pooled', rows=10.0)
     """
-    return Frozen(to_variables(model), make_info(find_states(model), report=report, kinds=find_kinds(model)))
+    info = make_info(find_states(model), report=report, kinds=find_kinds(model))
+    return Frozen(copied(to_variables(model)), info)
 
 
 def install_frozen(model: Any, frozen: Frozen) -> Any:
@@ -134,7 +135,7 @@ def freeze_layers(model: Any, paths: str | Sequence[str]) -> Any:
     for path in select(paths, layers):
         if not is_frozen(layers[path]):
             cls: Any = type(layers[path])
-            layers[path].__class__ = with_call_of(cls, _OurFrozen, _StockFrozen)
+            set_class(layers[path], with_call_of(cls, _OurFrozen, _StockFrozen))
     return copy
 
 

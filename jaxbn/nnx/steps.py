@@ -10,7 +10,7 @@ from flax.training import train_state
 
 from jaxbn.core.devices import AxisName, make_varying, mean_over
 from jaxbn.nnx.capture import capture, find_layers, find_states, is_frozen
-from jaxbn.nnx.freeze import find_kinds, freeze, install_frozen, to_variables
+from jaxbn.nnx.freeze import find_kinds, install_frozen, to_variables
 from jaxbn.nnx.postproc import install_moments
 from jaxbn.population import estimate as _estimate
 from jaxbn.population.estimate import Pass
@@ -129,14 +129,13 @@ def make_steps(
         check_whole(state.step)
         # Copies: the next train_step may be given the state's memory.
         net = nnx.merge(evaluating, *jax.tree.map(jnp.copy, (state.params, state.others)))
-        if acc is None:
-            return Frozen(
-                to_variables(net), make_info(find_states(net), kinds=find_kinds(net), otherwise=RUNNING)
-            ), None
-        moments = _estimate.finish(acc, estimator=estimator)
-        new_net = install_moments(net, moments)
-        made = report(estimator.name, acc, moments, find_states(net), find_states(new_net))
-        return freeze(new_net, made), made
+        made = None
+        if acc is not None:
+            old, moments = find_states(net), _estimate.finish(acc, estimator=estimator)
+            net = install_moments(net, moments)
+            made = report(estimator.name, acc, moments, old, find_states(net))
+        info = make_info(find_states(net), report=made, kinds=find_kinds(net), otherwise=RUNNING)
+        return Frozen(to_variables(net), info), made
 
     def eval_step(frozen: Frozen, batch: Any) -> Any:
         return install_frozen(start_from, frozen)(*arguments(inputs, batch))

@@ -45,7 +45,7 @@ class Info(NamedTuple):
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)  # of arrays, which have no truth value
 class Frozen:
     """A network to evaluate: its variables, and what is known of its statistics. A pytree; `info` is static.
 
@@ -89,9 +89,14 @@ def make_info(
     )
 
 
-def is_initial(state: State) -> bool:
-    """Whether the statistics are still those of the initialization."""
-    return bool((np.asarray(state.mean) == INITIAL_MEAN).all() and (np.asarray(state.var) == INITIAL_VAR).all())
+def is_initial(state: State) -> np.ndarray:
+    """Which statistics are still those of the initialization."""
+    return (np.asarray(state.mean) == INITIAL_MEAN) & (np.asarray(state.var) == INITIAL_VAR)
+
+
+def copied(tree: Any) -> Any:
+    """The tree with memory of its own, which a step that is given the memory of another state does not reuse."""
+    return jax.tree.map(lambda leaf: leaf.copy() if isinstance(leaf, jax.Array) else leaf, tree)
 
 
 def check_frozen(frozen: Any) -> None:
@@ -137,12 +142,13 @@ def _layer_info(path: str, state: State, report: Report | None, kind: LayerKind 
     if not (np.isfinite(mean).all() and np.isfinite(var).all() and (var >= 0).all()):
         raise ValueError(f"The statistics of {name} are not finite, or a variance is negative; nothing was frozen.")
     change = None if report is None else report.layers[path]
+    reached = False if change is None else change.reached
+    if (is_initial(state) & ~np.asarray(reached)).any():
+        raise ValueError(
+            f"Nothing has estimated the statistics of {name}: they are those of its initialization. Train with "
+            f"running averages (momentum=0.99), or estimate them with postproc on a call that reaches this layer."
+        )
     if report is None or change is None or change.count == 0:
-        if is_initial(state):
-            raise ValueError(
-                f"Nothing has estimated the statistics of {name}: they are those of its initialization. Train with "
-                f"running averages (momentum=0.99), or estimate them with postproc on a call that reaches this layer."
-            )
         return LayerInfo(kind and kind.method, kind and kind.epsilon, otherwise, None)
     if not (np.array_equal(mean, change.new_mean) and np.array_equal(var, change.new_var)):
         raise ValueError(

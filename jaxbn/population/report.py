@@ -23,6 +23,7 @@ class LayerChange:
     new_mean: np.ndarray
     new_var: np.ndarray
     kind: LayerKind | None = None  # None: not reached, or frozen
+    reached: np.ndarray | bool = True  # which statistics any value went into; all but in a stack of layers in part
 
     @property
     def mean_shift(self) -> np.ndarray:
@@ -111,8 +112,8 @@ def report(
         return np.asarray(state.mean), np.asarray(state.var)
 
     def of(path: str) -> LayerChange:
-        count = float(np.max(moments[path].count))
-        return LayerChange(count, *arrays(old[path]), *arrays(new[path]), kinds.get(path))
+        counts = np.asarray(moments[path].count)
+        return LayerChange(float(counts.max()), *arrays(old[path]), *arrays(new[path]), kinds.get(path), counts > 0)
 
     layers = {path: of(path) for path in old}
     made = Report(estimator, int(done.batches), layers, skipped=int(done.skipped), sweeps=sweeps, change=change)

@@ -55,7 +55,8 @@ def step_if(taken: ArrayLike, new: _Tree, old: _Tree) -> _Tree:
     Args:
         taken: A boolean, `[]`.
         new: Any pytree of arrays, such as a whole train state.
-        old: One of the same structure.
+        old: One of the same structure. Of an NNX model, a copy made before the step: `nnx.state` gives the variables
+            themselves, which move with it.
 
     Returns:
         `new` or `old`.

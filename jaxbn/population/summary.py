@@ -53,7 +53,7 @@ def _cells(
     """Method, epsilon, statistics and rows; a dash stands for what is not known."""
     info = known.get(path)
     kind = info or kinds.get(path)
-    statistics = info.estimator if info else "initial values" if is_initial(state) else AS_GIVEN
+    statistics = info.estimator if info else "initial values" if is_initial(state).all() else AS_GIVEN
     return (
         (kind and kind.method) or "-",
         "-" if kind is None or kind.epsilon is None else f"{kind.epsilon:g}",

@@ -160,6 +160,8 @@ def _to_device(path: Any, array: np.ndarray) -> jax.Array:
 
 def _replace(path: Path, *parts: bytes) -> None:
     """Writes a new file beside the path, sees it through to the disk, and moves it into place."""
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"There is no folder {path.parent} to save {path.name} in.")
     beside = path.with_name(f".{path.name}.{secrets.token_hex(8)}.unfinished")
     try:
         with open(beside, "xb") as file:
