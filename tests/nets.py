@@ -127,7 +127,7 @@ def make_batches(count, rows=16, image=()):
 
 def params_of(state):
     """The parameters of a train state, by the names that both hosts share."""
-    return _pure(state.params)
+    return pure(state.params)
 
 
 def statistics_of(holder):
@@ -138,7 +138,7 @@ def statistics_of(holder):
         holder = holder.others
     elif isinstance(holder, jaxbn.Frozen | jaxbn.linen.TrainState):
         holder = holder.variables
-    found = _pure(holder)
+    found = pure(holder)
     found = found.get("batch_stats", found)
     return {
         layer: {key: leaf for key, leaf in found[layer].items() if key in ("mean", "var", "count")} for layer in LAYERS
@@ -153,7 +153,8 @@ def assert_same_statistics(found, expected, tolerance=1e-5):
         np.testing.assert_allclose(found[layer]["var"], var, rtol=tolerance, err_msg=layer)
 
 
-def _pure(tree):
+def pure(tree):
+    """Nested dicts of arrays, by the names that both hosts share."""
     return nnx.to_pure_dict(tree) if isinstance(tree, nnx.State) else tree
 
 

@@ -119,7 +119,7 @@ def check_finite(state: Pass) -> None:
     raise ValueError(
         f"Batch {first} (counted from 0) gave statistics that are not finite, first in "
         f"{repr(layer) if layer else 'the model itself'}. Look for NaN or infinity in this batch and in the "
-        f"parameters; nothing was installed. skip_nonfinite=True leaves such batches out."
+        f"parameters; nothing was installed. postproc(..., skip_nonfinite=True) leaves such batches out."
     )
 
 

@@ -108,7 +108,7 @@ def check_frozen(frozen: Any) -> None:
 def check_kinds(frozen: Frozen, kinds: Mapping[str, LayerKind]) -> None:
     """Raises a ValueError if a layer of the model does something else than the one that was frozen."""
     known = dict(frozen.info.layers)
-    for path in kinds.keys() & known.keys():  # others are of a teacher, say, that the model holds
+    for path in sorted(kinds.keys() & known.keys()):  # others are of a teacher, say, that the model holds
         for name in LayerKind._fields:
             old, new = getattr(known[path], name), getattr(kinds[path], name)
             if old is not None and new is not None and old != new:

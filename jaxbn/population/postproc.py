@@ -39,9 +39,7 @@ def postproc(
     progress: bool | None,
 ) -> tuple[Any, Report]:
     """The new model, and what changed; see the `postproc` of the hosts."""
-    old = host.states(model)
-    limit = len(old) + 1 if max_sweeps is None else max_sweeps
-    if limit < 1 or not tolerance >= 0:
+    if (max_sweeps is not None and max_sweeps < 1) or not tolerance >= 0:
         raise ValueError(f"max_sweeps={max_sweeps} must be positive, and tolerance={tolerance} not negative.")
 
     def sweep(model: Any, mode: str, number: int) -> tuple[Pass, Layers]:
@@ -67,6 +65,8 @@ def postproc(
     # The first sweep finds statistics near the right ones. Each later one measures every layer's input under those of
     # the sweep before, so that layer k is exact after k sweeps, and stands still.
     done, moments = sweep(model, "batch", 1)
+    old = host.states(model)  # after the processes have met: what is wrong with the model of one is heard by all
+    limit = len(old) + 1 if max_sweeps is None else max_sweeps
     current, sweeps, change = host.install(model, moments), 1, None
     while consistent and sweeps < limit and (change is None or change > tolerance):
         sweeps += 1

@@ -98,6 +98,11 @@ def test_nnx_models_too(results, worker):
         ("none", ["ValueError", "ValueError"], ["There was no batch"] * 2),
         ("nan", ["RuntimeError", "ValueError"], ["Process 1 failed.*Batch 1", "Batch 1 .*'BatchNorm_0'"]),
         ("other models", ["RuntimeError"] * 2, ["run different models"] * 2),
+        (
+            "one has params alone",
+            ["RuntimeError", "ValueError"],
+            ["Process 1 failed", "no statistics of a normalization"],
+        ),
         ("other variables", ["ValueError"] * 2, ["'b/c' on process 1 differs from its copy on process 0"] * 2),
     ],
 )

@@ -81,6 +81,13 @@ SCENARIOS = {
     "nan": lambda p: statistics(with_nan(batches_of(p, 2)) if p else batches_of(p, 2)),
     "nan left out": lambda p: statistics(with_nan(batches_of(p, 2)) if p else batches_of(p, 3), skip_nonfinite=True),
     "other models": lambda p: pass_over(batches_of(p, 2), width=4 + p)[1].batches,
+    "one has params alone": lambda p: (
+        jaxbn.linen.postproc(
+            nn.BatchNorm(True).apply,
+            {"params": {}} if p else nn.BatchNorm(True).init(jax.random.key(0), jnp.ones((2, 3))),
+            batches_of(p, 2),
+        )[1].batches
+    ),
     "other variables": lambda p: jaxbn.check_replicas({"a": jnp.ones(3), "b": {"c": jnp.full(2, p)}}),
     "the same again": lambda p: statistics(batches_of(p, 2 if p else 3)),  # after all those errors
 }
