@@ -75,17 +75,24 @@ def collect(records: Iterable[Record], whole: Mapping[Any, jax.Array] | None = N
         whole: The index `arange(size)`, of any shape, that went into the program for each layer. A mark that carries
             this very array met no transformation on its way, so its moments are in place and need no scatter.
     """
+    pooled = {}
+    for layer, group in _by_layer(records).items():
+        in_place = whole is not None and all(record.index is whole.get(layer) for record in group)
+        pooled[layer] = jax.tree.map(jnp.ravel, _pool(group)) if in_place else _pool_by_index(group, layer.size)
+    return pooled
+
+
+def _by_layer(records: Iterable[Record]) -> dict[Any, list[Record]]:
     by_layer: dict[Any, list[Record]] = {}
     for record in records:
         by_layer.setdefault(record.layer, []).append(record)
-    pooled = {}
-    for layer, group in by_layer.items():
-        if whole is not None and all(record.index is whole.get(layer) for record in group):
-            flat = [jax.tree.map(jnp.ravel, record.moments) for record in group]
-            pooled[layer] = flat[0] if len(flat) == 1 else _moments.pool(jax.tree.map(lambda *m: jnp.stack(m), *flat))
-        else:
-            pooled[layer] = _pool_by_index(group, layer.size)
-    return pooled
+    return by_layer
+
+
+def _pool(records: Sequence[Record]) -> _moments.Moments:
+    """Moments of records that have one and the same index."""
+    parts = [record.moments for record in records]
+    return parts[0] if len(parts) == 1 else _moments.pool(jax.tree.map(lambda *part: jnp.stack(part), *parts))
 
 
 def _pool_by_index(records: Sequence[Record], size: int) -> _moments.Moments:
@@ -203,13 +210,6 @@ def _nothing_of(fun: Callable[[Any], _Result], args: list[Any]) -> list[Record]:
     return jax.tree.map(jnp.zeros_like, jax.eval_shape(lambda args: fun(args)[1], args))
 
 
-def _pooled(result: _Result) -> _Result:
-    """The same with one record for each layer, which holds all its positions."""
-    outputs, records = result
-    pooled = collect(records).items()
-    return outputs, [Record(layer, jnp.arange(layer.size, dtype=jnp.int32), moments) for layer, moments in pooled]
-
-
 def _cond(values: list[Any], *, branches: Sequence[core.ClosedJaxpr], **_: Any) -> _Result:
     """Each branch returns the records of all: its own, and nothing for the others. Also lax.switch."""
     which, *operands = values
@@ -231,7 +231,9 @@ def _while(values: list[Any], *, cond_jaxpr: Any, cond_nconsts: int, body_jaxpr:
     body_consts, init = values[:body_nconsts], values[body_nconsts:]
 
     def turn(carry: list[Any]) -> _Result:
-        return _pooled(_evaluate(body_jaxpr, [*body_consts, *carry]))
+        outputs, records = _evaluate(body_jaxpr, [*body_consts, *carry])
+        pooled = collect(records).items()
+        return outputs, [Record(layer, jnp.arange(layer.size, dtype=jnp.int32), moments) for layer, moments in pooled]
 
     def body(state: Any) -> Any:
         outputs, new = turn(state[0])
@@ -242,28 +244,46 @@ def _while(values: list[Any], *, cond_jaxpr: Any, cond_nconsts: int, body_jaxpr:
     return lax.while_loop(lambda state: _evaluate(cond_jaxpr, [*cond_consts, *state[0]])[0][0], body, (init, nothing))
 
 
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class _Argument:
+    """Stands for an index that went into a shard_map whole, so that the very same array comes out with the record."""
+
+    position: int
+
+
 def _shard_map(
     values: list[Any], *, jaxpr: core.Jaxpr, mesh: Any, in_specs: Any, out_specs: Any, check_vma: bool, **params: Any
 ) -> _Result:
     """One record per layer, pooled over the devices that have seen different values, and so the same on all of them."""
-    manual = params["newly_manual_axes" if "newly_manual_axes" in params else "manual_axes"]  # renamed in jax 0.10.2
+    # In jax 0.10.0 it has the other name, and holds what an outer shard_map has made manual as well.
+    manual = params["newly_manual_axes" if "newly_manual_axes" in params else "manual_axes"]
     axes = [axis for axis in mesh.axis_names if axis in manual and axis not in mesh.manual_axes]
     unchecked: frozenset[str] = frozenset() if check_vma else _devices.axes_of(in_specs) | _strings_in(jaxpr)
+    whole = [position for position, spec in enumerate(in_specs) if not _devices.axes_of([spec])]
 
-    def over_devices(moments: _moments.Moments) -> _moments.Moments:
+    def pooled(layer: Any, group: list[Record], args: Sequence[Any]) -> Record:
+        known = [position for position in whole if all(record.index is args[position] for record in group)]
+        index: Any = _Argument(known[0]) if known else jnp.arange(layer.size, dtype=jnp.int32)
+        moments = _pool(group) if known else _pool_by_index(group, layer.size)
         differing = unchecked.union(*map(_devices.varying, moments))
         over = tuple(axis for axis in axes if axis in differing)
-        return _moments.merge_over(moments, over) if over else moments
+        return Record(layer, index, _moments.merge_over(moments, over) if over else moments)
 
-    def shard(*args: Any) -> _Result:
-        outputs, records = _pooled(_evaluate(jaxpr, args))
-        return outputs, [dataclasses.replace(record, moments=over_devices(record.moments)) for record in records]
+    def shard(*args: Any) -> Any:
+        outputs, records = _evaluate(jaxpr, args)
+        return outputs, [pooled(layer, group, args) for layer, group in _by_layer(records).items()]
+
+    def restored(record: Record) -> Record:
+        at: Any = record.index
+        return dataclasses.replace(record, index=values[at.position]) if isinstance(at, _Argument) else record
 
     mapped = jax.shard_map(
         shard, mesh=mesh, in_specs=tuple(in_specs), out_specs=(list(out_specs), PartitionSpec()),
         axis_names={*axes, *mesh.manual_axes}, check_vma=check_vma,
     )  # fmt: skip
-    return jax.jit(mapped)(*values)  # outside jit, JAX runs less of what a shard_map may hold, and that slowly
+    outputs, records = jax.jit(mapped)(*values)  # outside jit, JAX can do less with a shard_map, and is slow
+    return outputs, [restored(record) for record in records]
 
 
 def _strings_in(jaxpr: core.Jaxpr) -> set[str]:
