@@ -11,6 +11,8 @@ import numpy as np
 import optax
 import pytest
 from flax.training.train_state import TrainState
+from jax.sharding import PartitionSpec as P
+from meshes import AXIS, DEVICES, mesh
 
 import jaxbn
 import jaxbn.linen
@@ -184,6 +186,77 @@ def test_lifted_layers(norm, mode, how, rng):
     rows = (1,) if how == "nn.vmap" else (0, 1)
     np.testing.assert_allclose(moments.mean, np.float64(x).mean(rows), rtol=1e-5)
     np.testing.assert_allclose(moments.var, np.float64(x).var(rows), rtol=1e-5)
+
+
+class Pair(nn.Module):
+    norm: type
+    axis_name: str | None
+
+    @nn.compact
+    def __call__(self, x, train):
+        for name in ("first", "second"):
+            x = nn.relu(self.norm(use_running_average=not train, axis_name=self.axis_name, name=name)(x))
+        return x
+
+
+def with_devices_inside(norm, synchronized, train):
+    """A call of one layer, and then of a pair of them under shard_map; and its variables."""
+    pair, layer = Pair(norm, AXIS if synchronized else None), norm(use_running_average=not train)
+
+    def call(variables, x):
+        outside, inside = ({kind: leaves[part] for kind, leaves in variables.items()} for part in ("outside", "inside"))
+        apply = lambda v, x: pair.apply(v, x, train, mutable=["batch_stats"])[0]
+        specs = {"in_specs": (P(), P(AXIS)), "out_specs": P(AXIS)}
+        x = layer.apply(outside, x, mutable=["batch_stats"])[0]
+        return jax.shard_map(apply, mesh=mesh(), **specs)(inside, x)
+
+    x = jnp.ones((2, 3))
+    parts = {"outside": layer.init(jax.random.key(0), x), "inside": pair.init(jax.random.key(0), x, False)}
+    variables = {kind: {name: part[kind] for name, part in parts.items()} for kind in ("params", "batch_stats")}
+    variables["batch_stats"] = jax.tree.map(lambda leaf: 0.3 + 1.5 * leaf, variables["batch_stats"])
+    return call, variables
+
+
+def oracle_of_devices(x, mode, synchronized):
+    """Outputs, and what each layer is given, in float64."""
+    x, given = np.float64(x), {}
+    for path in ("outside", "inside/first", "inside/second"):
+        given[path] = x
+        parts = [x] if synchronized or path == "outside" else np.split(x, DEVICES)
+        moments = [(0.3, 1.8) if mode == "eval" else (part.mean(0), part.var(0)) for part in parts]
+        x = np.concatenate([(part - m) / np.sqrt(v + 1e-5) for part, (m, v) in zip(parts, moments, strict=True)])
+        x = x if path == "outside" else np.maximum(x, 0)
+    return x, given
+
+
+@every_norm
+@pytest.mark.parametrize("synchronized", [True, False], ids=["synchronized", "each device for itself"])
+@pytest.mark.parametrize(
+    ("mode", "train", "used"),
+    [("batch", False, "batch"), ("eval", True, "eval"), ("as_called", True, "batch"), ("as_called", False, "eval")],
+)
+def test_a_model_that_runs_on_devices_of_its_own(norm, mode, train, used, synchronized, rng):
+    x = (1 + rng.standard_normal((64, 3))).astype(np.float32)
+    call, variables = with_devices_inside(norm, synchronized, train)
+    outputs, moments = jax.jit(jaxbn.linen.capture_moments(call, mode=mode))(variables, x)
+    expected, given = oracle_of_devices(x, used, synchronized)
+    np.testing.assert_allclose(outputs, expected, rtol=1e-4, atol=1e-5)
+    assert_moments_of(moments, given)
+
+
+@every_norm
+@pytest.mark.parametrize(("synchronized", "consistent"), [(True, False), (False, False), (False, True)])
+def test_statistics_of_a_model_that_runs_on_devices_of_its_own(norm, synchronized, consistent, rng):
+    """Where devices do not synchronize, one pass is the exact merge of what each has seen."""
+    x = (1 + rng.standard_normal((64, 3))).astype(np.float32)
+    call, variables = with_devices_inside(norm, synchronized, train=False)
+    new, report = jaxbn.linen.postproc(call, variables, [x], consistent=consistent)
+    _, given = oracle_of_devices(x, "batch", synchronized or consistent)
+    found = flax.traverse_util.flatten_dict(new["batch_stats"], sep="/")
+    for path, values in given.items():
+        np.testing.assert_allclose(found[f"{path}/mean"], values.mean(0), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(found[f"{path}/var"], values.var(0), rtol=1e-4)
+    assert report.not_reached == ()
 
 
 class Layers(nn.Module):

@@ -1,5 +1,6 @@
 """Moments and statistics of NNX models, stock and ours, against float64 over what the layers were really given."""
 
+import functools
 import types
 
 import chex
@@ -8,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import PartitionSpec as P
+from meshes import AXIS, DEVICES, mesh
 
 import jaxbn
 import jaxbn.nnx
@@ -382,6 +385,93 @@ def test_models_in_containers(make, norm, x):
     np.testing.assert_allclose(outputs, expected, rtol=1e-5, atol=1e-5)
     prefix = "net" if isinstance(make(inside), dict) else "0"
     assert_moments_of(moments, {f"{prefix}/{path}": values for path, values in given.items()})
+
+
+# --- Models that run on devices of their own
+
+
+SPECS = {"in_specs": (P(), P(AXIS)), "out_specs": P(AXIS)}
+
+
+def by_split_and_merge(layers, x, *, check_vma=True, **flags):
+    graphdef, state = nnx.split(layers)
+    run = lambda state, x: in_turn(nnx.merge(graphdef, state), x, **flags)
+    return jax.shard_map(run, mesh=mesh(), check_vma=check_vma, **SPECS)(state, x)
+
+
+def by_nnx(layers, x):
+    return nnx.shard_map(in_turn, mesh=mesh(), **SPECS)(layers, x)
+
+
+def in_turn(layers, x, **flags):
+    for layer in layers:
+        x = nnx.relu(layer(x, **flags))
+    return x
+
+
+class OnDevices(nnx.Module):
+    """A layer, and two more under shard_map."""
+
+    def __init__(self, norm, synchronized, run):
+        self.outside = norm(4, rngs=nnx.Rngs(0))
+        axis_name = AXIS if synchronized else None
+        self.inside = nnx.List([norm(4, axis_name=axis_name, rngs=nnx.Rngs(0)) for _ in range(2)])
+        self.run = run
+
+    def __call__(self, x, **flags):
+        return self.run(self.inside, self.outside(x, **flags), **flags)
+
+
+def oracle_of_devices(model, x, mode, synchronized):
+    given = {path: [] for path in ("outside", "inside/0", "inside/1")}
+    x = normalize(model.outside, np.float64(x), mode, given["outside"])
+    for number, layer in enumerate(model.inside):
+        parts = [x] if synchronized else np.split(x, DEVICES)
+        normalized = [normalize(layer, part, mode, given[f"inside/{number}"]) for part in parts]
+        x = np.maximum(np.concatenate(normalized), 0)
+    return x, {path: np.concatenate(parts) for path, parts in given.items()}
+
+
+@every_norm
+@pytest.mark.parametrize(("mode", "synchronized"), [("batch", True), ("batch", False), ("eval", False)])
+@pytest.mark.parametrize(
+    "run",
+    [by_split_and_merge, functools.partial(by_split_and_merge, check_vma=False), by_nnx],
+    ids=["checked", "unchecked", "nnx.shard_map"],
+)
+def test_models_that_run_on_devices_of_their_own(run, synchronized, mode, norm, rng):
+    x = (3 + 2 * rng.standard_normal((64, 4))).astype(np.float32)
+    model = started(OnDevices(norm, synchronized, run))
+    outputs, moments = captured(model, x, mode=mode, jit=True)
+    expected, given = oracle_of_devices(model, x, mode, synchronized)
+    np.testing.assert_allclose(outputs, expected, rtol=1e-4, atol=1e-5)
+    assert_moments_of(moments, given)
+
+
+@every_norm
+@pytest.mark.parametrize(("train", "synchronized"), [(True, True), (True, False), (False, False)])
+def test_models_on_devices_of_their_own_as_called(train, synchronized, norm, rng):
+    x = (3 + 2 * rng.standard_normal((64, 4))).astype(np.float32)
+    model = started(OnDevices(norm, synchronized, by_split_and_merge))
+    call = lambda model, x: model(x, use_running_average=not train)
+    outputs, moments = captured(model, x, call, mode="as_called", jit=True)
+    expected, given = oracle_of_devices(model, x, "batch" if train else "eval", synchronized)
+    np.testing.assert_allclose(outputs, expected, rtol=1e-4, atol=1e-5)
+    assert_moments_of(moments, given)
+
+
+@every_norm
+@pytest.mark.parametrize(("synchronized", "consistent"), [(True, False), (False, False), (False, True)])
+def test_statistics_of_models_on_devices_of_their_own(consistent, synchronized, norm, rng):
+    """Where devices do not synchronize, one pass is the exact merge of what each has seen."""
+    x = (3 + 2 * rng.standard_normal((64, 4))).astype(np.float32)
+    model = started(OnDevices(norm, synchronized, by_split_and_merge))
+    new, _ = jaxbn.nnx.postproc(model, [x], consistent=consistent)
+    _, given = oracle_of_devices(model, x, "batch", synchronized or consistent)
+    layers = {"outside": new.outside, "inside/0": new.inside[0], "inside/1": new.inside[1]}
+    for path, values in given.items():
+        np.testing.assert_allclose(layers[path].mean[...], values.mean(0), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(layers[path].var[...], values.var(0), rtol=1e-4)
 
 
 # --- Arguments of the layers ------------------------------------------------------------------------------------------
