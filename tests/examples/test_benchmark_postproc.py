@@ -1,0 +1,148 @@
+"""The benchmark of the pass, small: what it runs, what it divides by what, and what it prints."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+import jaxbn.linen
+
+PATH = Path(__file__).parents[2] / "examples" / "benchmarks" / "postproc.py"
+SMALL = "--batches 2 --batch-size 4 --width 2 --blocks 1 --repeats 2 --no-progress".split()
+PROGRAMS = ["forward", "Flax loop", "postproc"]
+PEERS = ["update_bn", "fvcore"]
+
+
+@pytest.fixture(scope="module")
+def benchmark():
+    """The program as a module."""
+    spec = importlib.util.spec_from_file_location("benchmark_postproc", PATH)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def run(benchmark, capsys, monkeypatch):
+    """Runs the program in 80 columns; gives what it returns and the lines that it printed."""
+
+    def run(*arguments):
+        monkeypatch.setenv("COLUMNS", "80")
+        measured = benchmark.main([*SMALL, *arguments])
+        out, err = capsys.readouterr()
+        assert not err.strip()
+        return *measured, out.splitlines()
+
+    return run
+
+
+def cells(lines):
+    """The rows of all tables, without their heads."""
+    return [[cell.strip() for cell in line.strip("│").split("│")] for line in lines if line.startswith("│")]
+
+
+def test_linen_is_measured_and_what_is_not_installed_is_skipped(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+
+    times, ratios, lines = run("--api", "linen", "--compiled")
+
+    networks = ["linen, jaxbn", "linen, stock"]
+    keys = [(network, name) for network in networks for name in PROGRAMS]
+    assert list(times) == keys
+    assert all(
+        t.first > 0 and t.wall.shape == (2,) and (t.wall > 0).all() and (t.cpu > 0).all() for t in times.values()
+    )
+    assert [(ratio.over, ratio.under[1], ratio.goal) for ratio in ratios] == [
+        (("linen, jaxbn", "postproc"), "forward", 1.05),
+        (("linen, jaxbn", "postproc"), "Flax loop", 1.0),
+        (("linen, stock", "postproc"), "forward", 1.15),
+        (("linen, stock", "postproc"), "Flax loop", 1.0),
+    ]
+
+    rows = cells(lines)
+    timed, skipped, compared, compiled = rows[:6], rows[6:8], rows[8:12], rows[12:]
+    assert [tuple(row[:2]) for row in timed] == [tuple(row[:2]) for row in compiled] == keys
+    assert skipped == [["PyTorch", peer, "skipped", "", ""] for peer in PEERS]
+    assert [row[:2] for row in compared] == [[ratio.over[0], ratio.under[1]] for ratio in ratios]
+    assert all(float(number) > 0 for row in compared for number in row[2:6])
+    assert all(float(number) > 0 for row in compiled for number in row[2:])
+    assert lines[-2:] == [
+        "update_bn is skipped: torch for the cpu is not installed.",
+        "fvcore is skipped: fvcore for the cpu is not installed.",
+    ]
+    assert len({len(line) for line in lines if line.startswith("│")}) <= 3
+    assert max(map(len, lines)) <= 80
+
+
+def test_nnx_is_measured(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+
+    times, ratios, lines = run("--api", "nnx")
+
+    assert list(times) == [(network, name) for network in ("NNX, jaxbn", "NNX, stock") for name in PROGRAMS]
+    assert [row[:2] for row in cells(lines)[8:]] == [[ratio.over[0], ratio.under[1]] for ratio in ratios]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of PyTorch, where fvcore is imported
+def test_peers_are_measured_where_they_are_installed(benchmark):
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("fvcore")
+    images = list(jax.random.normal(jax.random.key(0), (2, 4, *benchmark.IMAGE)))
+
+    programs = benchmark.torch_programs((2, 1), images)
+
+    assert list(programs) == ["forward", *PEERS]
+    for program in programs.values():
+        program.run(2)
+    ours = jaxbn_parameters(benchmark, (16, 3))
+    assert sum(p.numel() for p in benchmark.torch_net(torch, (16, 3)).parameters()) == ours
+
+
+def jaxbn_parameters(benchmark, shape):
+    """How many numbers the linen network learns."""
+    net = benchmark.LinenNet(jaxbn.linen.BatchNorm, shape)
+    variables = jax.eval_shape(lambda x: net.init(jax.random.key(0), x, train=True), np.zeros((1, *benchmark.IMAGE)))
+    assert len(jax.tree.leaves(variables["batch_stats"])) == 2 * (1 + 3 * shape[1])
+    return sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
+
+
+def test_the_networks_of_both_hosts_are_the_same(benchmark):
+    model = nnx.eval_shape(lambda: benchmark.NnxNet(nnx.BatchNorm, (16, 3), nnx.Rngs(0)))
+
+    parameters = jax.tree.leaves(nnx.state(model, nnx.Param))
+
+    assert sum(leaf.size for leaf in parameters) == jaxbn_parameters(benchmark, (16, 3))
+
+
+def test_times_of_one_round_are_divided_and_the_median_decides(benchmark):
+    def times(*wall):
+        return benchmark.Times(1.0, np.array(wall), 2 * np.array(wall))
+
+    measured = {
+        ("linen, stock", "forward"): times(1.0, 10.0, 1.0),
+        ("linen, stock", "Flax loop"): times(2.0, 2.0, 2.0),
+        ("linen, stock", "postproc"): times(1.1, 11.0, 5.0),
+        ("PyTorch", "forward"): times(4.0, 4.0, 4.0),
+        ("PyTorch", "update_bn"): times(5.0, 5.0, 5.0),
+    }
+
+    rows = list(benchmark.ratio_rows(benchmark.compare(measured)))
+
+    assert rows == [
+        ("linen, stock", "forward", "1.10", "1.10", "5.00", "1.10", "1.15 met"),
+        ("linen, stock", "Flax loop", "2.50", "0.55", "5.50", "2.50", "1.00 missed"),
+        ("linen, stock", "update_bn", "1.00", "0.22", "2.20", "1.00", ""),
+        ("update_bn", "forward", "1.25", "1.25", "1.25", "1.25", ""),
+    ]
+
+
+@pytest.mark.parametrize("arguments", [["--batches", "0"], ["--repeats", "-1"], ["--api", "haiku"]])
+def test_bad_options_end_before_the_work(benchmark, arguments, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        benchmark.main(arguments)
+
+    assert "error" in capsys.readouterr().err
