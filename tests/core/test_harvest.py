@@ -217,7 +217,7 @@ DEVICE_PROGRAMS = ["plain", "jit", "remat", "scan", "scan_of_remat", "cond_taken
 @pytest.mark.parametrize(
     ("name", "jitted"), [*((name, True) for name in DEVICE_PROGRAMS), ("plain", False), ("scan_of_while", False)]
 )
-@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("check_vma", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_in_shard_map(name, jitted, check_vma):
     program, _, length = FLAT_PROGRAMS[name]
     mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))

@@ -50,7 +50,7 @@ def test_the_rule_is_jaxs_own_derivative(activation, with_residual, x, residual,
 
 
 @pytest.mark.parametrize("activation", [None, jax.nn.relu, jax.nn.leaky_relu], ids=["none", "relu", "leaky_relu"])
-@pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
+@pytest.mark.parametrize("masked", [pytest.param(False, marks=pytest.mark.slow), True], ids=["", "masked"])
 @with_residual
 def test_second_derivatives_are_jaxs_own(activation, masked, with_residual, x, residual):
     """As of a gradient penalty: the derivative of the derivative sees the statistics move."""
@@ -118,7 +118,9 @@ def test_gradients_at_large_means_are_those_of_float64(mean, std, way, rng):
 
 
 @every_activation
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "way", [way if way in ("jit", "shard_map") else pytest.param(way, marks=pytest.mark.slow) for way in WAYS]
+)
 def test_residual_and_activation_over_devices(activation, way, x, residual):
     transform = jaxbn.batch_norm(activation=activation, axis_name=AXIS if way in NAMED else None)
     alone = jaxbn.batch_norm(activation=activation)

@@ -59,7 +59,7 @@ def rows(lines):
     return [(int(m[1]), m[2], float(m[3])) for m in matches if m]
 
 
-@pytest.mark.parametrize("api", ["linen", "nnx"])
+@pytest.mark.parametrize("api", ["linen", pytest.param("nnx", marks=pytest.mark.slow)])
 def test_population_statistics_give_what_running_averages_do_not(api, run, tmp_path):
     scores, lines = run("--api", api)
 
@@ -87,6 +87,7 @@ def test_population_statistics_give_what_running_averages_do_not(api, run, tmp_p
     assert width > 1000 and height > 500
 
 
+@pytest.mark.slow
 def test_batches_of_one_digit_are_admitted_to_spoil_the_training(run, tmp_path):
     scores, lines = run("--order", "class", "--epochs", "1", "--picture", "one.svg")
 

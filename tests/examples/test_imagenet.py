@@ -110,6 +110,7 @@ def test_other_stages_make_resnet_101(resnet, api):
     assert size(shapes(resnet, api, stages=(3, 4, 23, 3))[0]) == 44_549_160
 
 
+@pytest.mark.slow
 def test_both_hosts_make_the_same_network(resnet):
     options = {"stages": (2, 1), "num_classes": 5, "width": 4, "dtype": jnp.float32}
     x = jax.random.normal(jax.random.key(0), (4, 32, 32, 3))
@@ -209,6 +210,7 @@ def test_three_steps_give_a_line_with_both_methods(whole):
         assert (row.top1_one * 6).is_integer() and (row.top1_two * 6).is_integer()  # of six held-out images
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_goes_on_to_the_same_bits(run, whole, tmp_path):
     options, rows, _, folder = whole
     _, lines = run(*options, "--checkpoints", str(tmp_path), "--stop-after", "2")

@@ -91,7 +91,9 @@ def assert_moments_of(moments, inputs, tolerance=1e-5):
 @every_norm
 @every_mode
 @every_flag
-@pytest.mark.parametrize("transform", [jax.jit, lambda f: f], ids=["jit", "eager"])
+@pytest.mark.parametrize(
+    "transform", [jax.jit, pytest.param(lambda f: f, marks=pytest.mark.slow)], ids=["jit", "eager"]
+)
 def test_moments_and_outputs_whatever_the_flag(norm, mode, train, transform, images):
     net, variables = started(norm)
     before = jax.tree.map(np.copy, variables)

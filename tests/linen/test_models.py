@@ -114,7 +114,9 @@ def moments(calls):
     return mean, (weights * (z - mean) ** 2).sum(0) / weights.sum(0)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name == "resnet" else name for name in MODELS]
+)
 def test_statistics_of_models_not_written_for_jaxbn(name, rng):
     cls, shape = MODELS[name]
     net, batches = cls(), [(1 + 2 * rng.standard_normal(shape)).astype(np.float32) for _ in range(2)]

@@ -779,6 +779,7 @@ def test_deviation_7_nan_in_masked_positions_harms_no_gradient(bad):
     np.testing.assert_allclose(harmed[1][:6], clean[1][:6], rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_deviation_7_groups_given_as_lists_work_under_shard_map():
     groups, x = [[0, 2, 4, 6], [1, 3, 5, 7]], normal(2 * DEVICES, 4)
     step, state = functional(trained(OURS, axis_name=AXIS, axis_index_groups=groups))

@@ -54,7 +54,7 @@ def in_batches(x, size):
 
 
 @every_host
-@pytest.mark.parametrize("layer", ["stock", "ours"])
+@pytest.mark.parametrize("layer", ["stock", pytest.param("ours", marks=pytest.mark.slow)])
 def test_consistent_statistics_are_those_of_all_data_whatever_the_batches(host, layer, data, rng):
     model = Model(host, layer)
     exact = pooled_in_float64(model.params, [data])
