@@ -23,6 +23,7 @@ import jaxbn
 import jaxbn.linen
 import jaxbn.nnx
 import jaxbn.serving
+import jaxbn.testing
 
 MODULES = ["jaxbn", *(m.name for m in pkgutil.walk_packages(jaxbn.__path__, "jaxbn."))]
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
@@ -44,6 +45,8 @@ SUMMARY_ONLY = {
     "jaxbn.NormParams": "a NamedTuple that batch_norm makes; its fields say their shapes",
     "jaxbn.NormTransform": "a protocol, a tuple of functions whose signatures stand beside its fields",
     "jaxbn.Report": "made by postproc; its example shows it",
+    "jaxbn.testing.Step": "a NamedTuple in a Vector; its docstring says what is in it",
+    "jaxbn.testing.Vector": "a NamedTuple that load makes; its fields say what they are",
 }
 
 
@@ -60,7 +63,7 @@ def public_names():
     """Every public name of the packages that users import from."""
     named = {
         f"{package.__name__}.{name}": value
-        for package in (jaxbn, jaxbn.linen, jaxbn.nnx, jaxbn.serving)
+        for package in (jaxbn, jaxbn.linen, jaxbn.nnx, jaxbn.serving, jaxbn.testing)
         for name, value in vars(package).items()
         if not name.startswith("_") and not inspect.ismodule(value)
     }

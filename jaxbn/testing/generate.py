@@ -1,0 +1,238 @@
+"""Makes the files of the reference vectors: `python -m jaxbn.testing.generate`.
+
+A vector is a function of this file with `@vector`, whose name and first line are those of the vector. For a method of
+your own write its formulas in `reference`, as a `Method` that bears its name, and a function here.
+"""
+
+import inspect
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxbn.testing import reference
+from jaxbn.testing.vectors import Arrays, Step, Vector, dumps
+
+VECTORS: dict[str, Callable[[], Vector]] = {}
+
+STEP = 1 / 64  # between possible inputs, so that they are exact in any precision
+PLAIN = {"momentum": 0.875, "epsilon": 1e-5}  # momentum is exact too
+
+
+class Draw:
+    """Numbers that are the same for ever, which Python promises of `random()` alone."""
+
+    def __init__(self, seed: str):
+        self._random = random.Random(seed).random
+
+    def uniform(self, shape: Sequence[int], low: float = -2.0, high: float = 3.0, *, step: float = STEP) -> np.ndarray:
+        """Multiples of `step` from [low, high)."""
+        steps = [int(self._random() * ((high - low) / step)) for _ in range(int(np.prod(shape)))]
+        return low + step * np.array(steps, np.float64).reshape(shape)
+
+    def params(self, channels: int) -> Arrays:
+        """A scale and a bias."""
+        return {"scale": self.uniform([channels], 0.5, 2.0), "bias": self.uniform([channels], -1.0, 1.0)}
+
+    def batch(self, *shape: int, **more: Any) -> Arrays:
+        """Inputs of a training call."""
+        return {"x": self.uniform(shape), "cotangent": self.uniform(shape, -1.0, 1.0)} | more
+
+
+class Call(NamedTuple):
+    """A call to make of a method, and its inputs."""
+
+    call: str
+    inputs: Arrays
+
+
+def vector(function: Callable[[Draw], dict[str, Any]]) -> Callable[[], Vector]:
+    """Registers a function that gives the fields of a vector but for its name and what it is about."""
+    name, about = function.__name__, inspect.getdoc(function) or ""
+
+    def make() -> Vector:
+        return Vector(name=name, about=about.splitlines()[0], **function(Draw(name)))
+
+    VECTORS[name] = make
+    return make
+
+
+def calls(
+    method: str,
+    arguments: dict[str, Any],
+    params: Arrays,
+    state: Arrays,
+    sequence: Sequence[Call],
+    *,
+    devices: int = 1,
+) -> dict[str, Any]:
+    """The vector of a method of `reference`, called so. Its formulas tell by `params` what is used."""
+    formulas = getattr(reference, method)(**{k: v for k, v in arguments.items() if not k.startswith("use_")})
+    steps: list[Step] = []
+    now: reference.State = state
+    for call, inputs in sequence:
+        outputs, now = (_train if call == "train" else _evaluate)(formulas, params, now, inputs)
+        steps.append(Step(call, inputs, outputs, dict(now)))
+    return {
+        "method": method,
+        "arguments": arguments,
+        "devices": devices,
+        "params": params,
+        "state": state,
+        "steps": tuple(steps),
+    }
+
+
+def passes(estimator: str, arguments: dict[str, Any], batches: Sequence[np.ndarray]) -> dict[str, Any]:
+    """The vector of an estimator of `reference` over these batches."""
+    seen = [reference.moments(x, np.ones_like(x)) for x in batches]
+    mean, var = getattr(reference, estimator)(seen, **arguments)
+    updates = [Step("update", {"x": x}, found._asdict(), {}) for x, found in zip(batches, seen, strict=True)]
+    steps = (*updates, Step("finalize", {}, {"mean": mean, "var": var}, {}))
+    return {"method": estimator, "arguments": arguments, "devices": 1, "params": {}, "state": {}, "steps": steps}
+
+
+def _train(
+    formulas: reference.Method, params: Arrays, state: reference.State, inputs: Arrays
+) -> tuple[Arrays, reference.State]:
+    x = inputs["x"]
+    weights = np.broadcast_to(np.asarray(inputs.get("mask", 1.0), np.float64), x.shape)
+    done = formulas.train(params, state, _rows(x), _rows(weights))
+    gradients = done.backward(_rows(inputs["cotangent"]))
+    outputs = {"y": done.y.reshape(x.shape), "dx": gradients.pop("dx").reshape(x.shape)}
+    return outputs | gradients | done.moments._asdict(), done.state
+
+
+def _evaluate(
+    formulas: reference.Method, params: Arrays, state: reference.State, inputs: Arrays
+) -> tuple[Arrays, reference.State]:
+    x = inputs["x"]
+    return {"y": formulas.evaluate(params, state, _rows(x)).reshape(x.shape)}, state
+
+
+def _rows(x: np.ndarray) -> np.ndarray:
+    return x.reshape(-1, x.shape[-1])
+
+
+def _started(channels: int) -> Arrays:
+    """Statistics at their initial values."""
+    return {"mean": np.zeros(channels), "var": np.ones(channels)}
+
+
+@vector
+def batch_norm(draw: Draw) -> dict[str, Any]:
+    """Three training steps, then an evaluation of two rows with the running averages."""
+    steps = [Call("train", draw.batch(6, 3)) for _ in range(3)]
+    evaluation = Call("eval", {"x": draw.uniform([2, 3])})
+    return calls("batch_norm", PLAIN, draw.params(3), _started(3), [*steps, evaluation])
+
+
+@vector
+def batch_norm_images(draw: Draw) -> dict[str, Any]:
+    """Images [N, H, W, C], an epsilon that shows, and statistics that are not the initial ones."""
+    steps = [Call("train", draw.batch(2, 2, 3, 2)) for _ in range(2)]
+    state = {"mean": draw.uniform([2]), "var": draw.uniform([2], 0.5, 4.0)}
+    evaluation = Call("eval", {"x": draw.uniform([1, 2, 2, 2])})
+    return calls("batch_norm", PLAIN | {"epsilon": 0.5}, draw.params(2), state, [*steps, evaluation])
+
+
+@vector
+def batch_norm_without_affine(draw: Draw) -> dict[str, Any]:
+    """Neither scale nor bias."""
+    arguments = PLAIN | {"use_scale": False, "use_bias": False}
+    steps = [Call("train", draw.batch(5, 2)), Call("eval", {"x": draw.uniform([3, 2])})]
+    return calls("batch_norm", arguments, {}, _started(2), steps)
+
+
+@vector
+def batch_norm_last_batch(draw: Draw) -> dict[str, Any]:
+    """Momentum 0, the weight of the OLD value: the running statistics are those of the last batch."""
+    steps = [Call("train", draw.batch(4, 2)) for _ in range(2)]
+    return calls("batch_norm", PLAIN | {"momentum": 0.0}, draw.params(2), _started(2), steps)
+
+
+@vector
+def batch_norm_masked(draw: Draw) -> dict[str, Any]:
+    """A mask of positions; the second batch is masked altogether, which keeps the state and normalizes with it."""
+    some, none = (np.array(mask, bool) for mask in ([[1, 0, 1], [1, 1, 0], [0, 1, 1], [1, 0, 0]], np.zeros((4, 3))))
+    steps = [Call("train", draw.batch(4, 3, 2, mask=mask[..., None])) for mask in (some, none, ~some)]
+    return calls("batch_norm", PLAIN, draw.params(2), _started(2), steps)
+
+
+@vector
+def batch_norm_weighted(draw: Draw) -> dict[str, Any]:
+    """A mask of real weights, one for each row."""
+    steps = [Call("train", draw.batch(6, 3, mask=draw.uniform([6, 1], 0.0, 2.0))) for _ in range(2)]
+    return calls("batch_norm", PLAIN, draw.params(3), _started(3), steps)
+
+
+@vector
+def batch_norm_synchronized(draw: Draw) -> dict[str, Any]:
+    """Three devices that hold 4, 1 and no valid rows; masked cotangents are 0, so that the rows may be left out."""
+    steps = []
+    for counts in ([4, 1, 0], [2, 4, 3]):
+        mask = (np.arange(4) < np.array(counts)[:, None])[..., None]
+        batch = draw.batch(3, 4, 2, mask=mask)
+        steps.append(Call("train", batch | {"cotangent": batch["cotangent"] * mask}))
+    return calls("batch_norm", PLAIN, draw.params(2), _started(2), steps, devices=3)
+
+
+@vector
+def batch_norm_constant_channel(draw: Draw) -> dict[str, Any]:
+    """The first channel is constant: its outputs are the bias, and its gradients are divided by the root of epsilon."""
+    batch = draw.batch(5, 2)
+    batch["x"][:, 0] = 0.75
+    return calls("batch_norm", PLAIN, draw.params(2), _started(2), [Call("train", batch)])
+
+
+@vector
+def batch_norm_huge_mean(draw: Draw) -> dict[str, Any]:
+    """Mean 1e4 and standard deviation about 1e-2, at which E[x^2] - E[x]^2 has no digit left in float32."""
+    steps = []
+    for centre in (10_000.0, -10_000.0):
+        # On both sides of the centre alike, so that the mean is a float32 number and only the variance is at stake.
+        offset = draw.uniform([4, 2], 1 / 1024, 24 / 1024, step=1 / 1024)
+        steps.append(Call("train", draw.batch(8, 2) | {"x": centre + np.concatenate([offset, -offset])}))
+    return calls("batch_norm", PLAIN, draw.params(2), _started(2), steps)
+
+
+def _ragged(draw: Draw) -> list[np.ndarray]:
+    return [draw.uniform([rows, 2]) + shift for rows, shift in ((5, 0), (2, 1), (3, -2))]
+
+
+@vector
+def pooled(draw: Draw) -> dict[str, Any]:
+    """Mean and variance of all values of batches of 5, 2 and 3 rows together."""
+    return passes("pooled", {}, _ragged(draw))
+
+
+@vector
+def pooled_unbiased(draw: Draw) -> dict[str, Any]:
+    """The same over n - 1."""
+    return passes("pooled", {"unbiased": True}, _ragged(draw))
+
+
+@vector
+def mean_of_batches(draw: Draw) -> dict[str, Any]:
+    """The mean of the batches' means and that of their unbiased variances, whatever the number of rows."""
+    return passes("mean_of_batches", {}, _ragged(draw))
+
+
+@vector
+def moving_average(draw: Draw) -> dict[str, Any]:
+    """Averages over batches of the mean, from 0, and of the standard deviation, from 1."""
+    return passes("moving_average", {"decay": 0.75}, _ragged(draw))
+
+
+def main() -> None:
+    """Writes all files, beside this one."""
+    folder = Path(__file__).parent / "data"
+    for name, make in VECTORS.items():
+        (folder / f"{name}.json").write_text(dumps(make()), encoding="utf-8")
+    print(f"{len(VECTORS)} vectors in {folder}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,287 @@
+"""The reference vectors: made anew they are the same, and the library gives their numbers in every host."""
+
+import contextlib
+from importlib import resources
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import jaxbn
+import jaxbn.linen
+import jaxbn.nnx
+import jaxbn.testing
+from jaxbn.testing import generate, reference, vectors
+
+LOADED = [jaxbn.testing.load(name) for name in jaxbn.testing.names()]
+METHODS = [vector for vector in LOADED if vector.state]
+ESTIMATORS = [vector for vector in LOADED if not vector.state]
+AXIS = "devices"
+
+# By dtype: relative to the value, or to the largest of its array.
+TOLERANCE = {"float32": 1e-5, "float64": 1e-12}
+
+every_dtype = pytest.mark.parametrize("dtype", TOLERANCE)
+every_method = pytest.mark.parametrize("vector", METHODS, ids=lambda vector: vector.name)
+
+
+@contextlib.contextmanager
+def precision(dtype):
+    with jax.enable_x64(dtype == "float64"):
+        yield
+
+
+def assert_close(found, expected, tolerance, where=""):
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        bound = tolerance * np.abs(value).max(initial=1e-30)
+        np.testing.assert_allclose(found[name], value, rtol=tolerance, atol=bound, err_msg=where + name)
+
+
+# The hosts, each as (params, state, x, mask, train) -> (y, state), of dicts of arrays.
+
+
+def layer(package, vector):
+    """The module of a method, which has its name in camel case."""
+    return getattr(package, "".join(map(str.capitalize, vector.method.split("_"))))
+
+
+def core(vector, axis_name, dtype):
+    transform = getattr(jaxbn, vector.method)(**vector.arguments, axis_name=axis_name)
+    empty_params, empty_state = transform.init(len(vector.state["mean"]))
+
+    def call(params, state, x, mask, train):
+        params, state = empty_params._replace(**params), empty_state._replace(**state)
+        y, state = transform.train(params, state, x, mask=mask) if train else (transform.eval(params, state, x), state)
+        return y, {name: leaf for name, leaf in state._asdict().items() if leaf is not None}
+
+    return call
+
+
+def linen(vector, axis_name, dtype):
+    module = layer(jaxbn.linen, vector)(**vector.arguments, axis_name=axis_name)
+
+    def call(params, state, x, mask, train):
+        variables = {"params": params, "batch_stats": state}
+        y, updates = module.apply(variables, x, not train, mask=mask, mutable=["batch_stats"])
+        return y, updates["batch_stats"]
+
+    return call
+
+
+def nnx_module(vector, axis_name, dtype):
+    module = layer(jaxbn.nnx, vector)(
+        len(vector.state["mean"]), **vector.arguments, axis_name=axis_name, param_dtype=dtype, rngs=nnx.Rngs(0)
+    )
+    graph, initial = nnx.split(module)
+
+    def call(params, state, x, mask, train):
+        merged = nnx.merge(graph, initial, copy=True)
+        for name, leaf in (params | state).items():
+            getattr(merged, name).set_value(leaf)
+        y = merged(x, not train, mask=mask)
+        return y, {name: getattr(merged, name).get_value() for name in state}
+
+    return call
+
+
+HOSTS = {"core": core, "linen": linen, "nnx": nnx_module}
+
+
+def steps_of(calls, devices):
+    """The training and the evaluation of several calls at once: compiled together, what they share is compiled once."""
+
+    def spread(call, params, state, x, mask):
+        if devices == 1:
+            return call(params, state, x, mask, True)
+        return jax.vmap(lambda x, mask: call(params, state, x, mask, True), axis_name=AXIS)(x, mask)
+
+    @jax.jit
+    def train(params, states, x, mask, cotangent):
+        found = {}
+        for host, call in calls.items():
+            run = lambda params, x, call=call, state=states[host]: spread(call, params, state, x, mask)
+            y, backward, state = jax.vjp(run, params, x, has_aux=True)
+            dparams, dx = backward(cotangent)
+            found[host] = {"y": y, "dx": dx} | {f"d{name}": leaf for name, leaf in dparams.items()}, state
+        return found
+
+    @jax.jit
+    def evaluate(params, states, x):
+        return {host: call(params, states[host], x, None, False) for host, call in calls.items()}
+
+    def step(params, states, given, dtype):
+        x, mask = jnp.asarray(given.inputs["x"], dtype), given.inputs.get("mask")
+        if given.call == "eval":
+            return {host: ({"y": y}, state) for host, (y, state) in evaluate(params, states, x).items()}
+        found = train(params, states, x, mask, jnp.asarray(given.inputs["cotangent"], dtype))
+        return {host: (outputs, of_one(state, devices)) for host, (outputs, state) in found.items()}
+
+    return step
+
+
+def of_one(states, devices):
+    """The state of the first device, which is that of all."""
+    if devices == 1:
+        return states
+    for leaf in jax.tree.leaves(states):
+        np.testing.assert_array_equal(leaf, np.broadcast_to(leaf[:1], leaf.shape))
+    return jax.tree.map(lambda leaf: leaf[0], states)
+
+
+def check(calls, vector, dtype):
+    """Runs the calls through a vector, each with its own states, and compares all that comes out."""
+    step = steps_of(calls, vector.devices)
+    params, state = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), (vector.params, vector.state))
+    states = dict.fromkeys(calls, state)
+    for i, given in enumerate(vector.steps):
+        for host, (outputs, state) in step(params, states, given, dtype).items():
+            where = f"{host}, step {i}, "
+            assert outputs["y"].dtype == dtype
+            assert_close(outputs, {name: given.outputs[name] for name in outputs}, TOLERANCE[dtype], where)
+            assert_close(state, given.state, TOLERANCE[dtype], where)
+            states[host] = state
+
+
+@every_dtype
+@every_method
+def test_every_host_gives_the_numbers_of_the_vector(vector, dtype):
+    with precision(dtype):
+        calls = {name: host(vector, AXIS if vector.devices > 1 else None, dtype) for name, host in HOSTS.items()}
+        check(calls, vector, dtype)
+
+
+@every_dtype
+@every_method
+def test_the_moments_are_those_of_the_vector(vector, dtype):
+    with precision(dtype):
+        for step in vector.steps:
+            if step.call == "train":
+                found = jaxbn.batch_moments(jnp.asarray(step.inputs["x"], dtype), mask=step.inputs.get("mask"))
+                expected = {name: step.outputs[name] for name in ("count", "mean", "var")}
+                assert_close(as_outputs(found), expected, TOLERANCE[dtype])
+
+
+@every_dtype
+@pytest.mark.parametrize("vector", ESTIMATORS, ids=lambda vector: vector.name)
+def test_estimators_give_the_numbers_of_the_vector(vector, dtype):
+    estimator = getattr(jaxbn, vector.method)(**vector.arguments)
+    *updates, finalize = vector.steps
+    assert {step.call for step in updates} == {"update"} and finalize.call == "finalize"
+    with precision(dtype):
+        acc = None
+        for step in updates:
+            moments = jaxbn.batch_moments(jnp.asarray(step.inputs["x"], dtype))
+            assert_close(as_outputs(moments), step.outputs, TOLERANCE[dtype])
+            acc = estimator.update(estimator.init({"": moments}) if acc is None else acc, {"": moments})
+        found = as_outputs(estimator.finalize(acc)[""])
+        assert_close({name: found[name] for name in finalize.outputs}, finalize.outputs, TOLERANCE[dtype])
+
+
+def as_outputs(moments):
+    return {"count": moments.count, "mean": moments.mean, "var": moments.var}
+
+
+PLAIN = [vector for vector in METHODS if not any("mask" in step.inputs for step in vector.steps)]
+
+
+@pytest.mark.parametrize("vector", [v for v in PLAIN if v.method == "batch_norm"], ids=lambda vector: vector.name)
+def test_flax_gives_the_numbers_of_the_vectors_without_masks(vector):
+    """In float64, where the variance of Flax is safe too."""
+    module = nn.BatchNorm(**vector.arguments, use_fast_variance=False, param_dtype=jnp.float64)
+
+    def call(params, state, x, mask, train):
+        variables = {"params": params, "batch_stats": state}
+        y, updates = module.apply(variables, x, use_running_average=not train, mutable=["batch_stats"])
+        return y, updates["batch_stats"]
+
+    with precision("float64"), jax.numpy_dtype_promotion("standard"):
+        check({"flax": call}, vector, "float64")
+
+
+@pytest.mark.parametrize("name", generate.VECTORS)
+def test_made_anew_a_file_is_the_same_to_the_last_digit(name):
+    file = resources.files("jaxbn.testing") / "data" / f"{name}.json"
+    assert vectors.dumps(generate.VECTORS[name]()) == file.read_text()
+
+
+def test_there_is_no_other_file():
+    assert jaxbn.testing.names() == tuple(sorted(generate.VECTORS))
+
+
+@pytest.mark.parametrize("vector", LOADED, ids=lambda vector: vector.name)
+def test_what_is_read_writes_the_same_file(vector):
+    assert vectors.dumps(vector) == vectors.dumps(generate.VECTORS[vector.name]())
+    assert vector.name.startswith(vector.method) and vector.about.endswith(".")
+
+
+@pytest.mark.parametrize("vector", LOADED, ids=lambda vector: vector.name)
+def test_what_goes_in_is_exact_in_float32(vector):
+    for arrays in (vector.params, vector.state, *(step.inputs for step in vector.steps)):
+        for array in arrays.values():
+            assert array.dtype in (np.float64, bool)
+            np.testing.assert_array_equal(array.astype(np.float32), array)
+
+
+def test_an_unknown_vector_is_an_error_that_names_those_there_are():
+    with pytest.raises(ValueError, match="There is no vector 'layer_norm'; there are batch_norm, "):
+        jaxbn.testing.load("layer_norm")
+
+
+# The reference itself, against differences of its own outputs and against NumPy.
+
+
+@pytest.mark.parametrize("name", [vector.name for vector in METHODS])
+def test_derivatives_of_the_reference_are_differences_of_its_outputs(name, monkeypatch):
+    """Of a sum of outputs weighted by the cotangent: the derivative is exact up to the square of the step."""
+    vector = generate.VECTORS[name]()
+    arguments = {k: v for k, v in vector.arguments.items() if not k.startswith("use_")}
+    formulas = getattr(reference, vector.method)(**arguments)
+    state = vector.state
+    for step in (step for step in vector.steps if step.call == "train"):
+        x, cotangent = rows(step.inputs["x"]), rows(step.inputs["cotangent"])
+        weights = rows(np.broadcast_to(np.float64(step.inputs.get("mask", 1)), step.inputs["x"].shape))
+
+        def loss(x, params, state=state, weights=weights, cotangent=cotangent):
+            return (formulas.train(params, state, x, weights).y * cotangent).sum()
+
+        size = 1e-5 * x.std(0, keepdims=True).max().clip(1e-2)
+        for index in np.ndindex(*x.shape):
+            if x[:, index[1]].std() < 1e-6:
+                continue  # constant channels bend within any step that shows in float64
+            nudge = np.zeros_like(x)
+            nudge[index] = size
+            slope = (loss(x + nudge, vector.params) - loss(x - nudge, vector.params)) / (2 * size)
+            expected = rows(step.outputs["dx"])[index]
+            np.testing.assert_allclose(expected, slope, rtol=1e-4, atol=1e-4 * np.abs(step.outputs["dx"]).max())
+        for name, value in vector.params.items():
+            for channel in range(len(value)):
+                nudge = 1e-3 * np.eye(len(value))[channel]  # in which the outputs are linear
+                up, down = (vector.params | {name: value + sign * nudge} for sign in (1, -1))
+                slope = (loss(x, up) - loss(x, down)) / 2e-3
+                np.testing.assert_allclose(step.outputs[f"d{name}"][channel], slope, rtol=1e-9, atol=1e-9)
+        state = step.state
+
+
+def rows(x):
+    return x.reshape(-1, x.shape[-1])
+
+
+def test_moments_of_the_reference_are_those_of_numpy(rng):
+    x, w = rng.standard_normal((9, 3)), rng.integers(0, 4, (9, 3)).astype(float)
+    found = reference.moments(x, w)
+    repeated = [np.repeat(x[:, c], w[:, c].astype(int)) for c in range(3)]
+    np.testing.assert_array_equal(found.count, [len(r) for r in repeated])
+    np.testing.assert_allclose(found.mean, [r.mean() for r in repeated], rtol=1e-14)
+    np.testing.assert_allclose(found.var, [r.var() for r in repeated], rtol=1e-14)
+
+
+def test_pooled_vectors_are_the_moments_of_all_rows():
+    for name, ddof in (("pooled", 0), ("pooled_unbiased", 1)):
+        *updates, finalize = jaxbn.testing.load(name).steps
+        values = np.concatenate([step.inputs["x"] for step in updates])
+        np.testing.assert_allclose(finalize.outputs["mean"], values.mean(0), rtol=1e-14)
+        np.testing.assert_allclose(finalize.outputs["var"], values.var(0, ddof=ddof), rtol=1e-14)
