@@ -8,6 +8,9 @@ differentiates through that: with z = (x - mean) / s, dz = dL / d(pre-activation
 The sums run over all positions, masked ones too (their outputs depend on the moments); only the weighted positions pay
 the correction. Saved for the backward pass are x, mean and 1/s, and the output where there is a residual; all else is
 recomputed, as reading memory is what a normalization costs. One collective serves all the sums.
+
+A method may put constants behind z, `activation((z r + d) * scale + bias + residual)`: for the derivative of x they are
+part of the scale, r scale, and dscale = sum dz (z r + d).
 """
 
 import functools
@@ -27,6 +30,9 @@ from jaxbn.core import moments as _moments
 
 Activation = Callable[[jax.Array], jax.Array]
 Measure = Callable[..., _moments.Moments]
+Correction = Callable[["Stored", jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+
+_Constants = tuple[jax.Array, jax.Array] | None  # r and d, where there are any
 
 # Activations whose derivative shows in the sign of their output: (at the output 0, below 0); above it is 1.
 _SLOPES: dict[Activation, tuple[float, float]] = {jax.nn.relu: (0.0, 0.0), jax.nn.leaky_relu: (1.0, 0.01)}
@@ -41,6 +47,7 @@ class Spec(NamedTuple):
     dtype: DTypeLike | None = None  # of the output; None: Flax's rule
     axis_name: _devices.AxisName | None = None
     axis_index_groups: _devices.Groups | None = None
+    correct: Correction | None = None  # (stored, mean, var) -> (r, d) [C], of which no gradient is taken
 
 
 class Operands(NamedTuple):
@@ -59,6 +66,7 @@ class Stored(NamedTuple):
     mean: jax.Array  # [C]
     var: jax.Array  # [C]
     epsilon: jax.Array  # []
+    limits: Any = None  # arrays that `correct` needs besides
 
 
 def check_spec(spec: Spec) -> None:
@@ -97,7 +105,14 @@ def normalize(spec: Spec, operands: Operands, mean: jax.Array, var: jax.Array) -
 
 
 def batch_normalize(
-    spec: Spec, measure: Measure, operands: Operands, mean: jax.Array, var: jax.Array, *, autodiff: bool = False
+    spec: Spec,
+    measure: Measure,
+    operands: Operands,
+    mean: jax.Array,
+    var: jax.Array,
+    *,
+    limits: Any = None,
+    autodiff: bool = False,
 ) -> tuple[jax.Array, _moments.Moments]:
     """Normalizes with the moments of x, as `measure(x, mask=weights)` finds them, and differentiates through them.
 
@@ -106,7 +121,7 @@ def batch_normalize(
     of that is kept, and as it is made of differentiable functions, derivatives of higher order are right too.
     """
     epsilon = jnp.asarray(spec.epsilon, _dtypes.statistics(operands.x))  # an operand, as it may be traced
-    stored = Stored(*lax.stop_gradient((mean, var, epsilon)))
+    stored = Stored(*lax.stop_gradient((mean, var, epsilon, limits)))
     spec = spec._replace(epsilon=0)
     if autodiff or jnp.iscomplexobj(operands.x):
         y, moments = _measure_and_normalize(spec, measure, operands, stored)[0]
@@ -118,9 +133,12 @@ def batch_normalize(
     return (y if fused or spec.activation is None else spec.activation(y)), lax.stop_gradient(moments)
 
 
-def _forward(spec: Spec, operands: Operands, mean: jax.Array, inverse: jax.Array) -> jax.Array:
+def _forward(
+    spec: Spec, operands: Operands, mean: jax.Array, inverse: jax.Array, constants: _Constants = None
+) -> jax.Array:
     """Flax's order of operations, so that results agree to the last bit."""
-    x, scale, bias, residual, weights = operands
+    x, residual, weights = operands.x, operands.residual, operands.weights
+    scale, bias = _affine(operands, constants)
     lay_out = _layout(spec, x)
     y = _centre(x, lay_out(mean), weights)
     y = y * lay_out(_multiplier(inverse, scale))
@@ -128,21 +146,23 @@ def _forward(spec: Spec, operands: Operands, mean: jax.Array, inverse: jax.Array
         y = y + lay_out(bias)
     if residual is not None:
         y = y + residual.astype(y.dtype)
-    y = y.astype(_dtypes.output(spec.dtype, x, scale, bias, residual))
+    y = y.astype(_dtypes.output(spec.dtype, x, operands.scale, operands.bias, residual))
     y = y if spec.activation is None else spec.activation(y)
     return y if weights is None else jnp.where(_usable(x, weights), y, lax.stop_gradient(y))
 
 
 def _measure_and_normalize(
     spec: Spec, measure: Measure, operands: Operands, stored: Stored
-) -> tuple[tuple[jax.Array, _moments.Moments], tuple[jax.Array, ...]]:
-    """The result; and mean, 1/s and the share 1/n of a value in them."""
+) -> tuple[tuple[jax.Array, _moments.Moments], tuple[Any, ...]]:
+    """The result; and mean, 1/s, the share 1/n of a value in them, and the constants behind."""
     moments = measure(operands.x, mask=operands.weights)
     seen = moments.count > 0
     mean = jnp.where(seen, moments.mean, stored.mean.astype(moments.mean.dtype))
-    inverse = lax.rsqrt(jnp.where(seen, moments.var, stored.var.astype(moments.m2.dtype)) + stored.epsilon)
-    y = _forward(spec, operands, mean, inverse)
-    return (y, moments), (mean, inverse, 1 / jnp.where(seen, moments.count, 1))
+    var = jnp.where(seen, moments.var, stored.var.astype(moments.m2.dtype))
+    inverse = lax.rsqrt(var + stored.epsilon)
+    constants = None if spec.correct is None else lax.stop_gradient(spec.correct(stored, mean, var))
+    y = _forward(spec, operands, mean, inverse, constants)
+    return (y, moments), (mean, inverse, 1 / jnp.where(seen, moments.count, 1), constants)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -168,12 +188,13 @@ def _backward(
     spec: Spec, measure: Measure, saved: tuple[Any, ...], cotangents: tuple[jax.Array, _moments.Moments]
 ) -> tuple[Operands, None]:
     del measure
-    operands, mean, inverse, share, y = saved
+    operands, mean, inverse, share, constants, y = saved
     x, scale, bias, residual, weights = operands
     lay_out = _layout(spec, x)
     centred = _centre(x, lay_out(mean), weights)
-    multiplier = _multiplier(inverse, scale)
-    dz = _before_activation(spec, operands, centred, lay_out(multiplier), y, cotangents[0])
+    scale_of_z, offset = _affine(operands, constants)
+    multiplier = _multiplier(inverse, scale_of_z)
+    dz = _before_activation(spec, operands, centred, lay_out(multiplier), offset, y, cotangents[0])
 
     partial = _moments.sum_in_blocks(_axes.split(x.ndim, spec.axis), dz, dz * centred)
     local_dz, local_dzx = partial.sum(0)
@@ -188,16 +209,26 @@ def _backward(
             return None  # integers have no derivative
         return _devices.match_cotangent(local, primal, summed, spec.axis_name).astype(primal.dtype)
 
-    dscale, dbias = cotangent(local_dzx * inverse, scale, sum_dzx * inverse), cotangent(local_dz, bias, sum_dz)
+    def of_scale(dz: jax.Array, dzx: jax.Array) -> jax.Array:
+        return dzx * inverse if constants is None else constants[0] * (dzx * inverse) + constants[1] * dz
+
+    dscale = cotangent(of_scale(local_dz, local_dzx), scale, of_scale(sum_dz, sum_dzx))
+    dbias = cotangent(local_dz, bias, sum_dz)
     dresidual = None if residual is None else dz.astype(residual.dtype)
     return Operands(cotangent(dx, x), dscale, dbias, dresidual, None), None
 
 
 def _before_activation(
-    spec: Spec, operands: Operands, centred: jax.Array, multiplier: jax.Array, y: jax.Array | None, dy: jax.Array
+    spec: Spec,
+    operands: Operands,
+    centred: jax.Array,
+    multiplier: jax.Array,
+    bias: jax.Array | None,
+    y: jax.Array | None,
+    dy: jax.Array,
 ) -> jax.Array:
     """The cotangent of the pre-activation, dz; y is the output where it was kept. The moments leave as constants."""
-    x, bias, weights = operands.x, operands.bias, operands.weights
+    x, weights = operands.x, operands.weights
     dz = dy.astype(centred.dtype)
     if spec.activation is not None:
         if y is None:
@@ -224,6 +255,16 @@ def _centre(x: jax.Array, mean: jax.Array, weights: jax.Array | None) -> jax.Arr
 def _usable(x: jax.Array, weights: jax.Array) -> jax.Array:
     """False for padding that is NaN or infinite: its output is the bias, a constant, so that it harms nothing."""
     return (weights > 0) | jnp.isfinite(x)
+
+
+def _affine(operands: Operands, constants: _Constants) -> tuple[jax.Array | None, jax.Array | None]:
+    """The map of z: scale and bias, or with constants those of (z r + d) * scale + bias."""
+    scale, bias = operands.scale, operands.bias
+    if constants is None:
+        return scale, bias
+    dtype = _dtypes.promote(constants[0].dtype, *(p.dtype for p in (scale, bias) if p is not None))
+    r, d = (c.astype(dtype) if scale is None else c.astype(dtype) * scale.astype(dtype) for c in constants)
+    return r, d if bias is None else d + bias.astype(dtype)
 
 
 def _multiplier(inverse: jax.Array, scale: jax.Array | None) -> jax.Array:
