@@ -32,6 +32,7 @@ class Averaging(abc.ABC):
     `count` is what the average has seen so far, float32 `[]`: training steps, or samples for `horizon`.
     """
 
+    unbiased: bool = dataclasses.field(default=False, kw_only=True)  # whether of the unbiased variance, n / (n - 1)
     counts: ClassVar[bool] = True  # whether the state holds a count
     counts_samples: ClassVar[bool] = False  # whether that is one of samples
 
@@ -95,7 +96,7 @@ class _Horizon(Averaging):
         return count + samples
 
 
-def constant(momentum: ArrayLike = 0.99, *, debias: bool = False) -> Averaging:
+def constant(momentum: ArrayLike = 0.99, *, debias: bool = False, unbiased: bool = False) -> Averaging:
     """The exponential moving average; `batch_norm(momentum=0.9)` is short for `batch_norm(momentum=constant(0.9))`.
 
     Args:
@@ -103,6 +104,8 @@ def constant(momentum: ArrayLike = 0.99, *, debias: bool = False) -> Averaging:
         debias: Undo the initial values 0 and 1 exactly, from the first step on; adds a `count` to the state. (It is
             one count for all channels: a channel that a step leaves out, because it is masked altogether or not
             finite, keeps a share of its initial value. So it is with `cumulative` and `horizon`.)
+        unbiased: Average the unbiased variance, n / (n - 1) times that of a batch with n values per channel, as PyTorch
+            does: its `momentum=0.1` is `constant(0.9, unbiased=True)`.
 
     Returns:
         An `Averaging`.
@@ -119,15 +122,16 @@ def constant(momentum: ArrayLike = 0.99, *, debias: bool = False) -> Averaging:
         (2.0, 1.0)
     """
     _check_momentum(momentum, stacklevel=3)
-    return _Debiased(momentum) if debias else _Constant(momentum)
+    return _Debiased(momentum, unbiased=unbiased) if debias else _Constant(momentum, unbiased=unbiased)
 
 
-def scheduled(schedule: Callable[[jax.Array], ArrayLike]) -> Averaging:
+def scheduled(schedule: Callable[[jax.Array], ArrayLike], *, unbiased: bool = False) -> Averaging:
     """A moving average whose decay depends on the step; adds a `count` to the state.
 
     Args:
         schedule: Maps the number of steps so far, float32 `[]`, to the weight of the old value in [0, 1): any optax
             schedule. Return 0 at step 0 to drop the initial values.
+        unbiased: Average the unbiased variance; see `constant`.
 
     Returns:
         An `Averaging`.
@@ -142,11 +146,14 @@ def scheduled(schedule: Callable[[jax.Array], ArrayLike]) -> Averaging:
     """
     if not callable(schedule):
         raise TypeError(f"scheduled() takes a function of the step; given: {schedule!r}. For a number use constant().")
-    return _Scheduled(schedule)
+    return _Scheduled(schedule, unbiased=unbiased)
 
 
-def cumulative() -> Averaging:
+def cumulative(*, unbiased: bool = False) -> Averaging:
     """The plain average of all steps, each with equal weight: what PyTorch means by momentum=None.
+
+    Args:
+        unbiased: Average the unbiased variance; see `constant`.
 
     Returns:
         An `Averaging`.
@@ -159,10 +166,10 @@ def cumulative() -> Averaging:
         >>> round(float(state.mean[0]), 5)
         3.0
     """
-    return _Cumulative()
+    return _Cumulative(unbiased=unbiased)
 
 
-def horizon(samples: float) -> Averaging:
+def horizon(samples: float, *, unbiased: bool = False) -> Averaging:
     """A debiased moving average that forgets by samples and not by steps, so that it survives a change of batch size.
 
     A sample that is h samples old weighs exp(-h / samples), whatever the batches and devices it came in.
@@ -170,6 +177,7 @@ def horizon(samples: float) -> Averaging:
     Args:
         samples: Examples (rows, over all devices) after which the weight has fallen to 1/e; positive. 64 / (1 - 0.99)
             = 6400 is about momentum 0.99 at batch size 64.
+        unbiased: Average the unbiased variance; see `constant`.
 
     Returns:
         An `Averaging`.
@@ -185,7 +193,7 @@ def horizon(samples: float) -> Averaging:
     """
     if not samples > 0:
         raise ValueError(f"horizon() takes a positive number of samples; given: {samples}.")
-    return _Horizon(float(samples))
+    return _Horizon(float(samples), unbiased=unbiased)
 
 
 def as_averaging(momentum: "ArrayLike | Averaging | None") -> Averaging | None:

@@ -174,6 +174,11 @@ def merge_over(
     return pool(Moments(everywhere[:, 0].real, everywhere[:, 1], everywhere[:, 2].real))
 
 
+def bessel(count: jax.Array) -> jax.Array:
+    """The factor n / (n - 1), and 1 where one value or less has been seen: its variance is 0 anyway."""
+    return jnp.where(count > 1, count / jnp.where(count > 1, count - 1, 1), 1)
+
+
 def sum_in_blocks(axes: _axes.Axes, *values: jax.Array) -> jax.Array:
     """The sums of arrays of one shape over the rows of each block, stacked: [B, len(values), C]."""
     axes, values = _axes.with_rows(axes, *values)

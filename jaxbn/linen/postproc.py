@@ -8,12 +8,12 @@ import flax
 from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
-from jaxbn.core.averaging import Averaging, as_averaging
+from jaxbn.core.averaging import Averaging
 from jaxbn.core.moments import Moments
 from jaxbn.linen.capture import Call, capture, find_states, keys
 from jaxbn.linen.modules import STATISTICS
-from jaxbn.methods.base import State
-from jaxbn.methods.batch_norm import batch_norm, move
+from jaxbn.methods.base import NormTransform, State
+from jaxbn.methods.batch_norm import batch_norm
 from jaxbn.population import postproc as _postproc
 from jaxbn.population.estimators import Estimator, pooled
 from jaxbn.population.layers import Measured, Weights, checked
@@ -130,7 +130,7 @@ def install_moments(variables: Any, moments: Mapping[str, Moments]) -> dict[str,
 def move_averages(
     variables: Any,
     moments: Mapping[str, Moments],
-    momentum: ArrayLike | Averaging = 0.99,
+    momentum: ArrayLike | Averaging | NormTransform = 0.99,
     *,
     samples: ArrayLike | None = None,
 ) -> dict[str, Any]:
@@ -143,7 +143,9 @@ def move_averages(
     Args:
         variables: All variables of the model, as they were before the step.
         moments: `Moments` by layer path. Where the count is 0, or they are not finite, the averages stay.
-        momentum: That of the layers: the weight of the OLD value, or a `jaxbn.Averaging`.
+        momentum: That of the layers: the weight of the OLD value, or a `jaxbn.Averaging`. For layers of another method
+            than batch norm, of which the variables do not tell, its transform, as `jaxbn.batch_renorm()`; give the
+            moments of those layers alone.
         samples: Examples in all micro-batches together; needed for `jaxbn.horizon` alone.
 
     Returns:
@@ -165,12 +167,20 @@ def move_averages(
         >>> print(f"{float(moved['batch_stats']['var'][0]):.2f}")  # 0.9 * 1 + 0.1 * 26
         3.50
     """
-    average = as_averaging(momentum)
-    if average is None:
+    transform = momentum if isinstance(momentum, NormTransform) else batch_norm(momentum=momentum)
+    if transform.move is None:
         raise ValueError("momentum=None keeps no running averages, so there is nothing to move.")
-    states = find_states(variables)
-    given = checked(moments, states)
-    return _with_states(variables, {path: move(average, states[path], given[path], samples) for path in given})
+    given = checked(moments, find_states(variables))
+    states = {path: _state_of(transform, variables, path) for path in given}
+    return _with_states(variables, {path: transform.move(states[path], given[path], samples) for path in given})
+
+
+def _state_of(transform: NormTransform, variables: Any, path: str) -> State:
+    """The state of a layer as the functions of its method take it."""
+    flat = flax.traverse_util.flatten_dict(flax.core.unfreeze(variables[STATISTICS]))
+    found = {key[-1]: flax.core.meta.unbox(leaf) for key, leaf in flat.items() if key[:-1] == keys(path)}
+    _, initial = transform.init(found["mean"].shape)
+    return type(initial)(**{name: found.get(name) for name in initial._fields})
 
 
 def _with_states(variables: Any, states: Mapping[str, State]) -> dict[str, Any]:

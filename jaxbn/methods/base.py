@@ -1,4 +1,4 @@
-"""The protocol of a normalization method: six pure functions in a tuple. Read from top to bottom, then write your own.
+"""The protocol of a normalization method: pure functions in a tuple. Read from top to bottom, then write your own.
 
 A method is a factory that checks its hyper-parameters once and returns a `NormTransform`. State goes in and comes out:
 nothing is kept, nothing is mutated, and train, postproc and eval compile to three programs. The Flax layers only carry
@@ -26,7 +26,8 @@ class NormTransform(NamedTuple):
     """What a normalization layer does, as pure functions. All of them may be jitted, vmapped and scanned.
 
     Shapes: x and residual `[..., C]`, mask broadcastable to x, params and state `[C]`. Structure and dtypes of the
-    state that goes in come out, and no gradient flows through it.
+    state that goes in come out, and no gradient flows through it. Every state has `mean` and `var`: what a pass
+    installs, a report compares and `eval` normalizes with.
     """
 
     # (feature_shape: int | tuple[int, ...], *, dtype=float32) -> (params, state)
@@ -41,3 +42,6 @@ class NormTransform(NamedTuple):
     postproc: Callable[[State, Moments], State]
     # (params, state, grads) -> state: learn from the gradient of the params, for methods that need it
     backward: Callable[[NormParams, State, NormParams], State]
+    # (state, moments, samples=None) -> state: move the averages once, by moments that a loop has put together; None:
+    # training keeps none
+    move: Callable[..., State] | None = None

@@ -25,7 +25,7 @@ from jaxbn.core import devices as _devices
 from jaxbn.core import dtypes as _dtypes
 from jaxbn.core import moments as _moments
 from jaxbn.core import normalize as _normalize
-from jaxbn.methods.base import NormParams, NormTransform
+from jaxbn.methods.base import NormParams, NormTransform, State
 
 
 class BatchNormState(NamedTuple):
@@ -101,7 +101,8 @@ def batch_norm(
 
     References:
         Ioffe & Szegedy, `Batch Normalization <https://arxiv.org/abs/1502.03167>`_, 2015, Algorithms 1 and 2. Differs:
-        the running variance is the biased one, as in Flax; the unbiased one is an estimator of the postproc pass.
+        the running variance is the biased one, as in Flax. Step 10 has the unbiased one: `constant(0.9,
+        unbiased=True)`, which is also what PyTorch keeps; in a postproc pass it is an estimator.
     """
     average = _averaging.as_averaging(momentum)
     axis_name = axis_name if axis_name is None or isinstance(axis_name, str) else tuple(axis_name)
@@ -139,10 +140,7 @@ def batch_norm(
         _axes.check_training_batch(x.shape, axis, values, allow_single_value)
         # Algorithm 1: mean and variance of the batch, over all devices; x_hat; y = scale x_hat + bias.
         y, moments = _normalize.batch_normalize(spec, everywhere, operands, state.mean, state.var, autodiff=autodiff)
-        if average is None:
-            return y, state
-        samples = moments.count.max(initial=0) / math.prod(x.shape[a] for a in _axes.split(x.ndim, axis).reduced[1:])
-        return y, move(average, state, moments, samples)
+        return y, state if move is None else move(state, moments, count_samples(moments, x.shape, axis))
 
     def evaluate(
         params: NormParams,
@@ -170,13 +168,22 @@ def batch_norm(
         del params, grads
         return state
 
-    return NormTransform(init, train, evaluate, measure, postproc, backward)
+    move = None if average is None else functools.partial(_move, average)
+    return NormTransform(init, train, evaluate, measure, postproc, backward, move)
 
 
-def move(
-    average: _averaging.Averaging, state: BatchNormState, moments: _moments.Moments, samples: ArrayLike | None
-) -> BatchNormState:
-    """One step of the running averages, left alone in channels that saw nothing or something that is not finite."""
+class AveragingStep(NamedTuple):
+    """How far the running averages move, and where."""
+
+    decay: jax.Array  # f32[]
+    good: jax.Array  # bool[C]: the channels that saw something, all of it finite; the others stay
+    count: jax.Array | None  # type: ignore[assignment]  # hides tuple.count; f32[]: the one of the state, after the step
+
+
+def averaging_step(
+    average: _averaging.Averaging, state: State, moments: _moments.Moments, samples: ArrayLike | None
+) -> AveragingStep:
+    """The next step of the running averages of any state with `mean` and `count`."""
     if average.counts_samples and samples is None:
         raise ValueError(
             "jaxbn.horizon counts examples, which moments do not tell; pass samples=, how many there were."
@@ -194,10 +201,26 @@ def move(
     good = (moments.count > 0) & jnp.isfinite(moments.mean) & jnp.isfinite(moments.var)
     count = jnp.zeros((), jnp.float32) if state.count is None else state.count
     samples = jnp.asarray(0 if samples is None else samples, jnp.float32)
-    decay = average.decay(count, samples)
     after = jnp.where(good.any(), average.advance(count, samples), count)
+    counted = None if state.count is None else lax.stop_gradient(after)
+    return AveragingStep(average.decay(count, samples), good, counted)
+
+
+def count_samples(moments: _moments.Moments, shape: Sequence[int], axis: _axes.Axis) -> jax.Array:
+    """How many rows the moments of an input of this shape were computed from, by its mask and over all devices."""
+    return moments.count.max(initial=0) / math.prod(shape[a] for a in _axes.split(len(shape), axis).reduced[1:])
+
+
+def _move(
+    average: _averaging.Averaging,
+    state: BatchNormState,
+    moments: _moments.Moments,
+    samples: ArrayLike | None = None,
+) -> BatchNormState:
+    step = averaging_step(average, state, moments, samples)
+    var = moments.var * _moments.bessel(moments.count) if average.unbiased else moments.var
     return BatchNormState(
-        mean=_averaging.move(state.mean, moments.mean, decay, good),
-        var=_averaging.move(state.var, moments.var, decay, good),
-        count=None if state.count is None else lax.stop_gradient(after),
+        mean=_averaging.move(state.mean, moments.mean, step.decay, step.good),
+        var=_averaging.move(state.var, var, step.decay, step.good),
+        count=step.count,
     )

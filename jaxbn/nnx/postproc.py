@@ -8,11 +8,11 @@ from flax import nnx
 from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
-from jaxbn.core.averaging import as_averaging
 from jaxbn.core.moments import Moments
 from jaxbn.methods.base import State
-from jaxbn.methods.batch_norm import move
+from jaxbn.methods.batch_norm import batch_norm
 from jaxbn.nnx.capture import Call, capture, find_layers, find_states, run_model, transform_of
+from jaxbn.nnx.modules import Norm
 from jaxbn.population import postproc as _postproc
 from jaxbn.population.estimators import Estimator, pooled
 from jaxbn.population.layers import Measured, Weights, checked
@@ -148,8 +148,9 @@ def move_averages(model: Any, moments: Mapping[str, Moments], *, samples: ArrayL
     """
 
     def moved(layer: Any, state: State, found: Moments) -> State:
-        average = as_averaging(layer.momentum)
-        return state if average is None else move(average, state, found, samples)
+        transform = layer.transform if isinstance(layer, Norm) else batch_norm(momentum=layer.momentum)
+        move = transform.move
+        return state if move is None else move(state, found, samples)
 
     return _with_states(model, moments, moved)
 

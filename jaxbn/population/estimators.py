@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxbn.core import compensated as _compensated
 from jaxbn.core.averaging import INITIAL_MEAN, INITIAL_VAR
 from jaxbn.core.compensated import Accumulator
-from jaxbn.core.moments import Moments
+from jaxbn.core.moments import Moments, bessel
 
 Layers = dict[str, Moments]
 
@@ -58,7 +58,7 @@ def pooled(*, unbiased: bool = False) -> Estimator:
     """
 
     def finalize(moments: Moments) -> Moments:
-        return moments._replace(m2=moments.m2 * _bessel(moments.count)) if unbiased else moments
+        return moments._replace(m2=moments.m2 * bessel(moments.count)) if unbiased else moments
 
     return _per_layer(
         f"pooled{'(unbiased)' if unbiased else ''}",
@@ -110,7 +110,7 @@ def mean_of_batches(*, unbiased: bool = True) -> Estimator:
 
     def parts(moments: Moments) -> _Means:
         one = (moments.count > 0).astype(moments.count.dtype)
-        var = moments.var * (_bessel(moments.count) if unbiased else 1)
+        var = moments.var * (bessel(moments.count) if unbiased else 1)
         as_value = [Moments(one, value, jnp.zeros_like(moments.m2)) for value in (moments.mean, var)]
         return _Means(*map(_compensated.single, (moments, *as_value)))
 
@@ -203,8 +203,3 @@ def _per_layer(name: str, **functions: Callable[..., Any]) -> Estimator:
         return lambda *states: {path: function(*(state[path] for state in states)) for path in states[0]}
 
     return Estimator(name, **{key: over_layers(function) for key, function in functions.items()})
-
-
-def _bessel(count: jax.Array) -> jax.Array:
-    """The factor n / (n - 1), and 1 where one value or less has been seen: its variance is 0 anyway."""
-    return jnp.where(count > 1, count / jnp.where(count > 1, count - 1, 1), 1)

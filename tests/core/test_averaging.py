@@ -133,6 +133,37 @@ def test_momentum_as_an_array_is_checked():
         jaxbn.batch_norm(momentum=jnp.array(1.5))
 
 
+@pytest.mark.parametrize(
+    "average",
+    [
+        jaxbn.constant(0.0, unbiased=True),
+        jaxbn.constant(0.9, debias=True, unbiased=True),
+        jaxbn.scheduled(lambda step: 0.0, unbiased=True),
+        jaxbn.cumulative(unbiased=True),
+        jaxbn.horizon(10, unbiased=True),
+    ],
+    ids=lambda average: type(average).__name__,
+)
+def test_the_unbiased_variance_is_averaged(average, rng):
+    """After one step of an average that drops its initial values; each batch of micro-batches is one batch, too."""
+    x = rng.standard_normal((6, 3)).astype(np.float32)
+    transform = jaxbn.batch_norm(momentum=average, epsilon=0.0)
+    params, state = transform.init(3)
+    y, after = transform.train(params, state, x)
+    np.testing.assert_allclose(after.var, np.float64(x).var(0, ddof=1), rtol=1e-5)
+    np.testing.assert_allclose(y.std(0), np.ones(3), rtol=1e-5)  # by the biased one
+    parts = jaxbn.merge(transform.measure(x[:2]), transform.measure(x[2:]))
+    np.testing.assert_allclose(transform.move(state, parts, 6).var, after.var, rtol=1e-5)
+    _, masked = transform.train(params, state, x, mask=np.arange(6)[:, None] < 4)
+    np.testing.assert_allclose(masked.var, np.float64(x[:4]).var(0, ddof=1), rtol=1e-5)
+
+
+def test_the_unbiased_variance_of_one_value_is_zero():
+    transform = jaxbn.batch_norm(momentum=jaxbn.constant(0.5, unbiased=True), allow_single_value=True)
+    _, after = transform.train(*transform.init(1), jnp.ones((1, 1)))
+    np.testing.assert_array_equal(after.var, [0.5])
+
+
 def test_what_is_no_average():
     with pytest.raises(TypeError, match=r"write momentum=jaxbn.scheduled\(...\)"):
         jaxbn.batch_norm(momentum=lambda step: 0.9)
