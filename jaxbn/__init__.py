@@ -14,6 +14,10 @@ from jaxbn.methods.base import NormParams as NormParams
 from jaxbn.methods.base import NormTransform as NormTransform
 from jaxbn.methods.batch_norm import BatchNormState as BatchNormState
 from jaxbn.methods.batch_norm import batch_norm as batch_norm
+from jaxbn.methods.batch_renorm import BatchRenormState as BatchRenormState
+from jaxbn.methods.batch_renorm import batch_renorm as batch_renorm
+from jaxbn.methods.schedules import renorm_ramp as renorm_ramp
+from jaxbn.methods.schedules import renorm_switch as renorm_switch
 from jaxbn.population.estimators import Estimator as Estimator
 from jaxbn.population.estimators import mean_of_batches as mean_of_batches
 from jaxbn.population.estimators import moving_average as moving_average

@@ -49,7 +49,10 @@ def _affine(z: np.ndarray, params: Arrays) -> np.ndarray:
 
 
 def _batch_norm(
-    *, epsilon: float = 1e-5, decay: Callable[[float, float], float | None], advance: Callable[[float, float], float]
+    *,
+    epsilon: float = 1e-5,
+    decay: Callable[[float, float], float | None] = lambda count, n: 0.99,
+    advance: Callable[[float, float], float] = lambda count, n: count + 1,
 ) -> dict[str, Any]:
     """Ioffe & Szegedy 2015, Algorithms 1 and 2, with a running average of the given decay (None: no average)."""
 
@@ -87,13 +90,48 @@ def _of_horizon(samples: float) -> Callable[[float, float], float]:
     return lambda count, n: 1 - (1 - np.exp(-n / samples)) / (1 - np.exp(-(count + n) / samples))
 
 
-def _step(count: float, n: float) -> float:
-    return count + 1
-
-
 def _batch_norm_case(name: str, arguments: dict[str, Any], **formula: Any) -> Case:
-    formula = {"decay": lambda count, n: 0.99, "advance": _step} | formula
     return Case(name, jaxbn.batch_norm, jaxbn.linen.BatchNorm, jaxbn.nnx.BatchNorm, arguments, **_batch_norm(**formula))
+
+
+def _batch_renorm(
+    r_max: Callable[[float], float], d_max: Callable[[float], float], *, decay: float = 0.99, epsilon: float = 1e-3
+) -> dict[str, Any]:
+    """Ioffe 2017, Algorithm 1; the state holds sigma^2 - epsilon in the place of sigma."""
+
+    def train(
+        x: np.ndarray, weights: np.ndarray, params: Arrays, state: Arrays, space: int
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        n = weights.sum()
+        sigma, step = np.sqrt(state["var"] + epsilon), state.get("step", 0.0)
+        if n == 0:
+            return _affine((x - state["mean"]) / sigma, params), dict(state)
+        mean = (weights * x).sum(0) / n
+        sigma_batch = np.sqrt((weights * (x - mean) ** 2).sum(0) / n + epsilon)
+        r = np.clip(sigma_batch / sigma, 1 / r_max(step), r_max(step))
+        d = np.clip((mean - state["mean"]) / sigma, -d_max(step), d_max(step))
+        y = _affine((x - mean) / sigma_batch * r + d, params)
+        moved = decay * sigma + (1 - decay) * sigma_batch
+        new = {"mean": decay * state["mean"] + (1 - decay) * mean, "var": moved**2 - epsilon}
+        return y, new | ({"step": step + 1} if "step" in state else {})
+
+    return {"train": train} | {
+        name: function for name, function in _batch_norm(epsilon=epsilon).items() if name != "train"
+    }
+
+
+def _batch_renorm_case(name: str, arguments: dict[str, Any], **formula: Any) -> Case:
+    return Case(
+        name, jaxbn.batch_renorm, jaxbn.linen.BatchRenorm, jaxbn.nnx.BatchRenorm, arguments, **_batch_renorm(**formula)
+    )
+
+
+def _r_max(step: Any) -> Any:
+    return 1.5 + 0.1 * step
+
+
+def _d_max(step: Any) -> Any:
+    return 2.1 + 0.1 * step
 
 
 def _warm_up(step: jax.Array) -> jax.Array:
@@ -123,4 +161,6 @@ CASES = [
         decay=_of_horizon(100),
         advance=lambda count, n: count + n,
     ),
+    # Bounds that clip some of the channels of the contract and some not.
+    _batch_renorm_case("batch_renorm", {"r_max": _r_max, "d_max": _d_max}, r_max=_r_max, d_max=_d_max),
 ]

@@ -16,9 +16,21 @@ import jaxbn
 ROWS, SPACE, FEATURES = 16, 3, 4
 SHAPE = (ROWS, SPACE, FEATURES)
 
+# Batch norm is tested in every combination; another method, which runs through the same core, in a few.
+FULL = [case for case in CASES if case.factory is jaxbn.batch_norm]
+
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-every_dtype = pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
-every_way = pytest.mark.parametrize("way", WAYS)
+every_batch_norm = pytest.mark.parametrize("case", FULL, ids=lambda case: case.name)
+
+
+def every_case_and(name, values, few):
+    """Each case with each of the values, or with a few of them if it is no batch norm."""
+    pairs = [(case, value) for case in CASES for value in (values if case in FULL else few)]
+    ids = [f"{case.name}-{getattr(value, '__name__', value)}" for case, value in pairs]
+    return pytest.mark.parametrize(("case", name), pairs, ids=ids)
+
+
+every_case_and_dtype = every_case_and("dtype", [jnp.float32, jnp.bfloat16], few=[jnp.bfloat16])
 
 
 @pytest.fixture
@@ -93,7 +105,7 @@ def test_postproc_installs_the_population(case, x):
     assert_state(transform.postproc(state, moments), case.postproc(as_arrays(state), rows(x)), 1e-6)
 
 
-@every_case
+@every_batch_norm  # central differences see through the constants of other methods
 def test_gradients_are_those_of_the_formula(case, x, target):
     """Against central differences of the float64 oracle, with a mask that weighs."""
     transform, params, state = started(case)
@@ -123,8 +135,7 @@ def test_gradients_are_those_of_the_formula(case, x, target):
             np.testing.assert_allclose(gradient[channel], slope, rtol=1e-4, atol=1e-6)
 
 
-@every_case
-@every_dtype
+@every_case_and_dtype
 def test_state_keeps_structure_and_dtypes_and_scans(case, x, dtype):
     transform, params, state = started(case)
     batches = jnp.stack([jnp.asarray(x, dtype)] * 3)
@@ -209,8 +220,7 @@ def test_batch_without_a_valid_position_changes_nothing(case, x):
     np.testing.assert_allclose(y, transform.eval(params, state, x), rtol=1e-6, atol=1e-6)
 
 
-@every_case
-@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@every_case_and("bad", [np.nan, np.inf], few=[np.inf])
 def test_statistics_that_are_not_finite_stay_out_of_the_state(case, x, bad):
     transform, params, state = started(case)
     x[3, 1, 2] = bad
@@ -223,8 +233,7 @@ def test_statistics_that_are_not_finite_stay_out_of_the_state(case, x, bad):
         assert (np.delete(after.mean, 2) != np.delete(state.mean, 2)).all()
 
 
-@every_case
-@every_way
+@every_case_and("way", WAYS, few=["jit", "shard_map"])
 def test_devices_equal_one_device(case, way, x, target, rng):
     """Outputs, statistics and gradients, with unequal masks and a shard without a valid position."""
     one, params, state = started(case)
@@ -244,9 +253,8 @@ def test_devices_equal_one_device(case, way, x, target, rng):
     chex.assert_trees_all_close(found, jax.tree.map(np.asarray, expected), rtol=1e-5, atol=1e-5)
 
 
-@every_case
+@every_case_and("way", [way for way in WAYS if way != "vmap"], few=["jit", "shard_map"])
 @pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
-@pytest.mark.parametrize("way", [way for way in WAYS if way != "vmap"])
 def test_one_collective_forward_and_one_backward(case, masked, way, x, target, rng):
     transform = case.transform(axis_name=AXIS if way in NAMED else None)
     params, state = transform.init(FEATURES)
@@ -276,8 +284,7 @@ def collectives(way, step, params, batch) -> list[str]:
     return re.findall(rf" ({names})(?:-start)?\(", text)
 
 
-@every_case
-@every_dtype
+@every_case_and_dtype
 def test_linen_is_the_core(case, x, dtype):
     """To the last bit: a host carries variables and computes nothing."""
     transform, params, state = started(case)
@@ -303,8 +310,7 @@ def test_linen_is_the_core(case, x, dtype):
     chex.assert_trees_all_equal_shapes_and_dtypes(linen(variables, x), core(params, state, x))
 
 
-@every_case
-@every_dtype
+@every_case_and_dtype
 def test_nnx_is_the_core(case, x, dtype):
     """To the last bit, as linen is."""
     transform, params, state = started(case)
@@ -354,7 +360,7 @@ def test_remat_changes_no_number(case, x, target):
     chex.assert_trees_all_close(loss(jax.checkpoint(transform.train)), loss(transform.train), rtol=1e-5, atol=1e-6)
 
 
-@every_case
+@every_batch_norm
 def test_output_is_invariant_to_the_scale_of_the_weights_before(case, x, rng):
     """Dense(c W) and Dense(W) give the same output, and the gradient of W shrinks by c (Ioffe & Szegedy, 3.3)."""
     transform, params, state = started(case)

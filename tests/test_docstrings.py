@@ -32,6 +32,7 @@ FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 SUMMARY_ONLY = {
     "jaxbn.Averaging": "the type of what constant, scheduled, cumulative and horizon return; their examples show it",
     "jaxbn.BatchNormState": "a NamedTuple that batch_norm makes; its fields say their shapes",
+    "jaxbn.BatchRenormState": "a NamedTuple that batch_renorm makes; its fields say their shapes",
     "jaxbn.Estimator": "a protocol, a tuple of functions; pooled and the others show it",
     "jaxbn.Frozen": "made by freeze, finalize and load; its fields say what it holds",
     "jaxbn.Info": "a NamedTuple in a Frozen; its fields say what they are",
