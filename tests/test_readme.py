@@ -177,6 +177,10 @@ ERRORS = {
         flax.errors.ScopeVariableNotFoundError,
         [lambda: jaxbn.linen.BatchNorm(True, momentum=jaxbn.cumulative()).apply(variables(), X)],
     ),
+    'No Variable named "step"': (
+        flax.errors.ScopeVariableNotFoundError,
+        [lambda: jaxbn.linen.BatchRenorm(True).apply(variables(), X)],
+    ),
     "There was no batch to estimate statistics from": (
         ValueError,
         [lambda: postproc([]), lambda: postproc(read_before())],
@@ -231,4 +235,6 @@ def test_the_fixes_of_the_error_table_work():
     counted = variables()
     counted["batch_stats"]["count"] = jnp.zeros(())
     jaxbn.linen.BatchNorm(True, momentum=jaxbn.cumulative()).apply(counted, X)
+    renorm = jaxbn.linen.BatchRenorm(True)
+    renorm.apply(jaxbn.linen.convert_norms(variables(), like=renorm.init(jax.random.key(0), X)), X)
     jax.jvp(lambda x: train(x, jaxbn.batch_norm(autodiff=True))[0], (X,), (X,))
