@@ -1,6 +1,7 @@
 """The reference vectors: made anew they are the same, and the library gives their numbers in every host."""
 
 import contextlib
+import functools
 from importlib import resources
 
 import flax.linen as nn
@@ -106,7 +107,8 @@ def steps_of(calls, devices):
             run = lambda params, x, call=call, state=states[host]: spread(call, params, state, x, mask)
             y, backward, state = jax.vjp(run, params, x, has_aux=True)
             dparams, dx = backward(cotangent)
-            found[host] = {"y": y, "dx": dx} | {f"d{name}": leaf for name, leaf in dparams.items()}, state
+            outputs = {"y": y, "dx": dx} | {f"d{name}": leaf for name, leaf in dparams.items()}
+            found[host] = outputs | as_outputs(jaxbn.batch_moments(x, mask=mask)), state
         return found
 
     @jax.jit
@@ -121,6 +123,10 @@ def steps_of(calls, devices):
         return {host: (outputs, of_one(state, devices)) for host, (outputs, state) in found.items()}
 
     return step
+
+
+def as_outputs(moments):
+    return {"count": moments.count, "mean": moments.mean, "var": moments.var}
 
 
 def of_one(states, devices):
@@ -155,34 +161,23 @@ def test_every_host_gives_the_numbers_of_the_vector(vector, dtype):
 
 
 @every_dtype
-@every_method
-def test_the_moments_are_those_of_the_vector(vector, dtype):
-    with precision(dtype):
-        for step in vector.steps:
-            if step.call == "train":
-                found = jaxbn.batch_moments(jnp.asarray(step.inputs["x"], dtype), mask=step.inputs.get("mask"))
-                expected = {name: step.outputs[name] for name in ("count", "mean", "var")}
-                assert_close(as_outputs(found), expected, TOLERANCE[dtype])
-
-
-@every_dtype
 @pytest.mark.parametrize("vector", ESTIMATORS, ids=lambda vector: vector.name)
 def test_estimators_give_the_numbers_of_the_vector(vector, dtype):
     estimator = getattr(jaxbn, vector.method)(**vector.arguments)
     *updates, finalize = vector.steps
     assert {step.call for step in updates} == {"update"} and finalize.call == "finalize"
+
+    @jax.jit
+    def run(batches):
+        moments = [{"layer": jaxbn.batch_moments(x)} for x in batches]
+        acc = functools.reduce(estimator.update, moments, estimator.init(moments[0]))
+        return [as_outputs(found["layer"]) for found in (*moments, estimator.finalize(acc))]
+
     with precision(dtype):
-        acc = None
-        for step in updates:
-            moments = jaxbn.batch_moments(jnp.asarray(step.inputs["x"], dtype))
-            assert_close(as_outputs(moments), step.outputs, TOLERANCE[dtype])
-            acc = estimator.update(estimator.init({"": moments}) if acc is None else acc, {"": moments})
-        found = as_outputs(estimator.finalize(acc)[""])
-        assert_close({name: found[name] for name in finalize.outputs}, finalize.outputs, TOLERANCE[dtype])
-
-
-def as_outputs(moments):
-    return {"count": moments.count, "mean": moments.mean, "var": moments.var}
+        *moments, population = run([jnp.asarray(step.inputs["x"], dtype) for step in updates])
+    for found, step in zip(moments, updates, strict=True):
+        assert_close(found, step.outputs, TOLERANCE[dtype])
+    assert_close({name: population[name] for name in finalize.outputs}, finalize.outputs, TOLERANCE[dtype])
 
 
 PLAIN = [vector for vector in METHODS if not any("mask" in step.inputs for step in vector.steps)]

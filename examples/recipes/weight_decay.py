@@ -1,0 +1,70 @@
+"""Weight decay on the scale of a normalization towards one, on its bias not at all, on kernels towards zero.
+
+    python examples/recipes/weight_decay.py
+
+Decay towards zero, which `optax.add_decayed_weights` does to all it is given, pulls a scale to where its channel is
+switched off; one is where the normalization does nothing more than normalize (Summers & Dinneen, Four Things Everyone
+Should Know to Improve Batch Normalization, 2020; they decay biases too, towards zero).
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import traverse_util
+from shared import NET, SGD, load, train
+
+import jaxbn.linen
+
+
+def decay_towards_one(rate: float) -> optax.GradientTransformation:
+    """Adds the gradient of rate / 2 * (parameter - 1)^2."""
+
+    def update(updates: Any, params: Any) -> Any:
+        return jax.tree.map(lambda u, p: u + rate * (p - 1), updates, params)
+
+    return optax.stateless(update)
+
+
+def masks(variables: Any) -> tuple[Any, Any]:
+    """Which parameters are scales of a normalization, and which are kernels: trees like `variables["params"]`."""
+    of_layers = jaxbn.linen.affine_mask(variables, "")
+    scales = traverse_util.path_aware_map(lambda path, affine: affine and path[-1] == "scale", of_layers)
+    return scales, traverse_util.path_aware_map(lambda path, _: path[-1] == "kernel", of_layers)
+
+
+def make_optimizer(
+    variables: Any, rate: float, optimizer: optax.GradientTransformation
+) -> optax.GradientTransformation:
+    """The recipe, in front of the optimizer; to decouple it as AdamW does, put it behind `optax.scale_by_adam`."""
+    scales, kernels = masks(variables)
+    return optax.chain(
+        optax.masked(optax.add_decayed_weights(rate), kernels),
+        optax.masked(decay_towards_one(rate), scales),
+        optimizer,
+    )
+
+
+def main(epochs: int = 4, rate: float = 0.02) -> dict[str, float]:
+    """Prints where the scales end with either decay; returns their means."""
+    data, _ = load()
+    variables = jax.eval_shape(lambda: NET.init(jax.random.key(0), jnp.asarray(data["x"][:2]), train=False))
+    optimizers = {
+        "none": SGD,
+        "all towards zero": optax.chain(optax.add_decayed_weights(rate), SGD),
+        "scales towards one": make_optimizer(variables, rate, SGD),
+    }
+    found = {}
+    print(f"weight decay {rate:<10}mean scale   farthest from one by")
+    for name, optimizer in optimizers.items():
+        *_, state = train(optimizer, data, epochs)
+        scales = np.concatenate([v["scale"] for name, v in state.params.items() if name.startswith("BatchNorm")])
+        found[name] = float(scales.mean())
+        print(f"{name:22}{found[name]:11.3f}   {np.abs(scales - 1).max():20.3f}")
+    return found
+
+
+if __name__ == "__main__":
+    main()
