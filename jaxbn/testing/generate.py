@@ -121,6 +121,22 @@ def _started(channels: int) -> Arrays:
     return {"mean": np.zeros(channels), "var": np.ones(channels)}
 
 
+def _masked(draw: Draw) -> list[Call]:
+    """Calls with some positions masked, all of them, and the others."""
+    some, none = (np.array(mask, bool) for mask in ([[1, 0, 1], [1, 1, 0], [0, 1, 1], [1, 0, 0]], np.zeros((4, 3))))
+    return [Call("train", draw.batch(4, 3, 2, mask=mask[..., None])) for mask in (some, none, ~some)]
+
+
+def _on_devices(draw: Draw) -> list[Call]:
+    """Calls on three devices of four rows, which are not all valid."""
+    steps = []
+    for counts in ([4, 1, 0], [2, 4, 3]):
+        mask = (np.arange(4) < np.array(counts)[:, None])[..., None]
+        batch = draw.batch(3, 4, 2, mask=mask)
+        steps.append(Call("train", batch | {"cotangent": batch["cotangent"] * mask}))
+    return steps
+
+
 @vector
 def batch_norm(draw: Draw) -> dict[str, Any]:
     """Three training steps, then an evaluation of two rows with the running averages."""
@@ -156,8 +172,7 @@ def batch_norm_last_batch(draw: Draw) -> dict[str, Any]:
 @vector
 def batch_norm_masked(draw: Draw) -> dict[str, Any]:
     """A mask of positions; the second batch is masked altogether, which keeps the state and normalizes with it."""
-    some, none = (np.array(mask, bool) for mask in ([[1, 0, 1], [1, 1, 0], [0, 1, 1], [1, 0, 0]], np.zeros((4, 3))))
-    steps = [Call("train", draw.batch(4, 3, 2, mask=mask[..., None])) for mask in (some, none, ~some)]
+    steps = _masked(draw)
     return calls("batch_norm", PLAIN, draw.params(2), _started(2), steps)
 
 
@@ -171,11 +186,7 @@ def batch_norm_weighted(draw: Draw) -> dict[str, Any]:
 @vector
 def batch_norm_synchronized(draw: Draw) -> dict[str, Any]:
     """Three devices that hold 4, 1 and no valid rows; masked cotangents are 0, so that the rows may be left out."""
-    steps = []
-    for counts in ([4, 1, 0], [2, 4, 3]):
-        mask = (np.arange(4) < np.array(counts)[:, None])[..., None]
-        batch = draw.batch(3, 4, 2, mask=mask)
-        steps.append(Call("train", batch | {"cotangent": batch["cotangent"] * mask}))
+    steps = _on_devices(draw)
     return calls("batch_norm", PLAIN, draw.params(2), _started(2), steps, devices=3)
 
 
@@ -196,6 +207,47 @@ def batch_norm_huge_mean(draw: Draw) -> dict[str, Any]:
         offset = draw.uniform([4, 2], 1 / 1024, 24 / 1024, step=1 / 1024)
         steps.append(Call("train", draw.batch(8, 2) | {"x": centre + np.concatenate([offset, -offset])}))
     return calls("batch_norm", PLAIN, draw.params(2), _started(2), steps)
+
+
+RENORM = PLAIN | {"epsilon": 1e-3, "r_max": 1.25, "d_max": 0.25}
+
+
+@vector
+def batch_renorm(draw: Draw) -> dict[str, Any]:
+    """Steps in which r and d are clipped in some channels and not in others, then an evaluation."""
+    steps = [Call("train", draw.batch(6, 4)) for _ in range(3)]
+    state = {"mean": draw.uniform([4], -0.5, 1.5), "var": draw.uniform([4], 1.0, 4.0)}
+    evaluation = Call("eval", {"x": draw.uniform([2, 4])})
+    return calls("batch_renorm", RENORM, draw.params(4), state, [*steps, evaluation])
+
+
+@vector
+def batch_renorm_unbounded(draw: Draw) -> dict[str, Any]:
+    """Bounds so wide that training gives what evaluation gives with the averages from before the step."""
+    steps = [Call("train", draw.batch(4, 3)) for _ in range(2)]
+    arguments = RENORM | {"r_max": 1e6, "d_max": 1e6}
+    return calls("batch_renorm", arguments, draw.params(3), _started(3), steps)
+
+
+@vector
+def batch_renorm_of_variance(draw: Draw) -> dict[str, Any]:
+    """The variance is averaged and not the standard deviation."""
+    steps = [Call("train", draw.batch(3, 2)) for _ in range(2)]
+    return calls("batch_renorm", RENORM | {"track_variance": True}, draw.params(2), _started(2), steps)
+
+
+@vector
+def batch_renorm_masked(draw: Draw) -> dict[str, Any]:
+    """A mask of positions; the second batch is masked altogether, which keeps the state and normalizes with it."""
+    steps = _masked(draw)
+    return calls("batch_renorm", RENORM, draw.params(2), _started(2), steps)
+
+
+@vector
+def batch_renorm_synchronized(draw: Draw) -> dict[str, Any]:
+    """Three devices that hold 4, 1 and no valid rows, with r and d of all of them together."""
+    steps = _on_devices(draw)
+    return calls("batch_renorm", RENORM, draw.params(2), _started(2), steps, devices=3)
 
 
 def _ragged(draw: Draw) -> list[np.ndarray]:

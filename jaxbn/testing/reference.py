@@ -51,35 +51,81 @@ def moments(x: np.ndarray, w: np.ndarray) -> Moments:
 
 
 def batch_norm(*, momentum: float = 0.99, epsilon: float = 1e-5) -> Method:
-    r"""Ioffe & Szegedy 2015, Algorithms 1 and 2, and the derivative at the end of section 3.
-
-    Weighted form, with :math:`g = \gamma\, \partial y` and sums over all rows, as rows of weight 0 depend on the
-    statistics too: :math:`dx = (g - w / n\, (\sum g + z \sum g z)) / s`. What saw no value is normalized with the
-    stored statistics, which then are constants.
-    """
+    """Ioffe & Szegedy 2015, Algorithms 1 and 2, and the derivative at the end of section 3."""
 
     def train(params: State, state: State, x: np.ndarray, w: np.ndarray) -> Trained:
-        found = moments(x, w)
-        seen = found.count > 0
-        mean, var = (np.where(seen, getattr(found, name), state[name]) for name in ("mean", "var"))
-        share = w / np.where(seen, found.count, np.inf)
-        s = np.sqrt(var + epsilon)
-        z = (x - mean) / s
-
-        def backward(dy: np.ndarray) -> dict[str, np.ndarray]:
-            g = dy * params.get("scale", np.float64(1))
-            dx = (g - share * (total(g) + z * total(g * z))) / s
-            learned = {"scale": total(dy * z), "bias": total(dy)}
-            return {"dx": dx} | {f"d{name}": learned[name] for name in params}
-
+        found, seen = moments(x, w), total(w) > 0
+        y, backward = normalized(params, state, x, w, epsilon)
         a = np.where(seen, momentum, 1.0)
         new = {name: a * state[name] + (1 - a) * getattr(found, name) for name in ("mean", "var")}
-        return Trained(affine(params, z), new, found, backward)
+        return Trained(y, new, found, backward)
 
     def evaluate(params: State, state: State, x: np.ndarray) -> np.ndarray:
         return affine(params, (x - state["mean"]) / np.sqrt(state["var"] + epsilon))
 
     return Method(train, evaluate)
+
+
+def batch_renorm(
+    *, momentum: float = 0.99, epsilon: float = 1e-3, r_max: float, d_max: float, track_variance: bool = False
+) -> Method:
+    r"""Ioffe 2017, Algorithm 1. The state holds :math:`\sigma^2 - \epsilon`; `track_variance` averages that itself."""
+
+    def train(params: State, state: State, x: np.ndarray, w: np.ndarray) -> Trained:
+        found, seen = moments(x, w), total(w) > 0
+        r, d = renorm_constants(state, found, epsilon=epsilon, r_max=r_max, d_max=d_max)
+        y, backward = normalized(params, state, x, w, epsilon, r, d)
+        old, new = (np.sqrt(var + epsilon) for var in (state["var"], found.var))
+        var = (momentum * old + (1 - momentum) * new) ** 2 - epsilon
+        moved = {
+            "mean": momentum * state["mean"] + (1 - momentum) * found.mean,
+            "var": momentum * state["var"] + (1 - momentum) * found.var if track_variance else var,
+        }
+        return Trained(y, {name: np.where(seen, moved[name], state[name]) for name in moved}, found, backward)
+
+    return Method(train, batch_norm(epsilon=epsilon).evaluate)
+
+
+def renorm_constants(
+    state: State, found: Moments, *, epsilon: float, r_max: float, d_max: float
+) -> tuple[np.ndarray, np.ndarray]:
+    r""":math:`r = clip(\sigma_B / \sigma),\; d = clip((\mu_B - \mu) / \sigma)`; 1 and 0 where nothing was seen."""
+    sigma = np.sqrt(state["var"] + epsilon)
+    r = np.clip(np.sqrt(found.var + epsilon) / sigma, 1 / r_max, r_max)
+    d = np.clip((found.mean - state["mean"]) / sigma, -d_max, d_max)
+    return np.where(found.count > 0, r, 1.0), np.where(found.count > 0, d, 0.0)
+
+
+def normalized(
+    params: State,
+    state: State,
+    x: np.ndarray,
+    w: np.ndarray,
+    epsilon: float,
+    r: np.ndarray | float = 1.0,
+    d: np.ndarray | float = 0.0,
+) -> tuple[np.ndarray, Callable[[np.ndarray], dict[str, np.ndarray]]]:
+    r""":math:`y = \gamma (z r + d) + \beta,\; z = (x - \mu_B) / s`, and its derivative, with r and d as constants.
+
+    With :math:`g = \gamma r\, \partial y`, :math:`dx = (g - w / n\, (\sum g + z \sum g z)) / s`; the sums are over all
+    rows, as those of weight 0 depend on the statistics too. What saw no value is normalized with the stored statistics,
+    which then are constants.
+    """
+    found = moments(x, w)
+    seen = found.count > 0
+    mean, var = (np.where(seen, getattr(found, name), state[name]) for name in ("mean", "var"))
+    share = w / np.where(seen, found.count, np.inf)
+    s = np.sqrt(var + epsilon)
+    z = (x - mean) / s
+    x_hat = z * r + d
+
+    def backward(dy: np.ndarray) -> dict[str, np.ndarray]:
+        g = dy * params.get("scale", np.float64(1)) * r
+        dx = (g - share * (total(g) + z * total(g * z))) / s
+        learned = {"scale": total(dy * x_hat), "bias": total(dy)}
+        return {"dx": dx} | {f"d{name}": learned[name] for name in params}
+
+    return affine(params, x_hat), backward
 
 
 def affine(params: State, z: np.ndarray) -> np.ndarray:

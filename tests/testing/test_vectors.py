@@ -22,7 +22,7 @@ METHODS = [vector for vector in LOADED if vector.state]
 ESTIMATORS = [vector for vector in LOADED if not vector.state]
 AXIS = "devices"
 
-# By dtype: relative to the value, or to the largest of its array.
+# By dtype, relative to the largest value of an array.
 TOLERANCE = {"float32": 1e-5, "float64": 1e-12}
 
 every_dtype = pytest.mark.parametrize("dtype", TOLERANCE)
@@ -39,7 +39,7 @@ def assert_close(found, expected, tolerance, where=""):
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         bound = tolerance * np.abs(value).max(initial=1e-30)
-        np.testing.assert_allclose(found[name], value, rtol=tolerance, atol=bound, err_msg=where + name)
+        np.testing.assert_allclose(found[name], value, rtol=0, atol=bound, err_msg=where + name)
 
 
 # The hosts, each as (params, state, x, mask, train) -> (y, state), of dicts of arrays.
@@ -229,21 +229,30 @@ def test_an_unknown_vector_is_an_error_that_names_those_there_are():
 # The reference itself, against differences of its own outputs and against NumPy.
 
 
-@pytest.mark.parametrize("name", [vector.name for vector in METHODS])
-def test_derivatives_of_the_reference_are_differences_of_its_outputs(name, monkeypatch):
-    """Of a sum of outputs weighted by the cotangent: the derivative is exact up to the square of the step."""
-    vector = generate.VECTORS[name]()
-    arguments = {k: v for k, v in vector.arguments.items() if not k.startswith("use_")}
-    formulas = getattr(reference, vector.method)(**arguments)
-    state = vector.state
+def constants_of(vector, state, moments):
+    """R and d of Batch Renormalization, in which a step does not differentiate; 1 and 0 for batch norm."""
+    if vector.method != "batch_renorm":
+        return 1.0, 0.0
+    given = {name: vector.arguments[name] for name in ("epsilon", "r_max", "d_max")}
+    return reference.renorm_constants(state, moments, **given)
+
+
+@every_method
+def test_derivatives_of_the_reference_are_differences_of_its_outputs(vector):
+    """Of a sum of outputs weighted by the cotangent, to the square of the step; with r and d as constants."""
+    state, epsilon = vector.state, vector.arguments["epsilon"]
     for step in (step for step in vector.steps if step.call == "train"):
         x, cotangent = rows(step.inputs["x"]), rows(step.inputs["cotangent"])
         weights = rows(np.broadcast_to(np.float64(step.inputs.get("mask", 1)), step.inputs["x"].shape))
+        r, d = constants_of(vector, state, reference.moments(x, weights))
 
-        def loss(x, params, state=state, weights=weights, cotangent=cotangent):
-            return (formulas.train(params, state, x, weights).y * cotangent).sum()
+        def loss(x, params, state=state, weights=weights, cotangent=cotangent, r=r, d=d):
+            scale, bias = params.get("scale", 1.0), params.get("bias", 0.0)
+            corrected = {"scale": scale * r, "bias": scale * d + bias}
+            return (reference.batch_norm(epsilon=epsilon).train(corrected, state, x, weights).y * cotangent).sum()
 
-        size = 1e-5 * x.std(0, keepdims=True).max().clip(1e-2)
+        np.testing.assert_allclose(loss(x, vector.params), (rows(step.outputs["y"]) * cotangent).sum(), rtol=1e-11)
+        size = 1e-5 * x.std(0).max().clip(1e-2)
         for index in np.ndindex(*x.shape):
             if x[:, index[1]].std() < 1e-6:
                 continue  # constant channels bend within any step that shows in float64
@@ -258,6 +267,28 @@ def test_derivatives_of_the_reference_are_differences_of_its_outputs(name, monke
                 up, down = (vector.params | {name: value + sign * nudge} for sign in (1, -1))
                 slope = (loss(x, up) - loss(x, down)) / 2e-3
                 np.testing.assert_allclose(step.outputs[f"d{name}"][channel], slope, rtol=1e-9, atol=1e-9)
+        state = step.state
+
+
+def test_bounds_of_batch_renorm_clip_some_channels_and_not_others():
+    vector = jaxbn.testing.load("batch_renorm")
+    clipped, state = [], vector.state
+    for step in vector.steps[:3]:
+        found = constants_of(vector, state, reference.moments(step.inputs["x"], np.ones_like(step.inputs["x"])))
+        r_max, d_max = (vector.arguments[name] for name in ("r_max", "d_max"))
+        clipped.append([np.isin(found[0], (r_max, 1 / r_max)), np.isin(found[1], (d_max, -d_max))])
+        state = step.state
+    share = np.mean(clipped, (0, 2))
+    assert (0.1 < share).all() and (share < 0.9).all(), share
+
+
+def test_unbounded_batch_renorm_trains_with_the_outputs_of_evaluation():
+    vector = jaxbn.testing.load("batch_renorm_unbounded")
+    state = vector.state
+    for step in vector.steps:
+        x_hat = (step.inputs["x"] - state["mean"]) / np.sqrt(state["var"] + vector.arguments["epsilon"])
+        y = vector.params["scale"] * x_hat + vector.params["bias"]
+        np.testing.assert_allclose(step.outputs["y"], y, rtol=1e-12, atol=1e-12)
         state = step.state
 
 
