@@ -18,6 +18,9 @@ from jaxbn.methods.batch_renorm import BatchRenormState as BatchRenormState
 from jaxbn.methods.batch_renorm import batch_renorm as batch_renorm
 from jaxbn.methods.schedules import renorm_ramp as renorm_ramp
 from jaxbn.methods.schedules import renorm_switch as renorm_switch
+from jaxbn.population.diagnosis import Diagnosis as Diagnosis
+from jaxbn.population.diagnosis import Finding as Finding
+from jaxbn.population.diagnosis import LayerDiagnosis as LayerDiagnosis
 from jaxbn.population.estimators import Estimator as Estimator
 from jaxbn.population.estimators import mean_of_batches as mean_of_batches
 from jaxbn.population.estimators import moving_average as moving_average

@@ -111,6 +111,19 @@ def batch_moments(
     return _merge_blocks(_Block(count.real, shift, first, second.real))
 
 
+def example_moments(x: jax.Array, *, axis: _axes.Axis = -1, mask: jax.Array | None = None) -> Moments:
+    """Moments over the examples, which lie along the leading axis, of the mean of each; every example counts once.
+
+    Values of one example depend on each other, examples need not: by this their independence can be judged.
+    """
+    weights = jnp.broadcast_to(_axes.weights_like(True if mask is None else mask, x.shape), x.shape)
+    space = [a for a in _axes.split(x.ndim, axis).reduced if a != 0]
+    total = weights.sum(space, keepdims=True)
+    values = jnp.where(weights > 0, x.astype(_dtypes.compute(x)), 0)
+    means = (values * weights.astype(values.dtype)).sum(space, keepdims=True) / jnp.where(total > 0, total, 1)
+    return batch_moments(means, axis=axis, mask=total > 0)
+
+
 def merge(a: Moments, b: Moments) -> Moments:
     """Moments of the union of two sets of values; either may be empty.
 

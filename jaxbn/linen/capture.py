@@ -16,7 +16,6 @@ import flax.linen as nn
 import jax
 
 from jaxbn.core import harvest as _harvest
-from jaxbn.core import marks as _marks
 from jaxbn.core import moments as _moments
 from jaxbn.linen.modules import STATISTICS, Norm
 from jaxbn.methods.base import NormParams, NormTransform, State
@@ -29,7 +28,9 @@ from jaxbn.population.layers import (
     call_arguments,
     carry_weights,
     check_mode,
+    count_examples,
     example_weights,
+    marked,
     mask_of_examples,
     measured,
     natural,
@@ -100,13 +101,16 @@ def capture_moments(
     return captured
 
 
-def capture(call: Call, *, mode: str, weights: Weights | None = None) -> Callable[[Any, Any], tuple[Any, Measured]]:
-    """As `capture_moments`, with the kind of each layer."""
+def capture(
+    call: Call, *, mode: str, weights: Weights | None = None, examples: bool = False
+) -> Callable[[Any, Any], tuple[Any, Measured]]:
+    """As `capture_moments`, with the kind of each layer, and the moments of the means of the examples."""
     check_mode(mode)
 
     def captured(variables: Any, batch: Any) -> tuple[Any, Measured]:
         variables = flax.core.unfreeze(variables)
-        layers = [Layer(path, state.mean.shape, mode) for path, state in find_states(variables).items()]
+        count = count_examples(batch) if examples else None
+        layers = [Layer(path, state.mean.shape, mode, count) for path, state in find_states(variables).items()]
         whole = {layer: layer.positions() for layer in layers}
         slots = {layer.path: Slot(index, layer) for layer, index in whole.items()}
 
@@ -184,7 +188,8 @@ def _intercept(next_call: Callable[..., Any], args: Any, kwargs: Any, context: n
         stored = stored_state(layer)
         state = wanted_state(transform, stored, moments, slot.layer.mode, layer.axis_name, layer.axis_index_groups)
         y = normalize(layer, state, x, mask=mask, residual=residual)
-    return _marks.mark(y, slot.index, moments, layer=dataclasses.replace(slot.layer, kind=kind_of(layer)))
+    marks_layer = dataclasses.replace(slot.layer, kind=kind_of(layer))
+    return marked(y, slot.index, marks_layer, moments, x, axis=layer.axis, mask=mask)
 
 
 def is_call_of_layer(context: nn.module.InterceptorContext) -> bool:

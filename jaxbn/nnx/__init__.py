@@ -1,6 +1,7 @@
 """Batch normalization for flax.nnx: the layers, and the statistics pass for any NNX model."""
 
 from jaxbn.nnx.capture import capture_moments as capture_moments
+from jaxbn.nnx.diagnose import diagnose as diagnose
 from jaxbn.nnx.freeze import affine_mask as affine_mask
 from jaxbn.nnx.freeze import freeze as freeze
 from jaxbn.nnx.freeze import freeze_layers as freeze_layers

@@ -15,7 +15,6 @@ import jax
 from flax import nnx
 
 from jaxbn.core import harvest as _harvest
-from jaxbn.core import marks as _marks
 from jaxbn.core import moments as _moments
 from jaxbn.methods.base import NormTransform, State
 from jaxbn.methods.batch_norm import BatchNormState, batch_norm
@@ -28,7 +27,9 @@ from jaxbn.population.layers import (
     call_arguments,
     carry_weights,
     check_mode,
+    count_examples,
     example_weights,
+    marked,
     mask_of_examples,
     measured,
     natural,
@@ -81,14 +82,17 @@ def capture_moments(
     return captured
 
 
-def capture(call: Call, *, mode: str, weights: Weights | None = None) -> Callable[[Any, Any], tuple[Any, Measured]]:
-    """As `capture_moments`, with the kind of each layer."""
+def capture(
+    call: Call, *, mode: str, weights: Weights | None = None, examples: bool = False
+) -> Callable[[Any, Any], tuple[Any, Measured]]:
+    """As `capture_moments`, with the kind of each layer, and the moments of the means of the examples."""
     check_mode(mode)
 
     def captured(model: Any, batch: Any) -> tuple[Any, Measured]:
         copy = nnx.clone(model)  # new objects, the same arrays
         modules = find_layers(copy)
-        whole = dict(_hook(path, layer, mode) for path, layer in modules.items())
+        count = count_examples(batch) if examples else None
+        whole = dict(_hook(path, layer, mode, count) for path, layer in modules.items())
         if weights is not None:
             per_example = example_weights(weights, batch)
             for layer in (layer for layer in whole if not is_frozen(modules[layer.path])):
@@ -159,8 +163,8 @@ def set_class(module: Any, cls: type) -> None:
     object.__setattr__(module, "__class__", cls)
 
 
-def _hook(path: str, module: Any, mode: str) -> tuple[Layer, jax.Array]:
-    layer = Layer(path, state_of(module).mean.shape, mode, kind_of(module))
+def _hook(path: str, module: Any, mode: str, examples: int | None) -> tuple[Layer, jax.Array]:
+    layer = Layer(path, state_of(module).mean.shape, mode, examples, kind_of(module))
     positions = layer.positions()
     if not is_frozen(module):
         cls: Any = type(module)
@@ -201,7 +205,7 @@ def _measured(
         groups = module.axis_index_groups
         state = wanted_state(transform, state_of(module), moments, layer.mode, module.axis_name, groups)
         y = normalize(module, state, x, residual)
-    return _marks.mark(y, module.jaxbn_slot[...], moments, layer=layer)
+    return marked(y, module.jaxbn_slot[...], layer, moments, x, axis=module.axis, mask=mask)
 
 
 class _OurHook(Norm):

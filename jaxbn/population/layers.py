@@ -13,6 +13,7 @@ from jaxbn.core import axes as _axes
 from jaxbn.core import devices as _devices
 from jaxbn.core import dtypes as _dtypes
 from jaxbn.core import harvest as _harvest
+from jaxbn.core import marks as _marks
 from jaxbn.core import moments as _moments
 from jaxbn.core.moments import Moments
 from jaxbn.methods.base import NormTransform, State
@@ -45,6 +46,8 @@ class Layer:
     path: str
     shape: tuple[int, ...]  # of its statistics
     mode: str
+    # How many examples a batch has, if the moments are those of the means of the examples.
+    examples: int | None = None
     # Known only where the layer runs, from where the mark brings it out; it tells nothing apart.
     kind: LayerKind | None = dataclasses.field(default=None, compare=False)
 
@@ -71,14 +74,39 @@ class Measured:
     """What one run of a model measured: a pytree."""
 
     moments: dict[str, Moments]  # of every layer, by path; of count 0 where it was not reached
+    examples: dict[str, Moments]  # over the examples of their means, where they were asked for; also 0 where unknown
     kinds: tuple[tuple[str, LayerKind], ...] = dataclasses.field(metadata={"static": True})  # of those reached
 
 
 def measured(records: Sequence[_harvest.Record], whole: Mapping[Layer, jax.Array]) -> Measured:
     """What was harvested from a program into which the positions `whole` of its layers went."""
-    collected = _harvest.collect(records, whole)
-    kinds = {record.layer.path: record.layer.kind for record in records}  # type: ignore[attr-defined]  # a Layer
-    return Measured({layer.path: layer.moments_from(collected) for layer in whole}, tuple(kinds.items()))
+    values = {dataclasses.replace(layer, examples=None): index for layer, index in whole.items()}
+    collected = _harvest.collect(records, {**whole, **values})
+    kinds = {layer.path: layer.kind for layer in (record.layer for record in records) if layer.examples is None}  # type: ignore[attr-defined]  # a Layer
+    return Measured(
+        moments={layer.path: layer.moments_from(collected) for layer in values},
+        examples={layer.path: layer.moments_from(collected) for layer in whole if layer.examples is not None},
+        kinds=tuple(kinds.items()),
+    )
+
+
+def marked(
+    y: jax.Array, index: jax.Array, layer: Layer, moments: Moments, x: jax.Array, *, axis: Any, mask: Any
+) -> jax.Array:
+    """A layer's output, marked with the moments of its input, and of the means of its examples where they are wanted.
+
+    An input whose leading axis is not that of the examples has none.
+    """
+    y = _marks.mark(y, index, moments, layer=dataclasses.replace(layer, examples=None))
+    if layer.examples is None or x.shape[:1] != (layer.examples,) or 0 in _axes.split(x.ndim, axis).features:
+        return y
+    return _marks.mark(y, index, _moments.example_moments(x, axis=axis, mask=mask), layer=layer)
+
+
+def count_examples(batch: Any) -> int | None:
+    """Examples in a batch: the leading axis of its arrays; None if they differ."""
+    leading = {leaf.shape[0] for leaf in jax.tree.leaves(batch) if getattr(leaf, "ndim", 0)}
+    return leading.pop() if len(leading) == 1 else None
 
 
 def example_weights(weights: Weights, batch: Any) -> jax.Array:

@@ -1,0 +1,67 @@
+"""What is wrong with the statistics of a linen model."""
+
+import functools
+from collections.abc import Iterable
+from typing import Any
+
+from jaxbn.linen.capture import Call, capture, find_states
+from jaxbn.population import diagnose as _diagnose
+from jaxbn.population.diagnosis import Diagnosis
+from jaxbn.population.layers import Weights
+from jaxbn.population.observe import Look, looking, observe
+
+
+def diagnose(
+    call: Call,
+    variables: Any,
+    batches: Iterable[Any],
+    *,
+    r_max: float = 3.0,
+    d_max: float = 5.0,
+    weights: Weights | None = None,
+    progress: bool | None = None,
+) -> Diagnosis:
+    """Says why batch normalization hurts here, and what to do about it.
+
+    Use it when a network is worse in evaluation than in training. Give it batches as training sees them, ten or more:
+    of its size, in its order. Each runs through the network twice, normalized with its own statistics and with the
+    stored ones; nothing is trained, and the variables are left untouched.
+
+    Args:
+        call: Runs the model, for one `lambda variables, batch: net.apply(variables, batch["image"], train=False)`.
+        variables: All variables of the model.
+        batches: Any iterable of batches, pytrees of arrays whose leading axis is that of the examples. They are all
+            read, so pass `itertools.islice(loader, 100)` of a large set.
+        r_max: Of Batch Renormalization: how often sigma_B / sigma is outside [1 / r_max, r_max] is counted. 1 or more.
+        d_max: Likewise for |mu_B - mu| / sigma. Not negative.
+        weights: `batch -> [N]`, booleans or real weights of the examples, such as 0 for those that fill up a batch.
+        progress: Show a progress bar. None: if this is a terminal.
+
+    Returns:
+        A `Diagnosis`: print it.
+
+    Raises:
+        ValueError: If there are fewer than two batches that are finite, or no normalization layer; or for bounds that
+            are none.
+
+    Example:
+        >>> net = jaxbn.linen.BatchNorm(use_running_average=True)
+        >>> variables = net.init(jax.random.key(0), jnp.zeros((1, 4)))
+        >>> rows = jax.random.normal(jax.random.key(1), (320, 4))
+        >>> in_order = jnp.sort(rows, axis=0).reshape(10, 32, 4)
+        >>> found = jaxbn.linen.diagnose(net.apply, variables, in_order)
+        >>> found.findings[0].name, found.findings[0].advice[:21]
+        ('non_iid', 'Shuffle the examples.')
+
+    References:
+        r and d are those of Ioffe, `Batch Renormalization <https://arxiv.org/abs/1702.03275>`_, 2017, section 3. That batches are not drawn at random is told by a one-way analysis of variance of the means of the examples,
+        with Bonferroni's correction for channels and layers.
+    """
+    _diagnose.check_bounds(r_max, d_max)
+    seen = observe(_look(call, weights), variables, batches, progress=progress)
+    return _diagnose.diagnose(seen, find_states(variables), r_max=r_max, d_max=d_max)
+
+
+@functools.lru_cache(maxsize=16)  # the same call is compiled once
+def _look(call: Call, weights: Weights | None) -> Look:
+    return looking(*(capture(call, mode=mode, weights=weights, examples=True) for mode in ("batch", "eval")))

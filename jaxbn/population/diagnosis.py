@@ -1,0 +1,140 @@
+"""What a diagnosis found: numbers per layer, findings in order of effect, as text, dict and picture."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+_WIDEST_PATH = 34
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerDiagnosis:
+    """What batches do to one layer. Standard deviations are those of the layer's input, epsilon included.
+
+    mu and sigma are the mean and standard deviation of all batches together, which is what running averages settle on;
+    mu_B and sigma_B those of one batch. NaN where nothing can be said.
+    """
+
+    channels: int
+    values: float  # per channel in a batch; 0: not reached, or frozen, and all else is NaN
+    examples: float  # in a batch
+    d_quantiles: tuple[float, float, float]  # of (mu_B - mu) / sigma over batches and channels: 5, 50 and 95 %
+    r_quantiles: tuple[float, float, float]  # of sigma_B / sigma
+    d_bound: float  # 95 % of |mu_B - mu| / sigma are within; d_max of Batch Renormalization
+    r_bound: float  # 95 % of sigma_B / sigma are within [1 / r_bound, r_bound]; its r_max
+    outside: float  # share of batches and channels outside the given r_max or d_max
+    noise: float  # std of the mean of a batch if its examples are independent, in standard deviations
+    ratio: float  # variance of the batches' means over that expected of independent examples
+    p_value: float  # of that ratio, or of its largest channel; not corrected for the number of layers
+    excess: float  # std of the batches' means beyond the noise, in standard deviations
+    off: float  # rms error of the normalized input with the stored statistics, in standard deviations
+    dead: int  # channels whose input is constant, or small beside epsilon
+    exploding: int  # channels whose input is above 1e4
+    huge_mean: float  # the largest |mean| / std of a channel
+
+    @property
+    def reached(self) -> bool:
+        """Whether any value went through the layer, and it is not frozen."""
+        return self.values > 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong, and what to do about it."""
+
+    name: str  # such as "non_iid"
+    effect: float  # in standard deviations of the normalized input, in the worst layer; findings are sorted by it
+    layers: tuple[str, ...]  # in which it was found, the worst first
+    text: str
+    advice: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Diagnosis:
+    """What `diagnose` found. Prints as a table within 100 columns, and advice in order of effect.
+
+    Example:
+        >>> net = jaxbn.linen.BatchNorm(use_running_average=True)
+        >>> batches = 7 + jax.random.normal(jax.random.key(0), (10, 32, 4))
+        >>> found = jaxbn.linen.diagnose(net.apply, net.init(jax.random.key(0), batches[0]), batches)
+        >>> [finding.name for finding in found.findings]
+        ['unestimated']
+        >>> found.to_dict()["layers"][""]["examples"]
+        32.0
+    """
+
+    batches: int
+    r_max: float
+    d_max: float
+    output_gap: float  # rms of outputs in training minus in evaluation, in standard deviations of the former
+    layers: dict[str, LayerDiagnosis]
+    findings: tuple[Finding, ...]
+
+    def __str__(self) -> str:
+        lines = [*self._table(), "", f"Outputs in training and in evaluation differ by {self.output_gap:.2g} std."]
+        if not self.findings:
+            lines += ["Nothing is wrong with the statistics that these batches could show."]
+        for number, finding in enumerate(self.findings, 1):
+            where = ", ".join(repr(path) for path in finding.layers[:3])
+            more = f" and {len(finding.layers) - 3} more" if len(finding.layers) > 3 else ""
+            lines += _wrapped(f"{number}. ", f"{finding.text} ({finding.effect:.2g} std; {where}{more})")
+            lines += _wrapped("   -> ", finding.advice)
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as numbers, strings, lists and dicts, for JSON; NaN becomes None."""
+        return _plain(dataclasses.asdict(self))
+
+    def plot(self) -> Any:
+        """A figure of matplotlib, with a row for each layer: `diagnosis.plot().savefig("diagnosis.png")`."""
+        from jaxbn.population import diagnosis_plot
+
+        return diagnosis_plot.draw(self)
+
+    def _table(self) -> list[str]:
+        width = min(max(len("layer"), *map(len, self.layers)), _WIDEST_PATH)
+        lines = [
+            f"{self.batches} batches; std of a layer's input; r, d: 95 % of batches within; "
+            f"clipped at r_max {self.r_max:g}, d_max {self.d_max:g}",
+            f"{'layer':{width}} {'examples':>8} {'d':>6} {'r':>6} {'clipped':>7} {'spread of means':>16} "
+            f"{'stored':>7} {'dead':>6}",
+            f"{'':{width}} {'in batch':>8} {'':>6} {'':>6} {'%':>7} {'/ expected':>10}{'p':>6} {'off by':>7} {'ch.':>6}",
+        ]
+        for path, layer in self.layers.items():
+            name = path if len(path) <= width else "..." + path[3 - width :]
+            if not layer.reached:
+                lines.append(f"{name:{width}} not reached, or frozen")
+                continue
+            lines.append(
+                f"{name:{width}} {_number(layer.examples):>8} {_number(layer.d_bound):>6} {_number(layer.r_bound):>6} "
+                f"{_number(100 * layer.outside):>7} {_number(layer.ratio):>10}{_p(layer.p_value):>6} "
+                f"{_number(layer.off):>7} {layer.dead:>6}"
+            )
+        return lines
+
+
+def _number(value: float) -> str:
+    if np.isnan(value):
+        return "-"
+    return f"{value:.0f}" if value >= 100 or value == int(value) else f"{value:.2g}"
+
+
+def _p(value: float) -> str:
+    if np.isnan(value):
+        return "-"
+    return "<1e-4" if value < 1e-4 else f"{value:.2g}"
+
+
+def _wrapped(start: str, text: str) -> list[str]:
+    import textwrap
+
+    return textwrap.wrap(text, 100, initial_indent=start, subsequent_indent=" " * len(start))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not np.isfinite(value) else value

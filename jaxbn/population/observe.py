@@ -1,0 +1,134 @@
+"""What a diagnosis looks at: the moments of every layer in every batch, and what independent examples would give.
+
+Every batch runs twice in one program: in mode "batch", as in training, and in mode "eval". In the second an example's
+activations depend on nothing but the example, so that there, and only there, batches of independent examples have
+independent means.
+"""
+
+import collections
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from scipy import special
+
+from jaxbn.core.moments import Moments
+from jaxbn.population.layers import Measured
+from jaxbn.population.progress import track
+
+# (model, batch) -> (outputs, Measured)
+Capture = Callable[[Any, Any], tuple[Any, Measured]]
+
+# Batches that may be under way at once.
+_IN_FLIGHT = 8
+
+
+class Seen(NamedTuple):
+    """What one batch showed: a pytree."""
+
+    trained: Measured  # normalized with the statistics of the batch
+    stored: Measured  # normalized with the stored statistics
+    gap: jax.Array  # f32[2]: squares of (train - eval) and of train about its mean, summed over all outputs
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether no layer saw NaN or infinity in training."""
+        return all(np.isfinite(part).all() for moments in self.trained.moments.values() for part in moments)
+
+
+# (model, batch) -> Seen
+Look = Callable[[Any, Any], Seen]
+
+
+def looking(training: Capture, evaluation: Capture) -> Look:
+    """How a batch is looked at, compiled once for each shape of a batch."""
+
+    def look(model: Any, batch: Any) -> Seen:
+        (trained, in_training), (evaluated, stored) = training(model, batch), evaluation(model, batch)
+        return Seen(in_training, stored, _gap(trained, evaluated))
+
+    return jax.jit(look)
+
+
+def observe(look: Look, model: Any, batches: Iterable[Any], *, progress: bool | None) -> list[Seen]:
+    """What each batch shows, on the host."""
+    seen: list[Seen] = []
+    under_way: collections.deque[Seen] = collections.deque()
+    for batch in track(batches, "Diagnosing", progress):
+        under_way.append(look(model, batch))
+        if len(under_way) > _IN_FLIGHT:
+            seen.append(jax.device_get(under_way.popleft()))
+    return seen + [jax.device_get(one) for one in under_way]
+
+
+class Batches(NamedTuple):
+    """The moments of a layer in each batch, [B, C], in at least float64."""
+
+    count: np.ndarray  # type: ignore[assignment]  # hides tuple.count
+    mean: np.ndarray
+    m2: np.ndarray
+
+    @classmethod
+    def of(cls, parts: Iterable[Mapping[str, Moments]], path: str) -> "Batches":
+        """Of the moments of all layers, batch by batch."""
+        columns = zip(*(one[path] for one in parts), strict=True)
+        return cls(*(np.stack([np.ravel(part) for part in column]) * np.float64(1) for column in columns))
+
+    def pooled(self) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and variance of all batches together."""
+        count = self.count.sum(0)
+        divisor = np.where(count > 0, count, 1)
+        mean = (self.count * self.mean).sum(0) / divisor
+        return mean, (self.m2 + self.count * np.abs(self.mean - mean) ** 2).sum(0) / divisor
+
+
+class Spread(NamedTuple):
+    """One-way analysis of variance: how far the means of batches differ, and how far examples do; f64[C]."""
+
+    between: np.ndarray  # mean square between batches
+    within: np.ndarray  # mean square within batches, which is what `between` should be if examples are independent
+    examples: float  # in a batch; NaN if they are not known
+    degrees: tuple[float, float]  # of freedom, between and within
+
+    @classmethod
+    def of(cls, examples: Batches) -> "Spread":
+        """Of the moments of the means of the examples, [B, C]."""
+        present = examples.count > 0
+        counts, batches = examples.count.sum(0), present.sum(0)
+        degrees = np.stack([batches - 1, counts - batches])
+        known = (degrees > 0).all(0)
+        mean = (examples.count * examples.mean).sum(0) / np.where(counts > 0, counts, 1)
+        squares = np.stack([(examples.count * np.abs(examples.mean - mean) ** 2).sum(0), examples.m2.sum(0)])
+        between, within = np.where(known, squares / np.where(known, degrees, 1), np.nan)
+        if not known.any():
+            return cls(between, within, np.nan, (0.0, 0.0))
+        fewest = degrees[:, known].min(1)
+        return cls(between, within, float((counts / batches)[known].mean()), (float(fewest[0]), float(fewest[1])))
+
+    def ratios(self, channels: np.ndarray) -> np.ndarray:
+        """Between over within, in those of the channels in which anything is known."""
+        known = channels & (np.nan_to_num(self.within) > 0) & np.isfinite(self.between)
+        return self.between[known] / self.within[known]
+
+    def p_value(self, channels: np.ndarray) -> float:
+        """Probability of such a mean ratio, or of such a largest one, if examples are independent.
+
+        The mean of F-distributed ratios, however they depend on each other, is spread at most as far as one of them,
+        whose tail is taken for its own; and it hardly minds outliers. For the largest it is Bonferroni's bound.
+        """
+        ratios = self.ratios(channels)
+        if not ratios.size:
+            return np.nan
+        tails = special.fdtrc(*self.degrees, ratios.mean()), ratios.size * special.fdtrc(*self.degrees, ratios.max())
+        return float(min(1, 2 * min(tails)))
+
+
+def _gap(trained: Any, evaluated: Any) -> jax.Array:
+    sums = jnp.zeros(2)
+    for a, b in zip(jax.tree.leaves(trained), jax.tree.leaves(evaluated), strict=True):
+        if jnp.issubdtype(jnp.result_type(a), jnp.floating) and jnp.size(a):
+            a, b = jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32)
+            sums += jnp.stack([jnp.square(a - b).sum(), jnp.square(a - a.mean()).sum()])
+    return sums
