@@ -116,7 +116,8 @@ def example_moments(x: jax.Array, *, axis: _axes.Axis = -1, mask: jax.Array | No
 
     Values of one example depend on each other, examples need not: by this their independence can be judged.
     """
-    weights = jnp.broadcast_to(_axes.weights_like(True if mask is None else mask, x.shape), x.shape)
+    given = _axes.weights_like(mask, x.shape)
+    weights = jnp.ones(x.shape, jnp.float32) if given is None else jnp.broadcast_to(given, x.shape)
     space = [a for a in _axes.split(x.ndim, axis).reduced if a != 0]
     total = weights.sum(space, keepdims=True)
     values = jnp.where(weights > 0, x.astype(_dtypes.compute(x)), 0)

@@ -54,8 +54,9 @@ def diagnose(
         ('non_iid', 'Shuffle the examples.')
 
     References:
-        r and d are those of Ioffe, `Batch Renormalization <https://arxiv.org/abs/1702.03275>`_, 2017, section 3. That batches are not drawn at random is told by a one-way analysis of variance of the means of the examples,
-        with Bonferroni's correction for channels and layers.
+        r and d: Ioffe, `Batch Renormalization <https://arxiv.org/abs/1702.03275>`_, 2017, section 3; here mu and sigma
+        are those of all batches together. That batches are not drawn at random is told by a one-way analysis of
+        variance of the means of the examples, with Bonferroni's correction for channels and layers.
     """
     _diagnose.check_bounds(r_max, d_max)
     seen = observe(_look(call, weights), variables, batches, progress=progress)

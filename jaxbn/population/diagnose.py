@@ -12,6 +12,7 @@ from jaxbn.population.observe import Batches, Seen, Spread
 # A channel is dead if its variance is below this share of epsilon.
 _DEAD = 0.01
 _EXPLODING = 1e4
+_TINY = np.finfo(np.float32).tiny
 
 
 def check_bounds(r_max: float, d_max: float) -> None:
@@ -50,11 +51,11 @@ def _alive(values: Batches, pair: Pair) -> np.ndarray:
 def _layer(
     seen: Sequence[Seen], path: str, values: Batches, pair: Pair, alive: np.ndarray, r_max: float, d_max: float
 ) -> LayerDiagnosis:
-    reached, sigma = values.count.sum(0) > 0, pair.sigma
+    reached, sigma = values.count.sum(0) > 0, np.where(alive, pair.sigma, 1)
     there = (values.count > 0) & alive
     difference = values.mean - pair.mean
     d = ((np.abs(difference) if np.iscomplexobj(difference) else difference) / sigma)[there]
-    r = (np.sqrt(values.m2 / np.maximum(values.count, 1) + pair.epsilon) / sigma)[there]
+    r = (np.sqrt(values.m2 / np.maximum(values.count, _TINY) + pair.epsilon) / sigma)[there]
     outside = (np.abs(d) > d_max) | (r > r_max) | (r < 1 / r_max)
     trained = Spread.of(Batches.of((one.trained.examples for one in seen), path))
     independent = Spread.of(Batches.of((one.stored.examples for one in seen), path))
@@ -66,13 +67,13 @@ def _layer(
         d_quantiles=_quantiles(d),
         r_quantiles=_quantiles(r),
         d_bound=_quantiles(np.abs(d))[-1],
-        r_bound=_quantiles(np.maximum(r, 1 / r))[-1],
+        r_bound=_quantiles(np.maximum(r, 1 / np.maximum(r, _TINY)))[-1],
         outside=_mean(outside),
         noise=_noise(trained, sigma, alive, d),
         ratio=_mean(ratios),
         p_value=independent.p_value(alive),
         excess=_excess(independent, Batches.of((one.stored.moments for one in seen), path), pair.epsilon, alive),
-        off=float(np.sqrt(_mean(pair.off()[alive]))),
+        off=float(np.sqrt(_mean(pair.of(alive).off()))),
         dead=int((reached & ~alive).sum()),
         exploding=int((np.sqrt(np.abs(pair.mean) ** 2 + pair.var) > _EXPLODING).sum()),
         huge_mean=float((np.abs(pair.mean) / sigma)[alive].max(initial=0)),

@@ -99,7 +99,7 @@ class Diagnosis:
             f"clipped at r_max {self.r_max:g}, d_max {self.d_max:g}",
             f"{'layer':{width}} {'examples':>8} {'d':>6} {'r':>6} {'clipped':>7} {'spread of means':>16} "
             f"{'stored':>7} {'dead':>6}",
-            f"{'':{width}} {'in batch':>8} {'':>6} {'':>6} {'%':>7} {'/ expected':>10}{'p':>6} {'off by':>7} {'ch.':>6}",
+            f"{'':{width}} {'in batch':>8} {'':>13} {'%':>7} {'/ expected':>10}{'p':>6} {'off by':>7} {'ch.':>6}",
         ]
         for path, layer in self.layers.items():
             name = path if len(path) <= width else "..." + path[3 - width :]

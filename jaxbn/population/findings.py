@@ -54,7 +54,7 @@ class Pair(NamedTuple):
         """
         mean = share * INITIAL_MEAN + (1 - share) * self.mean
         sigma = np.sqrt(share * INITIAL_VAR + (1 - share) * self.var + self.epsilon)
-        stored = np.sqrt(self.stored_var + self.epsilon)
+        stored = np.sqrt(np.maximum(self.stored_var + self.epsilon, np.finfo(np.float32).tiny))
         return (sigma / stored - 1) ** 2 + (np.abs(mean - self.stored_mean) / stored) ** 2
 
     @property
@@ -158,7 +158,7 @@ def _huge_mean(layers: Mapping[str, LayerDiagnosis]) -> Finding | None:
         "huge_mean",
         ill,
         lambda layer: layer.huge_mean * float(np.finfo(np.float16).eps) * 4,  # half a step of bfloat16
-        f"The mean of a channel is up to {worst:.3g} std: half precision loses the signal, and Flax's fast variance too",
+        f"The mean of a channel is up to {worst:.3g} std: half precision loses the signal, Flax's fast variance too",
         "Subtract the mean from the data, or normalize before this layer in float32. jaxbn's own variance is safe.",
     )
 
