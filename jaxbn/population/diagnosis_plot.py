@@ -35,10 +35,8 @@ def draw(diagnosis: Diagnosis) -> Any:
     def column(name: str) -> np.ndarray:
         return np.array([getattr(layer, name) for layer in layers.values()])
 
-    for axes, name, unit in (
-        (means, "d_quantiles", "mean of a batch (std)"),
-        (deviations, "r_quantiles", "std of a batch / std"),
-    ):
+    spreads = (means, "d_quantiles", "mean of a batch (std)"), (deviations, "r_quantiles", "std of a batch / std")
+    for axes, name, unit in spreads:
         low, middle, high = column(name).T
         axes.hlines(rows, low, high, color=_LIGHT, linewidth=4, label="90 % of batches and channels")
         axes.plot(middle, rows, "o", color=_DARK, markersize=3, label="median")

@@ -1,5 +1,6 @@
 """Diagnosis: the numbers against NumPy, the healthy left alone, each disease found and named."""
 
+import dataclasses
 import json
 
 import flax.linen as nn
@@ -163,14 +164,8 @@ def test_layers_that_are_not_reached_or_not_of_examples():
 def test_text_dict_and_picture_of_small_and_large_networks(tmp_path):
     call, variables, batches = patient("non_iid", 0)
     found = jaxbn.linen.diagnose(call, variables, batches)
-    many = jaxbn.Diagnosis(
-        found.batches,
-        3.0,
-        5.0,
-        0.1,
-        {f"Stage_{i}/Block_{i}/Inner_0/BatchNorm_{i}": found.layers["norm_0"] for i in range(100)},
-        found.findings,
-    )
+    layers = {f"Stage_{i}/Block_{i}/Inner_0/BatchNorm_{i}": found.layers["norm_0"] for i in range(100)}
+    many = dataclasses.replace(found, layers=layers)
     for diagnosis in (found, many):
         assert max(map(len, str(diagnosis).splitlines())) <= 100
         back = json.loads(json.dumps(diagnosis.to_dict(), allow_nan=False))
