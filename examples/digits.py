@@ -10,8 +10,8 @@ bundles. After each epoch the same parameters classify held-out digits, normaliz
     Method TWO          a pass over the training digits, with the parameters fixed, that combines their moments: pooled,
                         by a mean of batches, or by a moving average
 
-It prints a table with a row per epoch and method, says in one line where the gap comes from, and saves a picture. Then
-it saves the network with its pooled statistics, loads it in a fresh process, and compares what the two answer.
+It prints a table with a row per epoch and method, says in one line where the gap comes from, diagnoses the network on
+batches as training sees them, and saves a picture. Then it saves the network with its pooled statistics, loads it in a fresh process, and compares what the two answer.
 
 `--api nnx` does all of it with Flax NNX instead of linen. With `--order class` each training batch holds a single
 digit; the passes of Method TWO see mixed digits all the same.
@@ -205,6 +205,16 @@ def explain(steps: jaxbn.Steps, scores: list[Scores], state: Any, held_out: Batc
     return f"Why: {share}; without it: {np.mean(without == held_out[1]):.2f}."
 
 
+def diagnose(api: str, state: Any, batches: list[Batch]) -> jaxbn.Diagnosis:
+    """What these batches say about the network with its running averages."""
+    if api == "linen":
+        call = lambda variables, batch: DigitNet().apply(variables, batch[0], train=False)  # noqa: E731
+        return jaxbn.linen.diagnose(call, state.variables, batches)
+    net = NNXDigitNet(nnx.Rngs(0))
+    nnx.update(net, state.params, state.others)
+    return jaxbn.nnx.diagnose(net, batches, call=lambda net, batch: net(batch[0]))
+
+
 def serve(path: Path, api: str, seed: int) -> np.ndarray:
     """The answers of a fresh process, which has nothing but the file and the held-out digits."""
     command = [sys.executable, __file__, "--answer", str(path), "--api", api, "--seed", str(seed)]
@@ -310,6 +320,8 @@ def main(argv: Sequence[str] | None = None) -> list[Scores]:
         scores.append(row)
     console.print(tabulate(scores, args.order))
     console.print(explain(steps, scores, state, held_out, args.order), soft_wrap=True)
+    batches = training_batches(data, args.order, np.random.default_rng(args.seed))
+    console.print(f"\n{diagnose(args.api, state, batches)}\n", soft_wrap=True)
     draw(scores, report, args.order, args.picture)
     jaxbn.serving.save(args.network, frozen)
     same = predict(steps, frozen, held_out) == serve(args.network, args.api, args.seed)

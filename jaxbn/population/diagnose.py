@@ -72,7 +72,7 @@ def _layer(
         noise=_noise(trained, sigma, alive, d),
         ratio=_mean(ratios),
         p_value=independent.p_value(alive),
-        excess=_excess(independent, Batches.of((one.stored.moments for one in seen), path), pair.epsilon, alive),
+        excess=independent.excess(alive),
         off=float(np.sqrt(_mean(pair.of(alive).off()))),
         dead=int((reached & ~alive).sum()),
         exploding=int((np.sqrt(np.abs(pair.mean) ** 2 + pair.var) > _EXPLODING).sum()),
@@ -85,13 +85,6 @@ def _noise(trained: Spread, sigma: np.ndarray, alive: np.ndarray, d: np.ndarray)
     known = alive & np.isfinite(trained.within)
     expected = trained.within[known] / trained.examples / sigma[known] ** 2
     return float(np.sqrt(_mean(expected if expected.size else d**2)))
-
-
-def _excess(independent: Spread, values: Batches, epsilon: float, alive: np.ndarray) -> float:
-    """Std of the batches' means beyond that noise."""
-    known = alive & np.isfinite(independent.between)
-    beyond = np.maximum(independent.between - independent.within, 0) / independent.examples
-    return float(np.sqrt(_mean((beyond / (values.pooled()[1] + epsilon))[known])))
 
 
 def _gap(seen: Sequence[Seen]) -> float:

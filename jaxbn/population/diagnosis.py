@@ -27,7 +27,7 @@ class LayerDiagnosis:
     noise: float  # std of the mean of a batch if its examples are independent, in standard deviations
     ratio: float  # variance of the batches' means over that expected of independent examples
     p_value: float  # of that ratio, or of its largest channel; not corrected for the number of layers
-    excess: float  # std of the batches' means beyond the noise, in standard deviations
+    excess: float  # std of the batches' means beyond the noise, in standard deviations between examples
     off: float  # rms error of the normalized input with the stored statistics, in standard deviations
     dead: int  # channels whose input is constant, or small beside epsilon
     exploding: int  # channels whose input is above 1e4

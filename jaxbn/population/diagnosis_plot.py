@@ -46,7 +46,7 @@ def draw(diagnosis: Diagnosis) -> Any:
     deviations.set_xscale("log")
     for name, label, color, marker in (
         ("noise", "noise of a batch's mean", _DARK, "o"),
-        ("excess", "beyond it: order of the examples", _LIGHT, "s"),
+        ("excess", "order: std between batches / examples", _LIGHT, "s"),
         ("off", "stored statistics", _OTHER, "x"),
     ):
         errors.plot(column(name), rows, marker, color=color, markersize=4, label=label)

@@ -2,7 +2,7 @@
 
 | finding | rule, of a layer |
 |---|---|
-| non_iid | the means of batches differ more than those of independent examples: p < 0.01, and by 0.1 std or more |
+| non_iid | the means of batches differ more than those of independent examples: p < 0.01, and by 0.2 std between examples |
 | tiny_batches | the mean of a batch has a noise of 0.3 std or more, as that of 11 or fewer independent values has |
 | unestimated, stale, shifted | the stored statistics put the normalized input off by 0.25 std or more |
 | dead | the variance of a channel is rounding errors, or less than a hundredth of epsilon |
@@ -23,7 +23,7 @@ from jaxbn.core.averaging import INITIAL_MEAN, INITIAL_VAR
 from jaxbn.population.diagnosis import Finding, LayerDiagnosis
 from jaxbn.population.observe import Seen
 
-_P_VALUE, _EXCESS, _NOISE, _OFF, _HUGE_MEAN = 0.01, 0.1, 0.3, 0.25, 1e2
+_P_VALUE, _EXCESS, _NOISE, _OFF, _HUGE_MEAN = 0.01, 0.2, 0.3, 0.25, 1e2
 # The share of the squared error that the initial values must explain.
 _EXPLAINED = 0.75
 _SHARES = np.linspace(0, 1, 201)
@@ -165,8 +165,8 @@ def _huge_mean(layers: Mapping[str, LayerDiagnosis]) -> Finding | None:
 
 def _stored(layers: Mapping[str, LayerDiagnosis], pairs: Mapping[str, Pair]) -> list[Finding]:
     """What is wrong with the stored statistics, and why."""
-    # Where batches are noisy, averages over ten of them may be off by as much as their noise allows.
-    ill = {p: v for p, v in layers.items() if v.off**2 > _OFF**2 + 0.2 * (v.noise**2 + v.excess**2)}
+    # Where the means of batches differ, an average over some ten of them may be off as far as chance allows.
+    ill = {p: v for p, v in layers.items() if v.off**2 > _OFF**2 + 0.2 * (v.d_bound / 2) ** 2}
     unestimated = {path: layer for path, layer in ill.items() if pairs[path].is_initial}
     others = {path: layer for path, layer in ill.items() if path not in unestimated}
     share, explained = _initial_share([pairs[path] for path in layers])

@@ -112,6 +112,11 @@ class Spread(NamedTuple):
         known = channels & (np.nan_to_num(self.within) > 0) & np.isfinite(self.between)
         return self.between[known] / self.within[known]
 
+    def excess(self, channels: np.ndarray) -> float:
+        """Std between batches over that between examples, noise taken out: the root of the intraclass correlation."""
+        beyond = np.maximum(self.ratios(channels) - 1, 0)
+        return float(np.sqrt((beyond / (beyond + self.examples)).mean())) if beyond.size else np.nan
+
     def p_value(self, channels: np.ndarray) -> float:
         """Probability of such a mean ratio, or of such a largest one, if examples are independent.
 
