@@ -11,7 +11,8 @@ bundles. After each epoch the same parameters classify held-out digits, normaliz
                         by a mean of batches, or by a moving average
 
 It prints a table with a row per epoch and method, says in one line where the gap comes from, diagnoses the network on
-batches as training sees them, and saves a picture. Then it saves the network with its pooled statistics, loads it in a fresh process, and compares what the two answer.
+batches as training sees them, and saves a picture. Then it saves the network with its pooled statistics, loads it in a
+fresh process, and compares what the two answer.
 
 `--api nnx` does all of it with Flax NNX instead of linen. With `--order class` each training batch holds a single
 digit; the passes of Method TWO see mixed digits all the same.

@@ -2,7 +2,7 @@
 
 | finding | rule, of a layer |
 |---|---|
-| non_iid | the means of batches differ more than those of independent examples: p < 0.01, and by 0.2 std between examples |
+| non_iid | the means of batches differ more than if examples were independent: p < 0.01, and by 0.2 std of examples |
 | tiny_batches | the mean of a batch has a noise of 0.3 std or more, as that of 11 or fewer independent values has |
 | unestimated, stale, shifted | the stored statistics put the normalized input off by 0.25 std or more |
 | dead | the variance of a channel is rounding errors, or less than a hundredth of epsilon |

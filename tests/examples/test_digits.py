@@ -59,6 +59,13 @@ def rows(lines):
     return [(int(m[1]), m[2], float(m[3])) for m in matches if m]
 
 
+def split(lines):
+    """The lines of standard output, those of the diagnosis, between two empty ones, as a list of their own."""
+    start, *_, end = (number for number, line in enumerate(lines) if not line)
+    diagnosis = [line for line in lines[start:end] if line]
+    return [*lines[:start], diagnosis, *lines[end + 1 :]]
+
+
 @pytest.mark.parametrize("api", ["linen", pytest.param("nnx", marks=pytest.mark.slow)])
 def test_population_statistics_give_what_running_averages_do_not(api, run, tmp_path):
     scores, lines = run("--api", api)
@@ -72,7 +79,7 @@ def test_population_statistics_give_what_running_averages_do_not(api, run, tmp_p
     expected = [(epoch, name, round(row[name], 3)) for epoch, row in enumerate(scores, 1) for name in METHODS]
     assert rows(lines) == expected
 
-    title, *table, why, served, saved = lines
+    title, *table, why, diagnosis, served, saved = split(lines)
     assert title.strip() == "448 held-out digits; training batches of shuffled digits"
     assert all(line[0] in "┏┃┡│├└" for line in table)
     assert re.fullmatch(
@@ -80,6 +87,9 @@ def test_population_statistics_give_what_running_averages_do_not(api, run, tmp_p
     )
     assert served == "Saved digits.jaxbn; in a fresh process 448 of 448 answers are the same."
     assert re.fullmatch(r"Saved digits\.png; \d+ s, compilation included\.", saved)
+    assert diagnosis[0].startswith("21 batches")
+    assert sum("norm" in line.lower() and line.count(" 64 ") for line in diagnosis) == 10
+    assert [line[:35] for line in diagnosis if line[0].isdigit()][1:] == ["1. The running averages lag behind: "[:35]]
     assert max(map(len, lines)) <= 100
 
     height, width, _ = matplotlib.image.imread(tmp_path / "digits.png").shape
@@ -94,10 +104,14 @@ def test_batches_of_one_digit_are_admitted_to_spoil_the_training(run, tmp_path):
     batch, pooled = scores[0]["Batch statistics"], scores[0]["Method TWO: pooled"]
     assert max(batch, pooled) < 0.5
     assert [row[:2] for row in rows(lines)] == [(1, name) for name in METHODS]
-    assert lines[-3] == (
+    _, *_, why, diagnosis, _, _ = split(lines)
+    assert why == (
         "Why: batches of one digit spoilt the training, which no statistics undo: "
         f"batch {batch:.2f}, pooled {pooled:.2f}."
     )
+    text = " ".join(map(str.strip, diagnosis))
+    assert "Batches are not drawn at random: the variance of their means is up to" in text
+    assert "-> Shuffle the examples." in text
     assert max(map(len, lines)) <= 100
     assert (tmp_path / "one.svg").stat().st_size > 10_000
 
