@@ -1,11 +1,14 @@
 """What a diagnosis found: numbers per layer, findings in order of effect, as text, dict and picture."""
 
 import dataclasses
+import textwrap
 from typing import Any
 
 import numpy as np
 
-_WIDEST_PATH = 34
+from jaxbn.population.tables import names_of, short
+
+_WIDEST_PATH = 30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,42 +96,32 @@ class Diagnosis:
         return diagnosis_plot.draw(self)
 
     def _table(self) -> list[str]:
-        width = min(max(len("layer"), *map(len, self.layers)), _WIDEST_PATH)
+        names = names_of(self.layers, _WIDEST_PATH)
+        width = max(map(len, ("layer", *names.values())))
+        limits = f"r_max {self.r_max:g}, d_max {self.d_max:g}"
         lines = [
-            f"{self.batches} batches; std of a layer's input; r, d: 95 % of batches within; "
-            f"clipped at r_max {self.r_max:g}, d_max {self.d_max:g}",
-            f"{'layer':{width}} {'examples':>8} {'d':>6} {'r':>6} {'clipped':>7} {'spread of means':>16} "
-            f"{'stored':>7} {'dead':>6}",
-            f"{'':{width}} {'in batch':>8} {'':>13} {'%':>7} {'/ expected':>10}{'p':>6} {'off by':>7} {'ch.':>6}",
+            f"{self.batches} batches, in std of each layer's input; d, r: 95 % of them are within; beyond {limits}",
+            f"{'':{width}}  examples    mean     std   share  spread of means  stored     dead",
+            f"{'layer':{width}}  in batch   off: d  off: r  beyond  /chance       p  off by  channels",
         ]
         for path, layer in self.layers.items():
-            name = path if len(path) <= width else "..." + path[3 - width :]
             if not layer.reached:
-                lines.append(f"{name:{width}} not reached, or frozen")
+                lines.append(f"{names[path]:{width}}  not reached, or frozen")
                 continue
-            lines.append(
-                f"{name:{width}} {_number(layer.examples):>8} {_number(layer.d_bound):>6} {_number(layer.r_bound):>6} "
-                f"{_number(100 * layer.outside):>7} {_number(layer.ratio):>10}{_p(layer.p_value):>6} "
-                f"{_number(layer.off):>7} {layer.dead:>6}"
-            )
+            lines.append(f"{names[path]:{width}}{_cells(layer)}")
         return lines
 
 
-def _number(value: float) -> str:
-    if np.isnan(value):
-        return "-"
-    return f"{value:.0f}" if value >= 100 or value == int(value) else f"{value:.2g}"
-
-
-def _p(value: float) -> str:
-    if np.isnan(value):
-        return "-"
-    return "<1e-4" if value < 1e-4 else f"{value:.2g}"
+def _cells(layer: LayerDiagnosis) -> str:
+    p_value = "<1e-4" if layer.p_value < 1e-4 else short(round(layer.p_value, 3))
+    dead, outside = f"{layer.dead}/{layer.channels}", f"{100 * layer.outside:.1f}%"
+    return (
+        f"  {short(layer.examples):>8}  {short(layer.d_bound):>7} {short(layer.r_bound):>7}  {outside:>6}"
+        f"  {short(layer.ratio):>7}  {p_value:>6}  {short(layer.off):>6}  {dead:>8}"
+    )
 
 
 def _wrapped(start: str, text: str) -> list[str]:
-    import textwrap
-
     return textwrap.wrap(text, 100, initial_indent=start, subsequent_indent=" " * len(start))
 
 

@@ -4,16 +4,16 @@ from typing import Any
 
 import numpy as np
 
+from jaxbn.population import figures
 from jaxbn.population.diagnosis import Diagnosis
-from jaxbn.population.plots import figure_module
 from jaxbn.population.tables import names_of
 
-_INCHES = {"layer": 0.19, "ends": 1.9, "width": 11.0}
-_LIGHT, _DARK, _OTHER = "#56B4E9", "#0072B2", "#D55E00"
+_WIDEST_PATH = 40
+_MEDIAN, _RANGE, _STORED = "#0072B2", "#56B4E9", "#D55E00"
 
 
 def draw(diagnosis: Diagnosis) -> Any:
-    """A figure with a row for each layer, in the order of the model, and three columns.
+    """A figure with a row for each layer that was reached, in the order of the model, and three columns.
 
     Args:
         diagnosis: Of a network.
@@ -25,38 +25,28 @@ def draw(diagnosis: Diagnosis) -> Any:
         ImportError: If matplotlib is not installed.
     """
     layers = {path: layer for path, layer in diagnosis.layers.items() if layer.reached}
-    names, rows = names_of(list(layers), 40), np.arange(len(layers))
-    height = _INCHES["ends"] + _INCHES["layer"] * max(len(rows), 4)
-    figure = figure_module().Figure(figsize=(_INCHES["width"], height), layout="constrained")
+    names, rows = names_of(layers, _WIDEST_PATH), np.arange(len(layers))
     found = ", ".join(finding.name for finding in diagnosis.findings) or "nothing found"
-    figure.suptitle(f"{diagnosis.batches} batches: {found}", fontsize=10)
-    means, deviations, errors = figure.subplots(1, 3, sharey=True)
+    figure, axes = figures.of_layers([names[path] for path in layers], f"{diagnosis.batches} batches: {found}", 3)
+    means, deviations, errors = axes
 
     def column(name: str) -> np.ndarray:
         return np.array([getattr(layer, name) for layer in layers.values()])
 
-    spreads = (means, "d_quantiles", "mean of a batch (std)"), (deviations, "r_quantiles", "std of a batch / std")
-    for axes, name, unit in spreads:
+    for spread, name in ((means, "d_quantiles"), (deviations, "r_quantiles")):
         low, middle, high = column(name).T
-        axes.hlines(rows, low, high, color=_LIGHT, linewidth=4, label="90 % of batches and channels")
-        axes.plot(middle, rows, "o", color=_DARK, markersize=3, label="median")
-        axes.set_xlabel(unit)
+        spread.hlines(rows, low, high, color=_RANGE, linewidth=4, label="90 % of batches and channels")
+        spread.plot(middle, rows, "o", color=_MEDIAN, markersize=3, label="median")
     means.axvline(0, color="0.3", linewidth=1)
+    means.set_xlabel("mean of a batch, from that of all (std)")
     deviations.axvline(1, color="0.3", linewidth=1)
-    deviations.set_xscale("log")
-    for name, label, color, marker in (
-        ("noise", "noise of a batch's mean", _DARK, "o"),
-        ("excess", "order: std between batches / examples", _LIGHT, "s"),
-        ("off", "stored statistics", _OTHER, "x"),
-    ):
-        errors.plot(column(name), rows, marker, color=color, markersize=4, label=label)
-    errors.set_xscale("symlog", linthresh=0.1)
-    errors.set(xlabel="error of the normalized input (std)", xlim=(0, None))
-    means.set(yticks=rows, ylim=(len(rows) - 0.3, -0.7))
-    means.set_yticklabels([names[path] or "the model" for path in layers], fontsize=8)
-    for axes in (means, deviations, errors):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(True, color="0.9")
-        axes.set_axisbelow(True)
-        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), fontsize=8, frameon=False)
+    deviations.set_xlabel("std of a batch / std of all")
+    errors.plot(column("noise"), rows, "o", color=_MEDIAN, markersize=4, label="noise of a batch's mean (std)")
+    errors.plot(column("excess"), rows, "s", color=_RANGE, markersize=4, label="order (std of examples)")
+    errors.plot(column("off"), rows, "x", color=_STORED, markersize=4, label="stored statistics (std)")
+    largest = max(1, *(np.nan_to_num(column(name)).max(initial=0) for name in ("noise", "excess", "off")))
+    errors.set(xlabel="effect (std)", xlim=(0, 1.1 * largest))
+    if largest > 5:
+        errors.set_xscale("symlog", linthresh=1)
+    figures.finish(axes)
     return figure

@@ -134,7 +134,7 @@ def _dead(layers: Mapping[str, LayerDiagnosis]) -> Finding | None:
         "dead",
         ill,
         lambda layer: layer.dead / layer.channels,
-        f"{count} channels are constant, or so small that epsilon decides: they say nothing",
+        f"The input of {count} of the channels is constant, or so small that epsilon decides",
         "Look at the weights before them and at the data: constant features, dead ReLUs, weight decay that won.",
     )
 
