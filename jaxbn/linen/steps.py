@@ -82,7 +82,7 @@ def make_steps(
         ...     return jnp.mean(error**2), {"largest error": jnp.max(jnp.abs(error))}
         >>> x = 5 + 2 * jax.random.normal(jax.random.key(0), (10, 32, 3))
         >>> batches = [{"x": rows, "y": rows.sum(1, keepdims=True)} for rows in x]
-        >>> steps = jaxbn.linen.make_steps(Net(), loss_fn, optax.sgd(0.1), inputs=lambda batch: batch["x"])
+        >>> steps = jaxbn.linen.make_steps(Net(), loss_fn, optax.sgd(0.01), inputs=lambda batch: batch["x"])
         >>> train_step = jax.jit(steps.train_step, donate_argnums=0)
         >>> postproc_step, eval_step = jax.jit(steps.postproc_step), jax.jit(steps.eval_step)
         >>> state = steps.init(jax.random.key(0), batches[0])

@@ -72,7 +72,7 @@ def make_steps(
         ...     return jnp.mean((outputs - batch["y"]) ** 2), {}
         >>> x = 5 + 2 * jax.random.normal(jax.random.key(0), (10, 32, 3))
         >>> batches = [{"x": rows, "y": rows.sum(1, keepdims=True)} for rows in x]
-        >>> steps = jaxbn.nnx.make_steps(model, loss_fn, optax.sgd(0.1), inputs=lambda batch: batch["x"])
+        >>> steps = jaxbn.nnx.make_steps(model, loss_fn, optax.sgd(0.01), inputs=lambda batch: batch["x"])
         >>> train_step = jax.jit(steps.train_step, donate_argnums=0)
         >>> state = steps.init(jax.random.key(0), batches[0])
         >>> for batch in batches:

@@ -75,13 +75,16 @@ class Diagnosis:
     findings: tuple[Finding, ...]
 
     def __str__(self) -> str:
-        lines = [*self._table(), "", f"Outputs in training and in evaluation differ by {self.output_gap:.2g} std."]
+        lines = [*self._table(), ""]
+        if np.isfinite(self.output_gap):
+            lines += [f"Outputs in training and in evaluation differ by {self.output_gap:.2g} std."]
         if not self.findings:
             lines += ["Nothing is wrong with the statistics that these batches could show."]
         for number, finding in enumerate(self.findings, 1):
-            where = ", ".join(repr(path) for path in finding.layers[:3])
+            size = f"{finding.effect:.2g} std; " if np.isfinite(finding.effect) else ""
+            where = ", ".join(repr(path) for path in finding.layers[:3]) or "after the last layer"
             more = f" and {len(finding.layers) - 3} more" if len(finding.layers) > 3 else ""
-            lines += _wrapped(f"{number}. ", f"{finding.text} ({finding.effect:.2g} std; {where}{more})")
+            lines += _wrapped(f"{number}. ", f"{finding.text} ({size}{where}{more})")
             lines += _wrapped("   -> ", finding.advice)
         return "\n".join(lines)
 

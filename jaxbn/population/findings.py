@@ -73,14 +73,15 @@ def findings(layers: Mapping[str, LayerDiagnosis], pairs: Mapping[str, Pair]) ->
 
 def nonfinite(seen: Sequence[Seen], order: Sequence[str]) -> list[Finding]:
     """The batches that gave NaN or infinity, and the layer in which it first appeared."""
-    bad = [index for index, one in enumerate(seen) if not one.is_finite]
+    bad = [index for index, one in enumerate(seen) if not (one.is_finite and np.isfinite(one.gap).all())]
     if not bad:
         return []
     parts = seen[bad[0]].trained.moments
-    layer = next((path for path in order if not all(np.isfinite(part).all() for part in parts[path])), order[0])
-    text = f"{len(bad)} of {len(seen)} batches are not finite, the first of them batch {bad[0]} (counted from 0)"
+    layers = tuple(path for path in order if not all(np.isfinite(part).all() for part in parts[path]))
+    where = "" if layers else ", in the outputs alone"
+    text = f"{len(bad)} of {len(seen)} batches are not finite{where}, the first of them batch {bad[0]} (counted from 0)"
     advice = "Look for NaN or infinity in this batch and in the parameters. The numbers above are of the other batches."
-    return [Finding("nonfinite", np.inf, (layer,), text, advice)]
+    return [Finding("nonfinite", np.inf, layers[:1], text, advice)]
 
 
 def _finding(

@@ -132,6 +132,15 @@ def test_batches_with_nan_are_a_finding_and_count_for_nothing():
     assert found.layers == without.layers
 
 
+def test_parameters_that_are_nan_after_the_last_layer_are_a_finding():
+    call, variables, batches = patient(None, 0)
+    head = jax.tree.map(lambda leaf: leaf * np.nan, variables["params"]["Dense_0"])
+    found = jaxbn.linen.diagnose(call, variables | {"params": variables["params"] | {"Dense_0": head}}, batches)
+    assert [finding.name for finding in found.findings] == ["nonfinite"]
+    assert "not finite, in the outputs alone" in str(found).replace("\n  ", "")
+    assert found.layers == jaxbn.linen.diagnose(call, variables, batches).layers
+
+
 def test_what_is_too_little_or_wrong_is_refused():
     call, variables, batches = patient("unestimated", 0)
     for few in ([], batches[:1]):
