@@ -624,7 +624,7 @@ def test_flax_lets_the_class_of_a_clone_be_replaced(norm):
     for attempt in range(2):
         for mode in ("batch", "eval"):
             copy = nnx.clone(model)
-            layer, _ = capture._hook("", copy, mode)
+            layer, _ = capture._hook("", copy, mode, None)
             graphs[attempt, mode] = nnx.graphdef(copy)
             merged = nnx.merge(*nnx.split(copy))
             assert type(merged) is type(copy) and isinstance(merged, norm)
@@ -637,7 +637,7 @@ def test_flax_lets_the_class_of_a_clone_be_replaced(norm):
 @every_norm
 def test_flax_carries_the_slot_wherever_it_carries_statistics(norm):
     copy = nnx.clone(norm(4, rngs=nnx.Rngs(0)))
-    _, positions = capture._hook("", copy, "batch")
+    _, positions = capture._hook("", copy, "batch", None)
     _, statistics, rest = nnx.split(copy, nnx.BatchStat, ...)
     assert set(statistics) == {"mean", "var", "jaxbn_slot"}
     assert "jaxbn_slot" not in rest
