@@ -9,12 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import CASES
 from flax import nnx
 
 import jaxbn
 import jaxbn.linen
 import jaxbn.nnx
 import jaxbn.testing
+from jaxbn.population.estimators import pooled
 from jaxbn.testing import generate, reference, vectors
 
 LOADED = [jaxbn.testing.load(name) for name in jaxbn.testing.names()]
@@ -201,6 +203,13 @@ def test_flax_gives_the_numbers_of_the_vectors_without_masks(vector):
 def test_made_anew_a_file_is_the_same_to_the_last_digit(name):
     file = resources.files("jaxbn.testing") / "data" / f"{name}.json"
     assert vectors.dumps(generate.VECTORS[name]()) == file.read_text()
+
+
+def test_every_method_and_estimator_has_vectors():
+    """A new method writes its formulas into `jaxbn.testing.reference`, and a function into `jaxbn.testing.generate`."""
+    assert {vector.method for vector in METHODS} == {case.factory.__name__ for case in CASES}
+    estimators = {name for name, value in vars(jaxbn).items() if getattr(value, "__module__", "") == pooled.__module__}
+    assert {vector.method for vector in ESTIMATORS} == estimators - {"Estimator"}
 
 
 def test_there_is_no_other_file():
