@@ -2,7 +2,8 @@ r"""Estimators of the population statistics: how the moments of many batches bec
 
 Each is four pure functions `(init, update, merge, finalize)` over a dict of `Moments` by layer: it starts from nothing,
 takes one batch at a time, joins with what others saw, and ends in the moments to install. A batch in which a layer was
-not reached, or was masked altogether, does not count for that layer.
+not reached, or was masked altogether, does not count for that layer. Where batches weigh alike, what is accumulated
+tells the standard errors too.
 """
 
 import functools
@@ -16,18 +17,27 @@ from jaxbn.core import compensated as _compensated
 from jaxbn.core.averaging import INITIAL_MEAN, INITIAL_VAR
 from jaxbn.core.compensated import Accumulator
 from jaxbn.core.moments import Moments, bessel
+from jaxbn.population import spread as _spread
+from jaxbn.population.spread import Errors, Spread
 
 Layers = dict[str, Moments]
 
 
 class Estimator(NamedTuple):
-    """How moments are accumulated. All four functions are pure, and may be jitted."""
+    """How moments are accumulated. The first four functions are pure, and may be jitted."""
 
     name: str
     init: Callable[[Layers], Any]  # moments of any batch, for their shapes -> nothing seen yet
     update: Callable[[Any, Layers], Any]  # and one batch more
     merge: Callable[[Any, Any], Any]  # this and what came after it elsewhere
     finalize: Callable[[Any], Layers]  # count, mean and m2 = count * var of the population
+    # -> the standard errors of mean and var, on the host; None where the last batches weigh more than those before
+    errors: Callable[[Any], dict[str, Errors]] | None = None
+
+
+class _Pooled(NamedTuple):
+    values: Accumulator
+    spread: Spread
 
 
 @functools.cache  # equal arguments give the same functions, and so the same compiled pass
@@ -57,15 +67,24 @@ def pooled(*, unbiased: bool = False) -> Estimator:
         Wu & Johnson, `Rethinking "Batch" in BatchNorm <https://arxiv.org/abs/2105.07576>`_, 2021, section 3.
     """
 
-    def finalize(moments: Moments) -> Moments:
+    def update(acc: _Pooled, moments: Moments) -> _Pooled:
+        values = _compensated.merge(acc.values, _compensated.single(moments))
+        return _Pooled(values, _spread.add(acc.spread, moments, between=True))
+
+    def merge(a: _Pooled, b: _Pooled) -> _Pooled:
+        return _Pooled(_compensated.merge(a.values, b.values), _spread.merge(a.spread, b.spread, between=True))
+
+    def finalize(acc: _Pooled) -> Moments:
+        moments = _compensated.total(acc.values)
         return moments._replace(m2=moments.m2 * bessel(moments.count)) if unbiased else moments
 
     return _per_layer(
         f"pooled{'(unbiased)' if unbiased else ''}",
-        init=_compensated.empty,
-        update=lambda acc, moments: _compensated.merge(acc, _compensated.single(moments)),
-        merge=_compensated.merge,
-        finalize=lambda acc: finalize(_compensated.total(acc)),
+        init=lambda like: _Pooled(_compensated.empty(like), _spread.empty(like)),
+        update=update,
+        merge=merge,
+        finalize=finalize,
+        errors=lambda acc: _spread.errors(acc.spread, between=True),
     )
 
 
@@ -75,6 +94,7 @@ class _Means(NamedTuple):
     values: Accumulator  # the values themselves, for their count
     mean: Accumulator
     var: Accumulator
+    spread: Spread  # of the batches, all of weight 1
 
 
 @functools.cache
@@ -108,14 +128,27 @@ def mean_of_batches(*, unbiased: bool = True) -> Estimator:
         on the size of the batches, which is what biases their variances.
     """
 
-    def parts(moments: Moments) -> _Means:
+    def weighed(moments: Moments) -> Moments:
         one = (moments.count > 0).astype(moments.count.dtype)
         var = moments.var * (bessel(moments.count) if unbiased else 1)
-        as_value = [Moments(one, value, jnp.zeros_like(moments.m2)) for value in (moments.mean, var)]
-        return _Means(*map(_compensated.single, (moments, *as_value)))
+        return Moments(one, moments.mean, one * var)
+
+    def init(like: Moments) -> _Means:
+        values, value = _compensated.empty(like), _compensated.empty(like._replace(mean=like.m2))
+        return _Means(values, values, value, _spread.empty(like))
+
+    def update(acc: _Means, moments: Moments) -> _Means:
+        batch, nothing = weighed(moments), jnp.zeros_like(moments.m2)
+        return _Means(
+            _compensated.merge(acc.values, _compensated.single(moments)),
+            _compensated.merge(acc.mean, _compensated.single(Moments(batch.count, batch.mean, nothing))),
+            _compensated.merge(acc.var, _compensated.single(Moments(batch.count, batch.var, nothing))),
+            _spread.add(acc.spread, batch, between=False),
+        )
 
     def merge(a: _Means, b: _Means) -> _Means:
-        return _Means(*map(_compensated.merge, a, b))
+        values, mean, var = (_compensated.merge(*pair) for pair in zip(a[:3], b[:3], strict=True))
+        return _Means(values, mean, var, _spread.merge(a.spread, b.spread, between=False))
 
     def finalize(acc: _Means) -> Moments:
         count = _compensated.total(acc.values).count
@@ -123,10 +156,11 @@ def mean_of_batches(*, unbiased: bool = True) -> Estimator:
 
     return _per_layer(
         f"mean_of_batches{'' if unbiased else '(biased)'}",
-        init=lambda like: jax.tree.map(jnp.zeros_like, parts(like)),
-        update=lambda acc, moments: merge(acc, parts(moments)),
+        init=init,
+        update=update,
         merge=merge,
         finalize=finalize,
+        errors=lambda acc: _spread.errors(acc.spread, between=False),
     )
 
 
@@ -143,7 +177,8 @@ def moving_average(decay: float = 0.9, *, debias: bool = False) -> Estimator:
     r"""A moving average over the batches of their mean, from 0, and of their standard deviation, from 1.
 
     It averages the standard deviation (without epsilon) and not the variance, as the description that it follows does.
-    The last 1 / (1 - decay) batches decide: use it to reproduce such numbers, and `pooled` otherwise.
+    The last 1 / (1 - decay) batches decide: use it to reproduce such numbers, and `pooled` otherwise. There are no
+    standard errors of it: more batches do not make them smaller.
 
     Args:
         decay: Weight of the old value, in [0, 1).
