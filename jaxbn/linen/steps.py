@@ -142,7 +142,7 @@ def make_steps(
         if acc is not None:
             old, moments = find_states(variables), _estimate.finish(acc, estimator=estimator)
             variables = install_moments(variables, moments)
-            made = report(estimator.name, acc, moments, old, find_states(variables))
+            made = report(estimator, acc, moments, old, find_states(variables))
         info = make_info(find_states(variables), report=made, kinds=dict(state.kinds), otherwise=RUNNING)
         return Frozen(flax.core.meta.unbox(variables), info), made
 

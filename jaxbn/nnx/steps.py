@@ -133,7 +133,7 @@ def make_steps(
         if acc is not None:
             old, moments = find_states(net), _estimate.finish(acc, estimator=estimator)
             net = install_moments(net, moments)
-            made = report(estimator.name, acc, moments, old, find_states(net))
+            made = report(estimator, acc, moments, old, find_states(net))
         info = make_info(find_states(net), report=made, kinds=find_kinds(net), otherwise=RUNNING)
         return Frozen(to_variables(net), info), made
 

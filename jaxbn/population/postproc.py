@@ -14,6 +14,7 @@ from jaxbn.population import processes as _processes
 from jaxbn.population.estimate import Measure, Pass
 from jaxbn.population.estimators import Estimator, Layers
 from jaxbn.population.report import Report, report
+from jaxbn.population.spread import rounding
 
 
 class Host(NamedTuple):
@@ -73,7 +74,7 @@ def postproc(
         done, moments = sweep(current, "eval", sweeps)
         before, current = current, host.install(current, moments)
         change = largest_change(host.states(before), host.states(current))
-    return current, report(estimator.name, done, moments, old, host.states(current), sweeps=sweeps, change=change)
+    return current, report(estimator, done, moments, old, host.states(current), sweeps=sweeps, change=change)
 
 
 def largest_change(old: Mapping[str, State], new: Mapping[str, State]) -> float:
@@ -81,9 +82,7 @@ def largest_change(old: Mapping[str, State], new: Mapping[str, State]) -> float:
 
     def of(before: State, after: State) -> float:
         means, variances = ([np.asarray(state) for state in pair] for pair in zip(before[:2], after[:2], strict=True))
-        # A channel that is constant has a variance of rounding errors, which never settle.
-        rounding = np.square(8 * np.finfo(np.float32).eps * np.abs(means[1])) + np.finfo(np.float32).tiny
-        var = np.maximum(variances[1], rounding)
+        var = np.maximum(variances[1], rounding(means[1]))  # in a constant channel rounding errors never settle
         moved = np.abs(means[1] - means[0]) / np.sqrt(var), np.abs(variances[1] - variances[0]) / var
         return max(float(part.max(initial=0)) for part in moved)
 

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from jaxbn.methods.base import State
 from jaxbn.population.frozen import AS_GIVEN, Info, LayerInfo, is_initial
 from jaxbn.population.layers import LayerKind
+from jaxbn.population.tables import names_of
 
 _HEAD = ("layer", "channels", "learns", "method", "epsilon", "statistics", "rows")
 _TO_THE_RIGHT = {"channels", "rows"}
@@ -32,9 +33,10 @@ def tabulate(
     params = set(params)
     known = dict(info.layers) if info else {}
     rows = [_HEAD]
+    names = names_of(states, _WIDEST_PATH)
     for path, state in states.items():
         learned = ", ".join(name for name in ("scale", "bias") if (f"{path}/{name}" if path else name) in params)
-        rows.append((_short(path), str(state.mean.size), learned or "-", *_cells(state, path, known, kinds or {})))
+        rows.append((names[path], str(state.mean.size), learned or "-", *_cells(state, path, known, kinds or {})))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     channels = sum(state.mean.size for state in states.values())
     lines = [f"{len(states)} normalization layer{'s'[: len(states) > 1]}, {channels} channel{'s'[: channels > 1]}"]
@@ -60,9 +62,3 @@ def _cells(
         statistics,
         "-" if info is None or info.rows is None else f"{info.rows:.0f}",
     )
-
-
-def _short(path: str) -> str:
-    if not path:
-        return "(the model)"
-    return path if len(path) <= _WIDEST_PATH else "..." + path[3 - _WIDEST_PATH :]
