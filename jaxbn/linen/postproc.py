@@ -29,6 +29,7 @@ def postproc(
     consistent: bool = False,
     tolerance: float = 1e-5,
     max_sweeps: int | None = None,
+    stop_when: float | None = None,
     weights: Weights | None = None,
     skip_nonfinite: bool = False,
     mesh: Mesh | None = None,
@@ -57,6 +58,11 @@ def postproc(
             relative.
         max_sweeps: Sweeps of `consistent`, at most. None: one more than there are layers, which is enough unless a
             layer is reached again downstream of itself.
+        stop_when: Read no more batches once all standard errors are at or below this, those of means in standard
+            deviations, those of variances relative: 0.01 takes some 20000 independent values per channel. Asked after 8
+            batches, and then each time when there are half as many again; `batches` may be endless, and what it gives
+            next is the batch after the last that was used. Channels that are constant so far do not hold it up. Later
+            sweeps of `consistent` read as many batches as the first. Several processes decide together. None: read all.
         weights: `batch -> [N]`, booleans or real weights of the examples, such as 0 for those that fill up a batch.
             Layers that the model gives a mask follow that.
         skip_nonfinite: Leave batches out that give NaN or infinity in any layer, instead of raising; the report counts
@@ -70,7 +76,8 @@ def postproc(
         batch went through keep their statistics.
 
     Raises:
-        ValueError: If there is no batch, no normalization layer, none was reached, or a batch gave NaN.
+        ValueError: If there is no batch, no normalization layer, none was reached, or a batch gave NaN; for `stop_when`
+            and an estimator without standard errors, which `jaxbn.moving_average` is.
         TypeError: If `consistent` is given an iterator that can be read only once.
         RuntimeError: If another process failed; the error of the process itself is raised as it is.
 
@@ -90,13 +97,9 @@ def postproc(
         _postproc.Host(functools.partial(_measure, call, weights), lambda v: v, find_states, install_moments),
         variables,
         batches,
-        estimator=estimator,
-        consistent=consistent,
-        tolerance=tolerance,
-        max_sweeps=max_sweeps,
-        skip_nonfinite=skip_nonfinite,
-        mesh=mesh,
-        progress=progress,
+        _postproc.Options(
+            estimator, consistent, tolerance, max_sweeps, stop_when, skip_nonfinite, mesh=mesh, progress=progress
+        ),
     )
 
 

@@ -4,24 +4,31 @@ Accumulators stay on the device and no batch waits for the host; the step compil
 """
 
 import collections
+import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Generator, Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from jaxbn.core.devices import mesh_of, replicate, spread
 from jaxbn.population.estimators import Estimator, Layers
 from jaxbn.population.layers import LayerKind, Measured
 from jaxbn.population.progress import track
+from jaxbn.population.spread import relative
 
 # A pure function (model, batch) -> Measured; the same function object is compiled once.
 Measure = Callable[[Any, Any], Measured]
 
 # Batches that may be under way at once: enough to keep the device busy, few enough to bound the memory of the inputs.
 _IN_FLIGHT = 8
+
+# The stop rule is asked after so many batches, and then each time when there are half as many again.
+_FIRST_CHECK, _CHECK_GROWTH = 8, 0.5
 
 
 @jax.tree_util.register_dataclass
@@ -36,7 +43,7 @@ class Pass:
     kinds: tuple[tuple[str, LayerKind], ...] = dataclasses.field(metadata={"static": True})  # in the order of the calls
 
 
-def run(
+def stages(
     measure: Measure,
     model: Any,
     batches: Iterable[Any],
@@ -45,8 +52,9 @@ def run(
     mesh: Mesh | None,
     title: str,
     progress: bool | None,
-) -> Pass | None:
-    """Measures every batch; None if there is none.
+    checks: bool,
+) -> Generator[tuple[Pass | None, bool], None, None]:
+    """Measures batch after batch.
 
     Args:
         measure: How a batch is measured.
@@ -56,21 +64,28 @@ def run(
         mesh: Devices over which each batch is spread; None: it is used as it comes.
         title: Of the progress bar.
         progress: Show one. None: if this is a terminal.
+        checks: Whether to come up for a decision before the end: so rarely that to wait for the devices costs nothing.
 
-    Returns:
-        What was accumulated.
+    Yields:
+        What was accumulated, None if there was no batch, and whether this is all. At a decision the batches stand
+        behind the last that was measured.
     """
     state: Pass | None = None
     under_way: collections.deque[jax.Array] = collections.deque()
-    for batch in track(batches, title, progress):
-        batch = batch if mesh is None else spread(batch, mesh)
-        if state is None:
-            state = start(measure, model, batch, estimator=estimator)
-        state = _jitted_update(state, model, batch, measure=measure, estimator=estimator)
-        under_way.append(state.batches)
-        if len(under_way) > _IN_FLIGHT:
-            under_way.popleft().block_until_ready()
-    return state
+    check = _FIRST_CHECK
+    with contextlib.closing(track(batches, title, progress)) as tracked:
+        for seen, batch in enumerate(tracked, 1):
+            batch = batch if mesh is None else spread(batch, mesh)
+            if state is None:
+                state = start(measure, model, batch, estimator=estimator)
+            state = _jitted_update(state, model, batch, measure=measure, estimator=estimator)
+            under_way.append(state.batches)
+            if len(under_way) > _IN_FLIGHT:
+                under_way.popleft().block_until_ready()
+            if checks and seen == check:
+                check += math.ceil(check * _CHECK_GROWTH)
+                yield state, False
+    yield state, True
 
 
 def start(measure: Measure, model: Any, batch: Any, *, estimator: Estimator) -> Pass:
@@ -135,3 +150,15 @@ def finish(state: Pass, *, estimator: Estimator, skip_nonfinite: bool = False) -
     if not skip_nonfinite or state.skipped == state.batches:
         check_finite(state)
     return estimator.finalize(state.estimate)
+
+
+def is_certain(state: Pass, bound: float | None, *, estimator: Estimator) -> bool:
+    """Whether all relative standard errors are known, and none is above the bound; constant channels have none."""
+    if bound is None or estimator.errors is None:
+        return False
+    errors, moments = estimator.errors(state.estimate), estimator.finalize(state.estimate)
+    judged = []
+    for path, part in moments.items():
+        count, mean, var = map(np.asarray, (part.count, part.mean, part.var))
+        judged += [error[count > 0] <= bound for error in relative(errors[path], mean, var)]
+    return any(part.size for part in judged) and all(part.all() for part in judged)

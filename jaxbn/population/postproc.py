@@ -1,6 +1,9 @@
 """The statistics pass as a whole, for any host: sweeps over the batches until the statistics are consistent."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import contextlib
+import functools
+import itertools
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -26,55 +29,110 @@ class Host(NamedTuple):
     install: Callable[[Any, Layers], Any]  # a new model with the moments as its statistics
 
 
+class Options(NamedTuple):
+    """How the pass goes; see the `postproc` of the hosts."""
+
+    estimator: Estimator
+    consistent: bool
+    tolerance: float
+    max_sweeps: int | None
+    stop_when: float | None
+    skip_nonfinite: bool
+    mesh: Mesh | None
+    progress: bool | None
+
+
+class _Sweep(NamedTuple):
+    """What came of one."""
+
+    done: Pass
+    moments: Layers
+    read: int  # batches, by this process
+    stopped: bool  # before there were no more
+
+
 def postproc(
-    host: Host,
-    model: Any,
-    batches: Iterable[Any] | Callable[[], Iterator[Any]],
-    *,
-    estimator: Estimator,
-    consistent: bool,
-    tolerance: float,
-    max_sweeps: int | None,
-    skip_nonfinite: bool,
-    mesh: Mesh | None,
-    progress: bool | None,
+    host: Host, model: Any, batches: Iterable[Any] | Callable[[], Iterator[Any]], options: Options
 ) -> tuple[Any, Report]:
     """The new model, and what changed; see the `postproc` of the hosts."""
-    if (max_sweeps is not None and max_sweeps < 1) or not tolerance >= 0:
-        raise ValueError(f"max_sweeps={max_sweeps} must be positive, and tolerance={tolerance} not negative.")
-
-    def sweep(model: Any, mode: str, number: int) -> tuple[Pass, Layers]:
-        def run() -> Pass | None:
-            arrays = host.arrays(model) if mesh is None else replicate(host.arrays(model), mesh)
-            title = f"Estimating statistics, {estimator.name}" + (f", sweep {number}" if consistent else "")
-            done = _estimate.run(
-                host.measure(mode), arrays, _readable(batches, consistent),
-                estimator=estimator, mesh=mesh, title=title, progress=progress,
-            )  # fmt: skip
-            if done is not None and not skip_nonfinite:
-                _estimate.check_finite(done)  # where the batches are known by their number
-            return done
-
-        done = run() if jax.process_count() == 1 else _processes.together(run, estimator=estimator)
-        if done is None:
-            raise ValueError(
-                "There was no batch to estimate statistics from: the iterable is empty. An iterator can be read only "
-                "once; pass a list, a loader, or a fresh iterator."
-            )
-        return done, _estimate.finish(done, estimator=estimator, skip_nonfinite=skip_nonfinite)
-
+    _check(options)
     # The first sweep finds statistics near the right ones. Each later one measures every layer's input under those of
-    # the sweep before, so that layer k is exact after k sweeps, and stands still.
-    done, moments = sweep(model, "batch", 1)
+    # the sweep before, so that layer k is exact after k sweeps, and stands still. If the first was stopped early, the
+    # later ones read as many batches as it did.
+    first = last = _sweep(host, model, batches, options, mode="batch", number=1)
+    limit = first.read if first.stopped else None
     old = host.states(model)  # after the processes have met: what is wrong with the model of one is heard by all
-    limit = len(old) + 1 if max_sweeps is None else max_sweeps
-    current, sweeps, change = host.install(model, moments), 1, None
-    while consistent and sweeps < limit and (change is None or change > tolerance):
+    most = len(old) + 1 if options.max_sweeps is None else options.max_sweeps
+    current, sweeps, change = host.install(model, first.moments), 1, None
+    while options.consistent and sweeps < most and (change is None or change > options.tolerance):
         sweeps += 1
-        done, moments = sweep(current, "eval", sweeps)
-        before, current = current, host.install(current, moments)
+        last = _sweep(host, current, batches, options, mode="eval", number=sweeps, limit=limit)
+        before, current = current, host.install(current, last.moments)
         change = largest_change(host.states(before), host.states(current))
-    return current, report(estimator, done, moments, old, host.states(current), sweeps=sweeps, change=change)
+    about = {"sweeps": sweeps, "change": change, "stop_when": options.stop_when, "stopped": first.stopped}
+    return current, report(options.estimator, last.done, last.moments, old, host.states(current), **about)
+
+
+def _check(options: Options) -> None:
+    """Raises a ValueError for options that make no sense."""
+    if (options.max_sweeps is not None and options.max_sweeps < 1) or not options.tolerance >= 0:
+        raise ValueError(
+            f"max_sweeps={options.max_sweeps} must be positive, and tolerance={options.tolerance} not negative."
+        )
+    if options.stop_when is None:
+        return
+    if not options.stop_when > 0:
+        raise ValueError(
+            f"stop_when={options.stop_when} must be positive: the standard error that is small enough, such as 0.01."
+        )
+    if options.estimator.errors is None:
+        raise ValueError(
+            f"stop_when needs standard errors, and {options.estimator.name} has none: its last batches weigh most, and "
+            f"more of them do not make it more certain. Use estimator=jaxbn.pooled()."
+        )
+
+
+def _sweep(
+    host: Host, model: Any, batches: Any, options: Options, *, mode: str, number: int, limit: int | None = None
+) -> _Sweep:
+    """One pass over the batches, of all processes."""
+    enough = functools.partial(_estimate.is_certain, bound=options.stop_when, estimator=options.estimator)
+    with contextlib.closing(_stages(host, model, batches, options, mode, number, limit)) as stages:
+        if jax.process_count() == 1:
+            done, over = next(stage for stage in stages if stage[1] or (stage[0] is not None and enough(stage[0])))
+            mine, stopped = done, not over
+        else:
+            done, mine, stopped = _processes.together(stages, enough, estimator=options.estimator)
+    if done is None:
+        raise ValueError(
+            "There was no batch to estimate statistics from: the iterable is empty. An iterator can be read only "
+            "once; pass a list, a loader, or a fresh iterator."
+        )
+    moments = _estimate.finish(done, estimator=options.estimator, skip_nonfinite=options.skip_nonfinite)
+    return _Sweep(done, moments, 0 if mine is None else int(mine.batches), stopped)
+
+
+def _stages(
+    host: Host, model: Any, batches: Any, options: Options, mode: str, number: int, limit: int | None
+) -> Generator[tuple[Pass | None, bool], None, None]:
+    """The part of this process. All that may fail is inside, where the other processes hear of it."""
+    arrays = host.arrays(model) if options.mesh is None else replicate(host.arrays(model), options.mesh)
+    readable = _readable(batches, options.consistent)
+    stages = _estimate.stages(
+        host.measure(mode),
+        arrays,
+        readable if limit is None else itertools.islice(readable, limit),
+        estimator=options.estimator,
+        mesh=options.mesh,
+        title=f"Estimating statistics, {options.estimator.name}" + (f", sweep {number}" if options.consistent else ""),
+        progress=options.progress,
+        checks=options.stop_when is not None and number == 1,
+    )
+    with contextlib.closing(stages):
+        for state, over in stages:
+            if state is not None and not options.skip_nonfinite:
+                _estimate.check_finite(state)  # where the batches are known by their number
+            yield state, over
 
 
 def largest_change(old: Mapping[str, State], new: Mapping[str, State]) -> float:

@@ -1,14 +1,15 @@
 """The pass on several processes: each reads its own batches with its own replica, and they meet once per sweep.
 
 All that is exchanged is bytes, in two rounds: what happened and what was accumulated. A process whose batches fail says
-so instead of staying away, so that all raise and none waits for ever.
+so instead of staying away, so that all raise and none waits for ever. Where a pass may stop early they meet at every
+decision, which all make on the same bits; who has no batches left takes part with what it has.
 """
 
 import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -22,27 +23,42 @@ from jaxbn.population.estimators import Estimator
 from jaxbn.population.layers import LayerKind
 
 
-def together(run: Callable[[], Pass | None], *, estimator: Estimator) -> Pass | None:
+def together(
+    stages: Iterator[tuple[Pass | None, bool]], enough: Callable[[Pass], bool], *, estimator: Estimator
+) -> tuple[Pass | None, Pass | None, bool]:
     """Runs every process's own part of a pass, and merges what they accumulated, in the order of the processes.
 
     Args:
-        run: The part of this process; None if it had no batch.
+        stages: The part of this process, as `estimate.stages` gives it.
+        enough: Whether the pass may stop with this, merged.
         estimator: How accumulators are merged.
 
     Returns:
-        The same on every process, to the last bit; None if none had a batch.
+        What all accumulated, the same on every process to the last bit, None if none had a batch; what this one did;
+        and whether the pass was stopped before its end.
 
     Raises:
         RuntimeError: If another process failed; an exception of this process is raised as it is.
     """
-    error, state = None, None
-    try:
-        state = run()
-    except Exception as raised:  # whatever it is, the others must hear of it
-        error = raised
-    said = [json.loads(message) for message in exchange(json.dumps(_describe(state, error, estimator)).encode())]
-    if error is not None:
-        raise error
+    state, over = None, False
+    while True:
+        error = None
+        try:
+            state, over = (state, over) if over else next(stages)
+        except Exception as raised:  # whatever it is, the others must hear of it
+            error = raised
+        said = [json.loads(message) for message in exchange(_describe(state, over, error, estimator))]
+        if error is not None:
+            raise error
+        whole = _merged(said, state, estimator)
+        if all(other["over"] for other in said):
+            return whole, state, False
+        if whole is not None and enough(whole):
+            return whole, state, True
+
+
+def _merged(said: list[dict[str, Any]], state: Pass | None, estimator: Estimator) -> Pass | None:
+    """What all have accumulated, out of what they said; the second round."""
     for process, other in enumerate(said):
         if other["error"]:
             raise RuntimeError(
@@ -107,16 +123,17 @@ def _copies(leaf: Any) -> list[tuple[str, Any, np.ndarray]]:
     return [("" if whole else f" {shard.index}", shard.device, np.asarray(shard.data)) for shard in shards]
 
 
-def _describe(state: Pass | None, error: Exception | None, estimator: Estimator) -> dict[str, Any]:
+def _describe(state: Pass | None, over: bool, error: Exception | None, estimator: Estimator) -> bytes:
     """What a process says in the first round."""
-    said: dict[str, Any] = {"error": None if error is None else f"{type(error).__name__}: {error}", "moments": None}
-    if state is None:
-        return said
-    shapes = jax.eval_shape(estimator.finalize, state.estimate)
-    moments = {
-        path: [[list(part.shape), np.dtype(part.dtype).name] for part in parts] for path, parts in shapes.items()
-    }
-    return said | {"moments": moments, "kinds": state.kinds}
+    failed = None if error is None else f"{type(error).__name__}: {error}"
+    said: dict[str, Any] = {"error": failed, "over": over, "moments": None}
+    if state is not None:
+        shapes = jax.eval_shape(estimator.finalize, state.estimate)
+        said["moments"] = {
+            path: [[list(part.shape), np.dtype(part.dtype).name] for part in parts] for path, parts in shapes.items()
+        }
+        said["kinds"] = state.kinds
+    return json.dumps(said).encode()
 
 
 def _empty_like(said: dict[str, Any], estimator: Estimator) -> Pass:

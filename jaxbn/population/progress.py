@@ -1,6 +1,6 @@
 """A progress bar for long work: on standard error, from one process, and only where somebody is looking."""
 
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Generator, Iterable, Sized
 from typing import TypeVar
 
 import jax
@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 _Item = TypeVar("_Item")
 
 
-def track(items: Iterable[_Item], title: str, progress: bool | None = None) -> Iterator[_Item]:
+def track(items: Iterable[_Item], title: str, progress: bool | None = None) -> Generator[_Item, None, None]:
     """Yields the items and shows how far it got.
 
     Args:
@@ -28,7 +28,8 @@ def track(items: Iterable[_Item], title: str, progress: bool | None = None) -> I
     """
     console = Console(stderr=True)
     if not (console.is_terminal and jax.process_index() == 0 if progress is None else progress):
-        yield from items
+        for item in items:  # and not `yield from`, which would close a generator that is left before its end
+            yield item
         return
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()

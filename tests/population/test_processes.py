@@ -81,6 +81,26 @@ def test_processes_agree_with_one_that_has_all_batches(name, parts, options, res
     assert [kind[0] for kind in first["kinds"].values()] == ["batch_norm", "batch_norm"]
 
 
+@pytest.mark.parametrize(
+    "name, process, count, options",
+    [
+        ("stopped", 1, None, {}),
+        ("stopped, one runs out", 1, 10, {}),
+        ("stopped, consistent", 0, 9, {"consistent": True}),
+    ],
+)
+def test_processes_stop_together(name, process, count, options, results, worker):
+    """After a decision on what all have seen; the one with `count` batches has read all of them, and the other more."""
+    first, second = (result[name]["result"] for result in results)
+    assert first == second and first["stopped"]
+    other = first["batches"] // 2 if count is None else first["batches"] - count
+    assert other in (12, 18, 27)
+    parts = [other if count is None else count, other] if process == 0 else [other, other if count is None else count]
+    expected = of_all(worker, parts, **options)
+    for found, wanted in zip(first["leaves"], expected["leaves"], strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
+
+
 def test_nnx_models_too(results, worker):
     rows = np.concatenate([*worker.batches_of(0, 3), *worker.batches_of(1, 2)]).astype(np.float64)
     assert results[0]["nnx"] == results[1]["nnx"]
@@ -94,6 +114,11 @@ def test_nnx_models_too(results, worker):
     [
         ("one breaks", ["RuntimeError", "OSError"], ["Process 1 failed.*OSError: batch 3 cannot be read", "batch 3"]),
         ("one breaks at once", ["RuntimeError", "OSError"], ["Process 1 failed", "batch 0 cannot be read"]),
+        (
+            "one breaks after a decision",
+            ["RuntimeError", "OSError"],
+            ["Process 1 failed.*OSError: batch 10 cannot be read", "batch 10"],
+        ),
         ("one can be read once", ["RuntimeError", "TypeError"], ["Process 1 failed.*read only once", "read only once"]),
         ("none", ["ValueError", "ValueError"], ["There was no batch"] * 2),
         ("nan", ["RuntimeError", "ValueError"], ["Process 1 failed.*Batch 1", "Batch 1 .*'BatchNorm_0'"]),

@@ -1,5 +1,6 @@
 """One of the two processes of test_processes.py: runs every scenario, and writes what came of it."""
 
+import itertools
 import json
 import sys
 import warnings
@@ -43,7 +44,17 @@ def statistics(batches, **options):
     jaxbn.check_replicas(variables)
     leaves = [np.asarray(leaf).tolist() for leaf in jax.tree.leaves(variables["batch_stats"])]
     kinds = {path: change.kind for path, change in report.layers.items()}
-    return {"leaves": leaves, "batches": report.batches, "skipped": report.skipped, "kinds": kinds}
+    return {
+        "leaves": leaves,
+        "batches": report.batches,
+        "skipped": report.skipped,
+        "kinds": kinds,
+        "stopped": report.stopped,
+    }
+
+
+def endless(process):
+    return itertools.chain(batches_of(process, 30), itertools.repeat(None))  # which nobody can measure
 
 
 def mesh():
@@ -89,6 +100,14 @@ SCENARIOS = {
         )[1].batches
     ),
     "other variables": lambda p: jaxbn.check_replicas({"a": jnp.ones(3), "b": {"c": jnp.full(2, p)}}),
+    "stopped": lambda p: statistics(endless(p), stop_when=0.12),
+    "stopped, one runs out": lambda p: statistics(batches_of(p, 10) if p else endless(p), stop_when=0.12),
+    "stopped, consistent": lambda p: statistics(
+        (lambda: endless(p)) if p else batches_of(p, 9), stop_when=0.12, consistent=True
+    ),
+    "one breaks after a decision": lambda p: statistics(
+        breaks_at(10, batches_of(p, 10)) if p else endless(p), stop_when=1e-9
+    ),
     "the same again": lambda p: statistics(batches_of(p, 2 if p else 3)),  # after all those errors
 }
 
