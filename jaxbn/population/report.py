@@ -151,9 +151,9 @@ class Report:
 
     def plot(self) -> Any:
         """A figure of matplotlib, with a row for each layer: `report.plot().savefig("report.png")`."""
-        from jaxbn.population import plots
+        from jaxbn.population import report_plot
 
-        return plots.draw(self)
+        return report_plot.draw(self)
 
     def __str__(self) -> str:
         reached = [path for path in self.layers if path not in self.not_reached]

@@ -1,13 +1,13 @@
-"""The report of a pass, drawn. matplotlib is optional: it is imported where something is drawn."""
+"""The report of a pass, drawn."""
 
 from typing import Any
 
 import numpy as np
 
+from jaxbn.population import figures
 from jaxbn.population.report import Report
 from jaxbn.population.tables import names_of
 
-_WIDTH, _ROW, _ENDS = 11.0, 0.19, 1.7  # inches: of the figure, of a layer, and of what is above and below the rows
 _WIDEST_PATH = 40
 _AVERAGE, _WORST, _RANGE = "#0072B2", "#D55E00", "#56B4E9"
 
@@ -28,16 +28,15 @@ def draw(report: Report) -> Any:
     rows, names = np.arange(len(paths)), names_of(paths, _WIDEST_PATH)
     summaries = [report.layers[path].summary for path in paths]
     numbers = {name: np.array([summary[name] for summary in summaries]) for name in summaries[0]}
-    figure = _figure(_WIDTH, _ENDS + _ROW * max(len(paths), 4))
-    figure.suptitle(f"{report.estimator} statistics from {report.batches} batches", fontsize=10)
-    shift, ratio, error = figure.subplots(1, 3, sharey=True)
+    title = f"{report.estimator} statistics from {report.batches} batches"
+    figure, columns = figures.of_layers([names[path] for path in paths], title, 3)
+    shift, ratio, error = columns
 
     shift.plot(numbers["mean_shift"], rows, "o", color=_AVERAGE, markersize=4, label="channel average")
     shift.plot(numbers["worst_mean_shift"], rows, "x", color=_WORST, markersize=4, label="worst channel")
     shift.set_xscale("symlog", linthresh=0.01)
-    shift.set(xlabel="old mean off by (new std)", yticks=rows, ylim=(len(rows) - 0.3, -0.7))
     shift.set_xlim(0, max(0.02, 1.5 * np.nanmax(numbers["worst_mean_shift"], initial=0)))
-    shift.set_yticklabels([names[path] for path in paths], fontsize=8)
+    shift.set_xlabel("old mean off by (new std)")
 
     ends = numbers["min_var_ratio"], numbers["max_var_ratio"]
     ratio.hlines(rows, *ends, color=_RANGE, linewidth=4, label="smallest to largest channel")
@@ -51,20 +50,8 @@ def draw(report: Report) -> Any:
     _set_log(error, [*ends[0], *ends[1]])
     error.set_xlabel("standard error, worst channel")
 
-    for axes in (shift, ratio, error):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(True, color="0.9")
-        axes.set_axisbelow(True)
-        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), fontsize=8, frameon=False)
+    figures.finish(columns)
     return figure
-
-
-def _figure(width: float, height: float) -> Any:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("Drawing needs matplotlib, which is optional: pip install matplotlib") from error
-    return Figure(figsize=(width, height), layout="constrained")
 
 
 def _set_log(axes: Any, values: list[float]) -> None:
