@@ -94,7 +94,13 @@ def postproc(
         Wu & Johnson, `Rethinking "Batch" in BatchNorm <https://arxiv.org/abs/2105.07576>`_, 2021, section 3.
     """
     return _postproc.postproc(
-        _postproc.Host(functools.partial(_measure, call, weights), lambda v: v, find_states, install_moments),
+        _postproc.Host(
+            measure=functools.partial(_measure, call, weights),
+            arrays=lambda variables: variables,
+            with_arrays=lambda _, variables: variables,
+            states=find_states,
+            install=install_moments,
+        ),
         variables,
         batches,
         _postproc.Options(

@@ -88,7 +88,13 @@ def postproc(
     """
     measure = functools.partial(_measure, run_model if call is None else call, weights, nnx.graphdef(model))
     return _postproc.postproc(
-        _postproc.Host(measure, nnx.state, find_states, install_moments),
+        _postproc.Host(
+            measure=measure,
+            arrays=nnx.state,
+            with_arrays=lambda model, state: nnx.merge(nnx.graphdef(model), state),
+            states=find_states,
+            install=install_moments,
+        ),
         model,
         batches,
         _postproc.Options(

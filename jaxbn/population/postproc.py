@@ -25,6 +25,7 @@ class Host(NamedTuple):
 
     measure: Callable[[str], Measure]  # how a batch is measured in a mode
     arrays: Callable[[Any], Any]  # the pytree that `measure` takes for a model
+    with_arrays: Callable[[Any, Any], Any]  # a model of the structure of one, and such a pytree
     states: Callable[[Any], dict[str, State]]  # the statistics of each layer
     install: Callable[[Any, Layers], Any]  # a new model with the moments as its statistics
 
@@ -56,6 +57,17 @@ def postproc(
 ) -> tuple[Any, Report]:
     """The new model, and what changed; see the `postproc` of the hosts."""
     _check(options)
+    if all(map(_processes.is_here, jax.tree.leaves(host.arrays(model)))):
+        return _postproc(host, model, batches, options)
+    # Each process runs as many batches as it has, so that none may need what another holds.
+    arrays, restored = _processes.whole(host.arrays(model))
+    new, made = _postproc(host, host.with_arrays(model, arrays), batches, options)
+    return host.with_arrays(new, restored(host.arrays(new))), made
+
+
+def _postproc(
+    host: Host, model: Any, batches: Iterable[Any] | Callable[[], Iterator[Any]], options: Options
+) -> tuple[Any, Report]:
     # The first sweep finds statistics near the right ones. Each later one measures every layer's input under those of
     # the sweep before, so that layer k is exact after k sweeps, and stands still. If the first was stopped early, the
     # later ones read as many batches as it did.

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.experimental.multihost_utils import process_allgather
 
 from jaxbn.core.moments import Moments
 from jaxbn.population.estimate import Pass, empty
@@ -76,11 +76,43 @@ def _merged(said: list[dict[str, Any]], state: Pass | None, estimator: Estimator
 
 def exchange(message: bytes) -> list[bytes]:
     """The messages of all processes, by index. Every process must call it, and as often as the others."""
-    lengths = multihost_utils.process_allgather(np.int32(len(message)))
+    lengths = process_allgather(np.int32(len(message)))
     padded = np.zeros(max(int(lengths.max()), 1), np.uint8)
     padded[: len(message)] = np.frombuffer(message, np.uint8)
-    rows = multihost_utils.process_allgather(padded)
+    rows = process_allgather(padded)
     return [row[:length].tobytes() for row, length in zip(rows, lengths, strict=True)]
+
+
+def whole(tree: Any) -> tuple[Any, Callable[[Any], Any]]:
+    """The tree with its arrays that are spread over processes whole in this one, and a way back for such a tree.
+
+    Every process must call it. Processes may then run as often as they like; each needs the memory for a replica.
+
+    Args:
+        tree: A pytree of arrays.
+
+    Returns:
+        The pytree; and a function of one of the same structure, whose arrays it spreads as they were.
+    """
+    given, structure = jax.tree.flatten(tree)
+    gathered = [leaf if is_here(leaf) else jnp.asarray(process_allgather(leaf, tiled=True)) for leaf in given]
+
+    def back(old: Any, unchanged: Any, leaf: Any) -> Any:
+        if is_here(old):
+            return leaf
+        values = np.asarray(leaf)
+        return old if leaf is unchanged else jax.make_array_from_callback(old.shape, old.sharding, values.__getitem__)
+
+    def restored(new: Any) -> Any:
+        leaves, structure = jax.tree.flatten(new)
+        return jax.tree.unflatten(structure, map(back, given, gathered, leaves))
+
+    return jax.tree.unflatten(structure, gathered), restored
+
+
+def is_here(leaf: Any) -> bool:
+    """Whether this process holds all of an array."""
+    return not isinstance(leaf, jax.Array) or leaf.is_fully_addressable
 
 
 def check_replicas(tree: Any) -> None:

@@ -101,6 +101,18 @@ def test_processes_stop_together(name, process, count, options, results, worker)
         np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
 
 
+def test_parameters_may_be_spread_over_both(results, worker):
+    expected = of_all(worker, (3, 2))["leaves"]
+    nnx_model = worker.linear_and_norm()
+    rows = np.concatenate([*worker.batches_of(0, 3), *worker.batches_of(1, 2)]).astype(np.float64)
+    z = rows @ np.float64(nnx_model.layers[0].kernel[...]) + np.float64(nnx_model.layers[0].bias[...])
+    for name, wanted in (("sharded over both", expected), ("sharded over both, nnx", [z.mean(0), z.var(0)])):
+        first, second = (result[name]["result"] for result in results)
+        assert first == second
+        for found, value in zip(first, wanted, strict=True):
+            np.testing.assert_allclose(found, value, rtol=1e-5, atol=1e-6)
+
+
 def test_nnx_models_too(results, worker):
     rows = np.concatenate([*worker.batches_of(0, 3), *worker.batches_of(1, 2)]).astype(np.float64)
     assert results[0]["nnx"] == results[1]["nnx"]

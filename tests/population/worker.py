@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import jaxbn
 import jaxbn.linen
@@ -76,6 +77,35 @@ def nnx_statistics(batches):
     return [np.asarray(model.mean[...]).tolist(), np.asarray(model.var[...]).tolist()]
 
 
+def sharded(batches, nnx_too=False):
+    """With kernels spread over the devices of both processes, and all else whole on each of them."""
+    everywhere = jax.make_mesh((4,), ("data",), (AxisType.Auto,))
+
+    def place(leaf):
+        leaf = np.asarray(leaf)
+        spec = P(None, "data") if leaf.ndim > 1 else P()
+        return jax.make_array_from_callback(leaf.shape, NamedSharding(everywhere, spec), lambda index: leaf[index])
+
+    if nnx_too:
+        model = linear_and_norm()
+        before = jax.tree.map(place, nnx.state(model))
+        model, _ = jaxbn.nnx.postproc(nnx.merge(nnx.graphdef(model), before), batches)
+        after, statistics = nnx.state(model), nnx.state(model, nnx.BatchStat)
+    else:
+        net = Net()
+        before = jax.tree.map(place, net.init(jax.random.key(0), np.zeros((2, 3), np.float32)))
+        after, _ = jaxbn.linen.postproc(net.apply, before, batches)
+        statistics = after["batch_stats"]
+    assert [leaf.sharding for leaf in jax.tree.leaves(after)] == [leaf.sharding for leaf in jax.tree.leaves(before)]
+    assert not all(leaf.is_fully_replicated for leaf in jax.tree.leaves(after))
+    jaxbn.check_replicas(after)
+    return [np.asarray(leaf).tolist() for leaf in jax.tree.leaves(statistics)]
+
+
+def linear_and_norm():
+    return nnx.Sequential(nnx.Linear(3, 4, rngs=nnx.Rngs(0)), nnx.BatchNorm(4, rngs=nnx.Rngs(1)))
+
+
 SCENARIOS = {
     "five and none": lambda p: statistics(batches_of(p, 0 if p else 5)),
     "none and five": lambda p: statistics(batches_of(p, 5 if p else 0)),
@@ -85,6 +115,8 @@ SCENARIOS = {
     "moving average": lambda p: statistics(batches_of(p, 2 if p else 3), estimator=jaxbn.moving_average()),
     "mean of batches": lambda p: statistics(batches_of(p, 2 if p else 3), estimator=jaxbn.mean_of_batches()),
     "nnx": lambda p: nnx_statistics(batches_of(p, 2 if p else 3)),
+    "sharded over both": lambda p: sharded(batches_of(p, 2 if p else 3)),
+    "sharded over both, nnx": lambda p: sharded(batches_of(p, 2 if p else 3), True),
     "one breaks": lambda p: statistics(breaks_at(3, batches_of(p, 5)) if p else batches_of(p, 5)),
     "one breaks at once": lambda p: statistics(breaks_at(0, []) if p else batches_of(p, 5)),
     "one can be read once": lambda p: statistics(iter(batches_of(p, 2)) if p else batches_of(p, 2), consistent=True),
