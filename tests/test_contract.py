@@ -17,17 +17,25 @@ ROWS, SPACE, FEATURES = 16, 3, 4
 SHAPE = (ROWS, SPACE, FEATURES)
 
 # Batch norm is tested in every combination; another method, which runs through the same core, in a few.
+SLOW_WAYS = [way for way in WAYS if way not in ("jit", "shard_map")]
 FULL = [case for case in CASES if case.factory is jaxbn.batch_norm]
 
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 every_batch_norm = pytest.mark.parametrize("case", FULL, ids=lambda case: case.name)
 
 
-def every_case_and(name, values, few):
-    """Each case with each of the values, or with a few of them if it is no batch norm."""
-    pairs = [(case, value) for case in CASES for value in (values if case in FULL else few)]
-    ids = [f"{case.name}-{getattr(value, '__name__', value)}" for case, value in pairs]
-    return pytest.mark.parametrize(("case", name), pairs, ids=ids)
+def every_case_and(name, values, few, slow=()):
+    """Each case with each of the values, or with a few of them if it is no batch norm.
+
+    Those of `slow` are so for all but the plain batch norm, from which the others differ in little.
+    """
+
+    def pair(case, value):
+        marks = [pytest.mark.slow] * (value in slow and case is not CASES[0])
+        return pytest.param(case, value, marks=marks, id=f"{case.name}-{getattr(value, '__name__', value)}")
+
+    pairs = [pair(case, value) for case in CASES for value in (values if case in FULL else few)]
+    return pytest.mark.parametrize(("case", name), pairs)
 
 
 every_case_and_dtype = every_case_and("dtype", [jnp.float32, jnp.bfloat16], few=[jnp.bfloat16])
@@ -233,7 +241,7 @@ def test_statistics_that_are_not_finite_stay_out_of_the_state(case, x, bad):
         assert (np.delete(after.mean, 2) != np.delete(state.mean, 2)).all()
 
 
-@every_case_and("way", WAYS, few=["jit", "shard_map"])
+@every_case_and("way", WAYS, few=["jit", "shard_map"], slow=SLOW_WAYS)
 def test_devices_equal_one_device(case, way, x, target, rng):
     """Outputs, statistics and gradients, with unequal masks and a shard without a valid position."""
     one, params, state = started(case)
@@ -253,7 +261,7 @@ def test_devices_equal_one_device(case, way, x, target, rng):
     chex.assert_trees_all_close(found, jax.tree.map(np.asarray, expected), rtol=1e-5, atol=1e-5)
 
 
-@every_case_and("way", [way for way in WAYS if way != "vmap"], few=["jit", "shard_map"])
+@every_case_and("way", [way for way in WAYS if way != "vmap"], few=["jit", "shard_map"], slow=SLOW_WAYS)
 @pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
 def test_one_collective_forward_and_one_backward(case, masked, way, x, target, rng):
     transform = case.transform(axis_name=AXIS if way in NAMED else None)

@@ -78,6 +78,7 @@ def test_linen_is_measured_and_what_is_not_installed_is_skipped(run, monkeypatch
     assert max(map(len, lines)) <= 80
 
 
+@pytest.mark.slow
 def test_nnx_is_measured(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
 

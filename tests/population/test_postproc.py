@@ -91,6 +91,7 @@ def test_one_pass_with_everything_as_the_batch_is_the_same_at_once(host, data):
     assert_same_statistics(model.postproc([data], mesh=mesh())[0], swept, 1e-5)
 
 
+@pytest.mark.slow
 @every_host
 def test_other_estimators_sweep_too(host, data):
     model = Model(host)
