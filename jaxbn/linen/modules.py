@@ -52,9 +52,9 @@ class Norm(nn.Module):
 
     @nn.nowrap
     def transform(self, **changes: Any) -> NormTransform:
-        """The pure functions of this layer, with some of its fields changed."""
+        """The pure functions of this layer, with some of its fields changed, as far as its method has them."""
         names = inspect.signature(self.factory).parameters
-        return self.factory(**{name: getattr(self, name) for name in names} | changes)
+        return self.factory(**{name: changes.get(name, getattr(self, name)) for name in names})
 
     @nn.compact
     def __call__(
