@@ -16,6 +16,8 @@ from jaxbn.methods.batch_norm import BatchNormState as BatchNormState
 from jaxbn.methods.batch_norm import batch_norm as batch_norm
 from jaxbn.methods.batch_renorm import BatchRenormState as BatchRenormState
 from jaxbn.methods.batch_renorm import batch_renorm as batch_renorm
+from jaxbn.methods.ghost_batch_norm import GhostBatchNormState as GhostBatchNormState
+from jaxbn.methods.ghost_batch_norm import ghost_batch_norm as ghost_batch_norm
 from jaxbn.methods.schedules import renorm_ramp as renorm_ramp
 from jaxbn.methods.schedules import renorm_switch as renorm_switch
 from jaxbn.population.diagnosis import Diagnosis as Diagnosis

@@ -163,4 +163,13 @@ CASES = [
     ),
     # Bounds that clip some of the channels of the contract and some not.
     _batch_renorm_case("batch_renorm", {"r_max": _r_max, "d_max": _d_max}, r_max=_r_max, d_max=_d_max),
+    # A batch in one group, which is batch norm's; groups are tested by themselves.
+    Case(
+        "ghost_batch_norm",
+        jaxbn.ghost_batch_norm,
+        jaxbn.linen.GhostBatchNorm,
+        jaxbn.nnx.GhostBatchNorm,
+        {"ghost_size": 16},
+        **_batch_norm(),
+    ),  # fmt: skip
 ]

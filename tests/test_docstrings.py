@@ -37,6 +37,7 @@ SUMMARY_ONLY = {
     "jaxbn.Estimator": "a protocol, a tuple of functions; pooled and the others show it",
     "jaxbn.Finding": "part of a Diagnosis; its fields say what they are",
     "jaxbn.Frozen": "made by freeze, finalize and load; its fields say what it holds",
+    "jaxbn.GhostBatchNormState": "a NamedTuple that ghost_batch_norm makes; its fields say their shapes",
     "jaxbn.Info": "a NamedTuple in a Frozen; its fields say what they are",
     "jaxbn.LayerDiagnosis": "part of a Diagnosis; its fields say what they are",
     "jaxbn.LayerInfo": "a NamedTuple in a Frozen; its fields say what they are",

@@ -40,8 +40,33 @@ def cut(x: jax.Array, rows: int, blocks: int) -> jax.Array:
     sharding = jax.typeof(x).sharding
     if not _is_explicit(sharding):
         return x.reshape(shape)
-    spec = PartitionSpec(*sharding.spec[: rows + 1], None, *sharding.spec[rows + 1 :])
+    spec = sharding.spec
+    devices = math.prod(sharding.mesh.shape[name] for name in _names(spec[rows]))
+    if 1 < blocks and blocks % devices:
+        raise ValueError(
+            f"Rows that are spread over {devices} devices of an Explicit mesh axis cannot be cut into {blocks} pieces "
+            f"there. Use a mesh whose axes are Auto, or shard_map."
+        )
+    whole = (None, spec[rows]) if blocks == 1 else (spec[rows], None)
+    spec = PartitionSpec(*spec[:rows], *whole, *spec[rows + 1 :])
     return lax.reshape(x, shape, out_sharding=NamedSharding(sharding.mesh, spec))
+
+
+def uncut(x: jax.Array, like: jax.Array) -> jax.Array:
+    """What was cut, in the shape of `like` again, moving nothing."""
+    sharding = jax.typeof(like).sharding
+    return lax.reshape(x, like.shape, out_sharding=sharding) if _is_explicit(sharding) else x.reshape(like.shape)
+
+
+def repeat(stat: jax.Array, position: int, x: jax.Array, axis: int) -> jax.Array:
+    """[C] once for each index along an axis of x, in the place `position`, and on the devices where these are."""
+    shape = (*stat.shape[:position], x.shape[axis], *stat.shape[position:])
+    sharding, stat = jax.typeof(x).sharding, jnp.expand_dims(stat, position)
+    if not _is_explicit(sharding):
+        return jnp.broadcast_to(stat, shape)
+    spec = list(jax.typeof(stat).sharding.spec)
+    spec[position] = sharding.spec[axis]
+    return jnp.broadcast_to(stat, shape, out_sharding=NamedSharding(sharding.mesh, PartitionSpec(*spec)))
 
 
 def gather(blocks: jax.Array, axis_name: AxisName | None, groups: Groups | None) -> jax.Array:
@@ -78,6 +103,24 @@ def group_size(axis_name: AxisName | None, groups: Groups | None) -> int:
     if axis_name is None:
         return 1
     return lax.axis_size(axis_name) if groups is None else len(groups[0])
+
+
+def neighbours(axis_name: AxisName | None, size: int) -> Groups | None:
+    """The devices of the axis in groups of `size` that lie next to each other; None where that is all of them."""
+    if axis_name is None or size == lax.axis_size(axis_name):
+        return None
+    return tuple(tuple(range(first, first + size)) for first in range(0, lax.axis_size(axis_name), size))
+
+
+def own_of_neighbours(tree: Any, axis_name: AxisName, size: int) -> Any:
+    """Of arrays [P / size, ...] with something for each group of neighbours that for the group of this device."""
+
+    def own(groups: jax.Array) -> jax.Array:
+        if groups.shape[0] == 1:
+            return groups[0]
+        return lax.dynamic_index_in_dim(groups, lax.axis_index(axis_name) // size, keepdims=False)
+
+    return jax.tree.map(own, tree)
 
 
 def mean_over(tree: Any, axis_name: AxisName | None) -> Any:
@@ -192,7 +235,7 @@ def _is_explicit(sharding: Any) -> bool:
 def _replicate(blocks: jax.Array) -> jax.Array:
     """Makes the leading axis whole on every device of the mesh that `jit` shards over; features stay as they are."""
     sharding = jax.typeof(blocks).sharding
-    if blocks.shape[0] == 1 or sharding.mesh.empty:
+    if blocks.shape[0] == 1 or not set(sharding.mesh.axis_types) & {AxisType.Auto, AxisType.Explicit}:
         return blocks
     if _is_explicit(sharding):
         return jax.sharding.reshard(blocks, NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec[1:])))

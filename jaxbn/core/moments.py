@@ -101,14 +101,25 @@ def batch_moments(
         Array([0.015625], dtype=float32)
     """
     groups = _devices.check_groups(axis_name, axis_index_groups)
-    x = jnp.asarray(x)
-    weights = _axes.weights_like(mask, x.shape)
-    axes, arrays = _axes.with_rows(_axes.split(x.ndim, axis), *((x,) if weights is None else (x, weights)))
-    block = _block_means(axes, use_fast_variance, *arrays)
-    stacked = jnp.stack([part.astype(block.shift.dtype) for part in block], 1)
-    everywhere = _devices.gather(stacked, axis_name, groups)
-    count, shift, first, second = (everywhere[:, i] for i in range(4))
-    return _merge_blocks(_Block(count.real, shift, first, second.real))
+    return _merge_stacked(_devices.gather(_stacked_blocks(x, axis, mask, use_fast_variance), axis_name, groups))
+
+
+def neighbour_moments(
+    x: ArrayLike,
+    *,
+    axis: _axes.Axis,
+    mask: ArrayLike | None,
+    axis_name: _devices.AxisName,
+    size: int,
+    use_fast_variance: bool,
+) -> Moments:
+    """Moments of each group of `size` neighbouring devices, [P / size, C], all of them on all devices.
+
+    As `batch_moments` otherwise; in one all-gather.
+    """
+    everywhere = _devices.gather(_stacked_blocks(x, axis, mask, use_fast_variance), axis_name, None)
+    groups = _devices.group_size(axis_name, None) // size
+    return jax.vmap(_merge_stacked)(everywhere.reshape(groups, -1, *everywhere.shape[1:]))
 
 
 def example_moments(x: jax.Array, *, axis: _axes.Axis = -1, mask: jax.Array | None = None) -> Moments:
@@ -183,9 +194,16 @@ def merge_over(
         Array([26., 26.], dtype=float32)
     """
     groups = _devices.check_groups(axis_name, axis_index_groups)
-    stacked = jnp.stack([part.astype(moments.mean.dtype) for part in moments])[None]
-    everywhere = _devices.gather(stacked, axis_name, groups)
-    return pool(Moments(everywhere[:, 0].real, everywhere[:, 1], everywhere[:, 2].real))
+    return pool(gather(jax.tree.map(lambda part: part[None], moments), axis_name, groups))
+
+
+def gather(
+    parts: Moments, axis_name: _devices.AxisName | None = None, axis_index_groups: _devices.Groups | None = None
+) -> Moments:
+    """The moments [K, ..., C] of parts, of all devices, [P * K, ..., C], in one collective."""
+    stacked = jnp.stack([part.astype(parts.mean.dtype) for part in parts], 1)
+    everywhere = _devices.gather(stacked, axis_name, axis_index_groups)
+    return Moments(everywhere[:, 0].real, everywhere[:, 1], everywhere[:, 2].real)
 
 
 def bessel(count: jax.Array) -> jax.Array:
@@ -199,6 +217,21 @@ def sum_in_blocks(axes: _axes.Axes, *values: jax.Array) -> jax.Array:
     blocks = _devices.count_blocks(values[0], axes.rows)
     sums = (_devices.cut(v, axes.rows, blocks).sum(axes.reduced_in_blocks, keepdims=True) for v in values)
     return jnp.stack([_blocks_to_front(s, axes) for s in sums], 1)
+
+
+def _stacked_blocks(x: ArrayLike, axis: _axes.Axis, mask: ArrayLike | None, fast: bool) -> jax.Array:
+    """The means of each block as one array, [B, 4, C]."""
+    x = jnp.asarray(x)
+    weights = _axes.weights_like(mask, x.shape)
+    axes, arrays = _axes.with_rows(_axes.split(x.ndim, axis), *((x,) if weights is None else (x, weights)))
+    block = _block_means(axes, fast, *arrays)
+    return jnp.stack([part.astype(block.shift.dtype) for part in block], 1)
+
+
+def _merge_stacked(stacked: jax.Array) -> Moments:
+    """The moments of all blocks, given as `_stacked_blocks` gives them."""
+    count, shift, first, second = (stacked[:, i] for i in range(4))
+    return _merge_blocks(_Block(count.real, shift, first, second.real))
 
 
 def _blocks_to_front(sums: jax.Array, axes: _axes.Axes) -> jax.Array:

@@ -29,7 +29,7 @@ from jaxbn.core import dtypes as _dtypes
 from jaxbn.core import moments as _moments
 
 Activation = Callable[[jax.Array], jax.Array]
-Measure = Callable[..., _moments.Moments]
+Measure = Callable[..., Any]  # (x, mask=) -> Moments, or what has more than their count, mean, m2 and var
 Correction = Callable[["Stored", jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 
 _Constants = tuple[jax.Array, jax.Array] | None  # r and d, where there are any
@@ -113,8 +113,10 @@ def batch_normalize(
     *,
     limits: Any = None,
     autodiff: bool = False,
-) -> tuple[jax.Array, _moments.Moments]:
+) -> tuple[jax.Array, Any]:
     """Normalizes with the moments of x, as `measure(x, mask=weights)` finds them, and differentiates through them.
+
+    Beside the result they come out, as constants.
 
     Channels of count 0 are normalized with the stored `mean` and `var`, as constants. With `autodiff` the derivatives
     are JAX's own, in either mode; else the rule of this file, in reverse mode. It covers the measuring, so that nothing
@@ -124,8 +126,7 @@ def batch_normalize(
     stored = Stored(*lax.stop_gradient((mean, var, epsilon, limits)))
     spec = spec._replace(epsilon=0)
     if autodiff or jnp.iscomplexobj(operands.x):
-        y, moments = _measure_and_normalize(spec, measure, operands, stored)[0]
-        return y, moments
+        return _measure_and_normalize(spec, measure, operands, stored)[0]
     operands = operands._replace(residual=_devices.vary_like(operands.residual, operands.x))
     fused = spec.activation is None or spec.activation in _SLOPES
     inner = spec if fused else spec._replace(activation=None)

@@ -9,6 +9,7 @@ from jaxbn.linen.freeze import freeze_layers as freeze_layers
 from jaxbn.linen.freeze import summary as summary
 from jaxbn.linen.modules import BatchNorm as BatchNorm
 from jaxbn.linen.modules import BatchRenorm as BatchRenorm
+from jaxbn.linen.modules import GhostBatchNorm as GhostBatchNorm
 from jaxbn.linen.modules import Norm as Norm
 from jaxbn.linen.postproc import install_moments as install_moments
 from jaxbn.linen.postproc import move_averages as move_averages

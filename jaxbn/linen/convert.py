@@ -10,7 +10,7 @@ from flax.core import meta
 from jaxbn.linen.modules import STATISTICS
 
 # Linen names a layer by its class, so that the kind of a layer shows in the paths of its variables.
-_CLASS = re.compile(r"(BatchNorm|BatchRenorm)(?=_\d+$)")
+_CLASS = re.compile(r"^(BatchNorm|BatchRenorm|GhostBatchNorm)(?=_\d+$)")
 # What one kind of layer keeps beside mean and var, and another does not.
 _COUNTERS = {"count", "step"}
 _SBX = {"steps": "step"}  # the name of a counter there
@@ -20,10 +20,10 @@ _SBX_CONSTANTS = {"r_max", "d_max"}  # hyper-parameters here
 def convert_norms(variables: Any, like: Any) -> dict[str, Any]:
     """The variables of a model for the same model with other normalization layers.
 
-    From `BatchNorm`, of jaxbn or Flax, to `BatchRenorm` and back; and from the `BatchRenorm` of sbx and CrossQ, whose
-    statistics hold the bounds too. Parameters and statistics are carried over as they are: in training, give the new
-    layers the epsilon of the old ones. Counters that the old layers did not have are those of `like`; those that the
-    new ones do not have are left out. (NNX names layers by their attributes, and there `nnx.update` is enough; see
+    From `BatchNorm`, of jaxbn or Flax, to `BatchRenorm` or `GhostBatchNorm` and back; and from the `BatchRenorm` of sbx
+    and CrossQ, whose statistics hold the bounds too. Parameters and statistics are carried over as they are: give the
+    new layers the epsilon of the old ones. Counters that the old layers did not have are those of `like`; those that
+    the new ones do not have are left out. (NNX names layers by their attributes, and there `nnx.update` is enough; see
     :class:`jaxbn.nnx.BatchRenorm`.)
 
     Args:

@@ -3,7 +3,7 @@
 import dataclasses
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import flax.linen as nn
 import jax
@@ -17,6 +17,7 @@ from jaxbn.core.averaging import Averaging
 from jaxbn.methods.base import NormParams, NormTransform, State
 from jaxbn.methods.batch_norm import batch_norm
 from jaxbn.methods.batch_renorm import batch_renorm
+from jaxbn.methods.ghost_batch_norm import ghost_batch_norm
 from jaxbn.methods.schedules import RAMP, Schedule
 
 STATISTICS = "batch_stats"
@@ -218,3 +219,49 @@ class BatchRenorm(Norm):
     r_max: float | Schedule = RAMP["r_max"]
     d_max: float | Schedule = RAMP["d_max"]
     track_variance: bool = False
+
+
+class GhostBatchNorm(Norm):
+    r"""Ghost batch norm: a large batch is normalized in groups of `ghost_size` samples, whatever the devices.
+
+    When to use it, and what it computes, is in :func:`jaxbn.ghost_batch_norm`. Statistics are those of `BatchNorm`.
+
+    Attributes:
+        use_running_average: See the call.
+        axis: Feature axis, or several.
+        momentum: Weight of the OLD running value, in [0, 1); None keeps none; or a
+            :class:`jaxbn.Averaging`.
+        epsilon: Added to the variance.
+        dtype: Of the result; None: what input and parameters promote to.
+        param_dtype: Of the parameters.
+        use_bias: Whether to learn a bias.
+        use_scale: Whether to learn a scale.
+        bias_init: Initializer of the bias.
+        scale_init: Initializer of the scale.
+        axis_name: Axis of a `shard_map`, `pmap` or `vmap` over which the batch is spread; not used in evaluation.
+        axis_index_groups: Must be None.
+        use_fast_variance: True sums about a shift, False centres first; both are numerically safe.
+        force_float32_reductions: Accepted; statistics are float32 anyway.
+        activation: Applied to the result; `jax.nn.relu` and `jax.nn.leaky_relu` cost no memory traffic here.
+        allow_single_value: Accept groups of one value per channel in training.
+        autodiff: Use JAX's own derivative; forward mode needs it.
+        ghost_size: Samples in a group, over all devices; must be given.
+        grouping: `"contiguous"` or `"strided"`.
+        running: What the running variance averages: `"group_mean"` or `"pooled"`.
+
+    Example:
+        >>> layer = jaxbn.linen.GhostBatchNorm(ghost_size=2, use_running_average=False)
+        >>> x = jnp.array([[1.0], [3.0], [11.0], [13.0]])
+        >>> y, _ = layer.apply(layer.init(jax.random.key(0), x), x, mutable=["batch_stats"])
+        >>> y.round(2).ravel()
+        Array([-1.,  1., -1.,  1.], dtype=float32)
+
+    References:
+        Hoffer, Hubara & Soudry, `Train longer, generalize better <https://arxiv.org/abs/1705.08741>`_, 2017.
+    """
+
+    factory = staticmethod(ghost_batch_norm)
+    _: dataclasses.KW_ONLY
+    ghost_size: int
+    grouping: Literal["contiguous", "strided"] = "contiguous"
+    running: Literal["group_mean", "pooled"] = "group_mean"

@@ -168,7 +168,7 @@ def batch_norm(
         del params, grads
         return state
 
-    move = None if average is None else functools.partial(_move, average)
+    move = None if average is None else functools.partial(move_averages, average)
     return NormTransform(init, train, evaluate, measure, postproc, backward, move)
 
 
@@ -211,15 +211,13 @@ def count_samples(moments: _moments.Moments, shape: Sequence[int], axis: _axes.A
     return moments.count.max(initial=0) / math.prod(shape[a] for a in _axes.split(len(shape), axis).reduced[1:])
 
 
-def _move(
-    average: _averaging.Averaging,
-    state: BatchNormState,
-    moments: _moments.Moments,
-    samples: ArrayLike | None = None,
-) -> BatchNormState:
+def move_averages(
+    average: _averaging.Averaging, state: State, moments: _moments.Moments, samples: ArrayLike | None = None
+) -> State:
+    """The state after one step of the running averages, of its mean and of its variance."""
     step = averaging_step(average, state, moments, samples)
     var = moments.var * _moments.bessel(moments.count) if average.unbiased else moments.var
-    return BatchNormState(
+    return state._replace(
         mean=_averaging.move(state.mean, moments.mean, step.decay, step.good),
         var=_averaging.move(state.var, var, step.decay, step.good),
         count=step.count,

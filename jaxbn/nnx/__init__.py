@@ -9,6 +9,7 @@ from jaxbn.nnx.freeze import install_frozen as install_frozen
 from jaxbn.nnx.freeze import summary as summary
 from jaxbn.nnx.modules import BatchNorm as BatchNorm
 from jaxbn.nnx.modules import BatchRenorm as BatchRenorm
+from jaxbn.nnx.modules import GhostBatchNorm as GhostBatchNorm
 from jaxbn.nnx.modules import Norm as Norm
 from jaxbn.nnx.postproc import install_moments as install_moments
 from jaxbn.nnx.postproc import move_averages as move_averages

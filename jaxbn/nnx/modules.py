@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from jaxbn.core.devices import check_groups
 from jaxbn.methods.base import NormParams, NormTransform, State
 from jaxbn.methods.batch_norm import batch_norm
 from jaxbn.methods.batch_renorm import batch_renorm
+from jaxbn.methods.ghost_batch_norm import ghost_batch_norm
 from jaxbn.methods.schedules import RAMP, Schedule
 
 _ZEROS, _ONES = zeros_init(), ones_init()
@@ -246,3 +247,43 @@ class BatchRenorm(Norm):
     ):
         self.r_max, self.d_max, self.track_variance = r_max, d_max, track_variance
         super().__init__(num_features, epsilon=epsilon, **shared)
+
+
+class GhostBatchNorm(Norm):
+    r"""Ghost batch norm: a large batch is normalized in groups of `ghost_size` samples, whatever the devices.
+
+    When to use it, and what it computes, is in :func:`jaxbn.ghost_batch_norm`. Statistics are those of `BatchNorm`.
+
+    Args:
+        num_features: Number of features, or their shape where there are several feature axes.
+        ghost_size: Samples in a group, over all devices.
+        grouping: `"contiguous"` or `"strided"`.
+        running: What the running variance averages: `"group_mean"` or `"pooled"`.
+        shared: The other arguments of :class:`BatchNorm`, which mean the same here, `rngs` among them; but for
+            `axis_index_groups`, which must be None.
+
+    Returns:
+        A module.
+
+    Example:
+        >>> layer = jaxbn.nnx.GhostBatchNorm(1, ghost_size=2, rngs=nnx.Rngs(0))
+        >>> layer(jnp.array([[1.0], [3.0], [11.0], [13.0]])).round(2).ravel()
+        Array([-1.,  1., -1.,  1.], dtype=float32)
+
+    References:
+        Hoffer, Hubara & Soudry, `Train longer, generalize better <https://arxiv.org/abs/1705.08741>`_, 2017.
+    """
+
+    _factory = staticmethod(ghost_batch_norm)
+
+    def __init__(
+        self,
+        num_features: int | Sequence[int],
+        *,
+        ghost_size: int,
+        grouping: Literal["contiguous", "strided"] = "contiguous",
+        running: Literal["group_mean", "pooled"] = "group_mean",
+        **shared: Any,
+    ):
+        self.ghost_size, self.grouping, self.running = ghost_size, grouping, running
+        super().__init__(num_features, **shared)

@@ -149,8 +149,9 @@ def test_without_correction_it_is_batch_norm():
 def test_without_bounds_training_gives_what_evaluation_gives():
     transform = jaxbn.batch_renorm(r_max=np.inf, d_max=np.inf)
     params, state = transform.init(CHANNELS)
+    train = jax.jit(transform.train)
     for x in drifting(5):
-        y, after = transform.train(params, state, x)
+        y, after = train(params, state, x)
         np.testing.assert_allclose(y, transform.eval(params, state, x), rtol=1e-5, atol=1e-5)
         state = after
 
@@ -186,7 +187,7 @@ def test_gradients_with_r_and_d_as_constants(autodiff, rng):
         return (jnp.tanh(y) * target.astype(np.float32)).sum()
 
     arguments = (x, scale, bias)
-    found = jax.grad(loss, (0, 1, 2))(*(jnp.asarray(a, jnp.float32) for a in arguments))
+    found = jax.jit(jax.grad(loss, (0, 1, 2)))(*(jnp.asarray(a, jnp.float32) for a in arguments))
     for number, argument in enumerate(arguments):
         slopes = np.empty(argument.shape)
         for index in np.ndindex(argument.shape):
@@ -240,7 +241,8 @@ def test_channels_without_variance_have_finite_gradients(bounds, rng):
     def loss(x, params):
         return jnp.square(transform.train(params, state, x)[0] - 1).sum()
 
-    for leaf in jax.tree.leaves((jax.grad(loss, (0, 1))(x, params), transform.train(params, state, x))):
+    gradients = jax.jit(jax.grad(loss, (0, 1)))(x, params)
+    for leaf in jax.tree.leaves((gradients, jax.jit(transform.train)(params, state, x))):
         assert np.isfinite(leaf).all()
 
 
@@ -296,11 +298,11 @@ def test_one_value_per_channel_warns_and_has_no_gradient():
     with pytest.warns(UserWarning, match="one value per channel along axis=-1: its output depends on the averages"):
         jax.jit(transform.train)(params, state, x)  # while tracing
     quiet = jaxbn.batch_renorm(r_max=3.0, d_max=5.0, allow_single_value=True)
-    y, vjp = jax.vjp(lambda x: quiet.train(params, state, x)[0], x)
+    y, vjp = jax.vjp(jax.jit(lambda x: quiet.train(params, state, x)[0]), x)
     np.testing.assert_allclose(y, [[3 / np.sqrt(1 + EPSILON), -5]], rtol=1e-6)  # d, once within its bound, once not
     np.testing.assert_array_equal(vjp(jnp.ones((1, 2)))[0], 0 * x)
     synchronized = jaxbn.batch_renorm(r_max=3.0, d_max=5.0, axis_name=AXIS)
-    over_two = jax.vmap(lambda x: synchronized.train(params, state, x)[0], axis_name=AXIS)
+    over_two = jax.jit(jax.vmap(lambda x: synchronized.train(params, state, x)[0], axis_name=AXIS))
     assert over_two(jnp.array([[[3.0, -7.0]], [[1.0, 2.0]]])).shape == (2, 1, 2)  # two values, and no warning
 
 
@@ -369,8 +371,8 @@ def test_sbx_gives_nan_for_a_constant_feature():
     x = jnp.array([[0.7, 1.0], [0.7, 2.0], [0.7, 4.0]])
     transform = jaxbn.batch_renorm(r_max=3.0, d_max=5.0, track_variance=True)
     params, state = transform.init(2)
-    ours = jax.grad(lambda x: jnp.square(transform.train(params, state, x)[0]).sum())(x)
-    theirs = jax.grad(lambda x: jnp.square(of_sbx(x, state.mean, state.var)).sum())(x)
+    ours = jax.jit(jax.grad(lambda x: jnp.square(transform.train(params, state, x)[0]).sum()))(x)
+    theirs = jax.jit(jax.grad(lambda x: jnp.square(of_sbx(x, state.mean, state.var)).sum()))(x)
     assert np.isnan(theirs[:, 0]).all() and np.isfinite(theirs[:, 1]).all()
     assert np.isfinite(ours).all()
 
