@@ -250,6 +250,36 @@ def batch_renorm_synchronized(draw: Draw) -> dict[str, Any]:
     return calls("batch_renorm", RENORM, draw.params(2), _started(2), steps, devices=3)
 
 
+@vector
+def ghost_batch_norm(draw: Draw) -> dict[str, Any]:
+    """Groups of four neighbouring rows, then an evaluation with the running averages."""
+    steps = [*(Call("train", draw.batch(8, 3)) for _ in range(2)), Call("eval", {"x": draw.uniform([2, 3])})]
+    return calls("ghost_batch_norm", PLAIN | {"ghost_size": 4}, draw.params(3), _started(3), steps)
+
+
+@vector
+def ghost_batch_norm_strided(draw: Draw) -> dict[str, Any]:
+    """Row i is in group i mod 3, and the running variance averages that of the whole batch."""
+    arguments = PLAIN | {"ghost_size": 4, "grouping": "strided", "running": "pooled"}
+    steps = [Call("train", draw.batch(12, 2)) for _ in range(2)]
+    return calls("ghost_batch_norm", arguments, draw.params(2), _started(2), steps)
+
+
+@vector
+def ghost_batch_norm_masked(draw: Draw) -> dict[str, Any]:
+    """A mask of rows; the second group of the first batch has none, and is normalized with the stored statistics."""
+    masks = ([1, 1, 0, 0, 0, 0, 1, 1, 1], [1, 0, 1, 1, 1, 1, 0, 1, 1])
+    steps = [Call("train", draw.batch(9, 2, mask=np.array(mask, bool)[:, None])) for mask in masks]
+    return calls("ghost_batch_norm", PLAIN | {"ghost_size": 3}, draw.params(2), _started(2), steps)
+
+
+@vector
+def ghost_batch_norm_synchronized(draw: Draw) -> dict[str, Any]:
+    """Three devices with a group of four rows on each, not all of them valid."""
+    arguments = PLAIN | {"ghost_size": 4}
+    return calls("ghost_batch_norm", arguments, draw.params(2), _started(2), _on_devices(draw), devices=3)
+
+
 def _ragged(draw: Draw) -> list[np.ndarray]:
     return [draw.uniform([rows, 2]) + shift for rows, shift in ((5, 0), (2, 1), (3, -2))]
 

@@ -86,6 +86,32 @@ def batch_renorm(
     return Method(train, batch_norm(epsilon=epsilon).evaluate)
 
 
+def ghost_batch_norm(
+    *, ghost_size: int, grouping: str = "contiguous", running: str = "group_mean", momentum: float, epsilon: float
+) -> Method:
+    """Hoffer et al. 2017, Algorithm 1, with one step of the running averages: batch norm of each group of rows."""
+
+    def train(params: State, state: State, x: np.ndarray, w: np.ndarray) -> Trained:
+        rows = np.arange(len(x))
+        groups = rows.reshape(-1, ghost_size) if grouping == "contiguous" else rows.reshape(ghost_size, -1).T
+        parts = [normalized(params, state, x[rows], w[rows], epsilon) for rows in groups]
+        found, order = moments(x, w), np.argsort(groups.ravel())
+        each = [moments(x[rows], w[rows]) for rows in groups]
+        within = total(np.array([one.count * one.var for one in each])) / np.where(found.count > 0, found.count, 1)
+        a = np.where(found.count > 0, momentum, 1.0)
+        new = {"mean": found.mean, "var": found.var if running == "pooled" else within}
+
+        def backward(dy: np.ndarray) -> dict[str, np.ndarray]:
+            of_groups = [back(dy[rows]) for (_, back), rows in zip(parts, groups, strict=True)]
+            summed = {f"d{name}": total(np.array([one[f"d{name}"] for one in of_groups])) for name in params}
+            return {"dx": np.concatenate([one["dx"] for one in of_groups])[order]} | summed
+
+        y = np.concatenate([y for y, _ in parts])[order]
+        return Trained(y, {name: a * state[name] + (1 - a) * new[name] for name in new}, found, backward)
+
+    return Method(train, batch_norm(epsilon=epsilon).evaluate)
+
+
 def renorm_constants(
     state: State, found: Moments, *, epsilon: float, r_max: float, d_max: float
 ) -> tuple[np.ndarray, np.ndarray]:

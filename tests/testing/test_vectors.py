@@ -249,7 +249,9 @@ def constants_of(vector, state, moments):
 @every_method
 def test_derivatives_of_the_reference_are_differences_of_its_outputs(vector):
     """Of a sum of outputs weighted by the cotangent, to the square of the step; with r and d as constants."""
-    state, epsilon = vector.state, vector.arguments["epsilon"]
+    state, formulas = vector.state, reference.batch_norm(epsilon=vector.arguments["epsilon"])
+    if vector.method == "ghost_batch_norm":
+        formulas = reference.ghost_batch_norm(**vector.arguments)
     for step in (step for step in vector.steps if step.call == "train"):
         x, cotangent = rows(step.inputs["x"]), rows(step.inputs["cotangent"])
         weights = rows(np.broadcast_to(np.float64(step.inputs.get("mask", 1)), step.inputs["x"].shape))
@@ -258,7 +260,7 @@ def test_derivatives_of_the_reference_are_differences_of_its_outputs(vector):
         def loss(x, params, state=state, weights=weights, cotangent=cotangent, r=r, d=d):
             scale, bias = params.get("scale", 1.0), params.get("bias", 0.0)
             corrected = {"scale": scale * r, "bias": scale * d + bias}
-            return (reference.batch_norm(epsilon=epsilon).train(corrected, state, x, weights).y * cotangent).sum()
+            return (formulas.train(corrected, state, x, weights).y * cotangent).sum()
 
         np.testing.assert_allclose(loss(x, vector.params), (rows(step.outputs["y"]) * cotangent).sum(), rtol=1e-11)
         size = 1e-5 * x.std(0).max().clip(1e-2)
