@@ -22,15 +22,10 @@ import numpy as np
 
 from jaxbn.core.moments import Moments
 
-
-class Spread(NamedTuple):
-    """What is kept of the batches in which a channel was seen. P is 3, and 4 for complex means, whose u is two."""
-
-    batches: jax.Array  # f32[C]: how many there were
-    shift: jax.Array  # f32[C]: k, the mean of the first; complex for complex values
-    base: jax.Array  # f32[C]: s, the variance of the first
-    first: jax.Array  # f32[P, C]: sum of w z
-    second: jax.Array  # f32[P, P, C]: sum of w^2 z z^T
+# f32[P + 2, P, C] of a layer: the origin, which is the number of batches in which a channel was seen, k and s; sum w z;
+# and the P rows of sum w^2 z z^T. P is 3, and 4 for complex means, whose u is two numbers. It is one array, since many
+# small ones cost time in every batch.
+Spread = jax.Array
 
 
 class Errors(NamedTuple):
@@ -43,9 +38,8 @@ class Errors(NamedTuple):
 
 def empty(like: Moments) -> Spread:
     """No batch seen yet, in the shapes and dtypes of `like`."""
-    zeros, size = jnp.zeros_like(like.m2), 4 if jnp.iscomplexobj(like.mean) else 3
-    first, second = (jnp.zeros((*lead, *zeros.shape), zeros.dtype) for lead in ((size,), (size, size)))
-    return Spread(zeros, jnp.zeros_like(like.mean), zeros, first, second)
+    size = 4 if jnp.iscomplexobj(like.mean) else 3
+    return jnp.zeros((size + 2, size, *like.m2.shape), like.m2.dtype)
 
 
 def add(spread: Spread, batch: Moments, *, between: bool) -> Spread:
@@ -59,20 +53,21 @@ def add(spread: Spread, batch: Moments, *, between: bool) -> Spread:
     Returns:
         The spread of all of them.
     """
-    seen = batch.count > 0
-    begins = seen & (spread.batches == 0)
-    shift = jnp.where(begins, batch.mean, spread.shift)
-    base = jnp.where(begins, batch.var, spread.base)
-    z = batch.count[None] * _position(batch.mean - shift, batch.var - base, between)
-    batches = spread.batches + seen.astype(spread.batches.dtype)
-    return Spread(batches, shift, base, spread.first + z, spread.second + z[:, None] * z[None])
+    mean = (batch.mean.real, batch.mean.imag) if jnp.iscomplexobj(batch.mean) else (batch.mean,)
+    seen = (batch.count > 0).astype(batch.count.dtype)
+    here = jnp.stack([seen, *mean, batch.var])
+    old = spread[0]
+    origin = jnp.where(old[:1] > 0, old, seen[None] * here)  # the first batch is where it begins
+    z = batch.count[None] * _position(here - origin, between)
+    counted = origin.at[0].set(old[0] + seen)
+    return jnp.concatenate([jnp.stack([counted, spread[1] + z]), spread[2:] + z[:, None] * z[None]])
 
 
 def merge(a: Spread, b: Spread, *, between: bool) -> Spread:
     """Of the batches of both, about the k and s of the first; either may be empty."""
-    shift, base = (jnp.where(a.batches > 0, *pair) for pair in ((a.shift, b.shift), (a.base, b.base)))
-    sums = zip(*(_about(spread, shift, base, between) for spread in (a, b)), strict=True)
-    return Spread(a.batches + b.batches, shift, base, *(one + other for one, other in sums))
+    origin = jnp.where(a[0, :1] > 0, a[0], b[0])
+    counted = origin.at[0].set(a[0, 0] + b[0, 0])
+    return jnp.concatenate([counted[None], _about(a, origin, between) + _about(b, origin, between)])
 
 
 def errors(spread: Spread, *, between: bool) -> Errors:
@@ -82,7 +77,8 @@ def errors(spread: Spread, *, between: bool) -> Errors:
     with the statistics of layers upstream, and what batches have in common that are not independent of each other, as
     neighbours in ordered data. A pass over all the data that there are has no error as to those.
     """
-    batches, first, second = (np.asarray(part, np.float64) for part in (spread.batches, spread.first, spread.second))
+    kept = np.asarray(spread, np.float64)
+    batches, first, second = kept[0, 0], kept[1], kept[2:]
     weight, ones = np.where(batches > 0, first[0], 1), second[0]
     center = first / weight  # (1, d, mean of t)
     centred = second - center[:, None] * ones[None] - ones[:, None] * center[None]
@@ -112,19 +108,18 @@ def rounding(mean: np.ndarray) -> np.ndarray:
     return np.square(8 * float(info.eps) * np.abs(mean).astype(np.float64)) + float(info.tiny)
 
 
-def _position(offset: jax.Array, var: jax.Array, between: bool) -> jax.Array:
-    """The z of a mean and a variance that are so far from k and s, [P, C]."""
-    parts = (offset.real, offset.imag) if jnp.iscomplexobj(offset) else (offset,)
-    for part in parts if between else ():
-        var = var + jnp.square(part)
-    return jnp.stack([jnp.ones_like(var), *parts, var])
+def _position(offset: jax.Array, between: bool) -> jax.Array:
+    """The z [P, C] of a mean and a variance that are so far from k and s; the first row of `offset` is not read."""
+    u, t = offset[1:-1], offset[-1:]
+    t = t + jnp.square(u).sum(0, keepdims=True) if between else t
+    return jnp.concatenate([jnp.ones_like(t), u, t])
 
 
-def _about(spread: Spread, shift: jax.Array, base: jax.Array, between: bool) -> tuple[jax.Array, jax.Array]:
-    """Both sums about another k and s: A first and A second A^T, where A maps z to that of the new origin."""
-    origin = _position(spread.shift - shift, spread.base - base, between)  # where the old one lies
-    size = len(origin)
-    eye = jnp.eye(size, dtype=origin.dtype).reshape(size, size, *(1,) * shift.ndim)
-    a = jnp.broadcast_to(eye, spread.second.shape).at[:, 0].set(origin).at[-1, 1:-1].set(2 * between * origin[1:-1])
-    left = (a[:, :, None] * spread.second[None]).sum(1)
-    return (a * spread.first[None]).sum(1), (left[:, None] * a[None]).sum(2)
+def _about(spread: Spread, origin: jax.Array, between: bool) -> jax.Array:
+    """Both sums about another origin, [P + 1, P, C]: A first and A second A^T, where A maps z to the new one."""
+    moved = _position(spread[0] - origin, between)  # where the old one lies
+    size, first, second = len(moved), spread[1], spread[2:]
+    eye = jnp.eye(size, dtype=moved.dtype).reshape(size, size, *(1,) * (moved.ndim - 1))
+    a = jnp.broadcast_to(eye, second.shape).at[:, 0].set(moved).at[-1, 1:-1].set(2 * between * moved[1:-1])
+    left = (a[:, :, None] * second[None]).sum(1)
+    return jnp.concatenate([(a * first[None]).sum(1)[None], (left[:, None] * a[None]).sum(2)])
