@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from layers import every_average, normal
 from meshes import AXIS, NAMED, run, spread, sum_gradients
 
 import jaxbn
@@ -84,6 +85,20 @@ def test_the_unbiased_variance(x, running):
     groups = np.float64(x).reshape(-1, 4 * SPACE, FEATURES) if running == "group_mean" else np.float64(x)[None]
     expected = groups.reshape(len(groups), -1, FEATURES).var(1, ddof=1).mean(0)
     np.testing.assert_allclose(after.var, expected, rtol=1e-5)
+
+
+@every_average
+def test_averages_of_every_kind(momentum):
+    """Of the pooled variance they are those of batch norm: one step, and all rows, for each training step."""
+    ghost = jaxbn.ghost_batch_norm(ghost_size=4, running="pooled", momentum=momentum)
+    plain = jaxbn.batch_norm(momentum=momentum)
+    (params, state), (_, expected) = ghost.init(FEATURES), plain.init(FEATURES)
+    steps = [jax.jit(lambda state, x, t=transform: t.train(params, state, x)[1]) for transform in (ghost, plain)]
+    for seed in range(3):
+        x = 2 + 3 * normal(ROWS, SPACE, FEATURES, seed=seed)
+        state, expected = steps[0](state, x), steps[1](expected, x)
+    chex.assert_trees_all_close(tuple(state), tuple(expected), rtol=1e-5)
+    assert state.count == (3 * ROWS if momentum.counts_samples else 3)
 
 
 @every_grouping
@@ -173,9 +188,10 @@ def test_gradients_of_half_precision_parameters_are_added_up_in_float32():
 # 8 devices with 4 rows each: two groups on each, one on two, and one and two on all.
 LAYOUTS = [(2, "contiguous"), (8, "contiguous"), (32, "contiguous"), (16, "strided")]
 ON_DEVICES = [(*layout, way) for layout in LAYOUTS for way in ("jit", "shard_map")]
-ON_DEVICES += [(2, "contiguous", way) for way in ("jit explicit", "pmap")]
-ON_DEVICES += [(8, "contiguous", way) for way in ("shard_map unchecked", "pmap", "vmap")]
-ON_DEVICES += [(32, "contiguous", "jit explicit"), (16, "strided", "jit explicit")]
+OTHER_WAYS = [(2, "contiguous", way) for way in ("jit explicit", "pmap")]
+OTHER_WAYS += [(8, "contiguous", way) for way in ("shard_map unchecked", "pmap", "vmap")]
+OTHER_WAYS += [(32, "contiguous", "jit explicit"), (16, "strided", "jit explicit")]
+ON_DEVICES += [pytest.param(*layout, marks=pytest.mark.slow) for layout in OTHER_WAYS]
 
 
 @pytest.mark.parametrize("size, grouping, way", ON_DEVICES)
