@@ -54,10 +54,11 @@ def postproc(
         max_sweeps: Sweeps of `consistent`, at most. None: one more than there are layers, which is enough unless a
             layer is reached again downstream of itself.
         stop_when: Read no more batches once all standard errors are at or below this, those of means in standard
-            deviations, those of variances relative: 0.01 takes some 20000 independent values per channel. Asked after 8
-            batches, and then each time when there are half as many again; `batches` may be endless, and what it gives
-            next is the batch after the last that was used. Channels that are constant so far do not hold it up. Later
-            sweeps of `consistent` read as many batches as the first. Several processes decide together. None: read all.
+            deviations, those of variances relative: 0.01 takes some 20000 independent values per channel. Shuffle: of
+            data in order the first batches say nothing about the others. Asked after 8 batches, and then each time when
+            there are half as many again; `batches` may be endless, and what it gives next is the batch after the last
+            that was used. Channels that are constant so far do not hold it up. Later sweeps of `consistent` read as
+            many batches as the first. Several processes decide together. None: read all.
         weights: `batch -> [N]`, booleans or real weights of the examples, such as 0 for those that fill up a batch.
             Layers that the model gives a mask follow that.
         skip_nonfinite: Leave batches out that give NaN or infinity in any layer, instead of raising; the report counts

@@ -75,14 +75,23 @@ def _postproc(
     limit = first.read if first.stopped else None
     old = host.states(model)  # after the processes have met: what is wrong with the model of one is heard by all
     most = len(old) + 1 if options.max_sweeps is None else options.max_sweeps
-    current, sweeps, change = host.install(model, first.moments), 1, None
-    while options.consistent and sweeps < most and (change is None or change > options.tolerance):
+    current, sweeps, changes = host.install(model, first.moments), 1, None
+    while options.consistent and sweeps < most and (changes is None or max(changes.values()) > options.tolerance):
         sweeps += 1
         last = _sweep(host, current, batches, options, mode="eval", number=sweeps, limit=limit)
         before, current = current, host.install(current, last.moments)
-        change = largest_change(host.states(before), host.states(current))
-    about = {"sweeps": sweeps, "change": change, "stop_when": options.stop_when, "stopped": first.stopped}
-    return current, report(options.estimator, last.done, last.moments, old, host.states(current), **about)
+        changes = largest_changes(host.states(before), host.states(current))
+    return current, report(
+        options.estimator,
+        last.done,
+        last.moments,
+        old,
+        host.states(current),
+        changes=changes,
+        sweeps=sweeps,
+        stop_when=options.stop_when,
+        stopped=first.stopped,
+    )
 
 
 def _check(options: Options) -> None:
@@ -147,8 +156,8 @@ def _stages(
             yield state, over
 
 
-def largest_change(old: Mapping[str, State], new: Mapping[str, State]) -> float:
-    """How far any statistic moved: a mean in standard deviations, a variance relative to itself."""
+def largest_changes(old: Mapping[str, State], new: Mapping[str, State]) -> dict[str, float]:
+    """How far any statistic of each layer moved: a mean in standard deviations, a variance relative to itself."""
 
     def of(before: State, after: State) -> float:
         means, variances = ([np.asarray(state) for state in pair] for pair in zip(before[:2], after[:2], strict=True))
@@ -156,7 +165,7 @@ def largest_change(old: Mapping[str, State], new: Mapping[str, State]) -> float:
         moved = np.abs(means[1] - means[0]) / np.sqrt(var), np.abs(variances[1] - variances[0]) / var
         return max(float(part.max(initial=0)) for part in moved)
 
-    return max(of(old[path], new[path]) for path in old)
+    return {path: of(old[path], new[path]) for path in old}
 
 
 def _readable(batches: Any, consistent: bool) -> Iterable[Any]:

@@ -35,6 +35,9 @@ class LayerChange:
     reached: np.ndarray | bool = True  # which statistics any value went into; all but in a stack of layers in part
     batches: float | None = None  # in which the layer was reached
     errors: Errors | None = None  # standard errors of new_mean and new_var, in their units; None: there are none
+    last_change: float | None = (
+        None  # how far any statistic moved in the last of several sweeps, in standard deviations
+    )
 
     @property
     def mean_shift(self) -> np.ndarray:
@@ -90,6 +93,7 @@ class LayerChange:
             "old": {"mean": _listed(self.old_mean), "var": _listed(self.old_var)},
             "new": {"mean": _listed(self.new_mean), "var": _listed(self.new_var)},
             "standard_error": errors,
+            "last_change": self.last_change,
             **({name: _listed(value) for name, value in self.summary.items()} if self.count else {}),
         }
 
@@ -109,9 +113,10 @@ _SUMMARY = ("mean_shift", "worst_mean_shift", "min_var_ratio", "max_var_ratio", 
 class Report:
     """What a pass did. Prints as a table, within 100 columns, of the layers by how far they moved.
 
-    Standard errors (SE) are those of the channel in which they are largest: of the mean in new standard deviations, of
-    the variance relative to it. They come from the spread between batches; :mod:`jaxbn.population.spread` says how, and
-    what is not in them.
+    It becomes a dict and a picture, and keeps the old statistics: `jaxbn.linen.install_moments(variables, report.old)`
+    goes back, in NNX likewise. Standard errors (SE) are those of the channel in which they are largest: of the mean in
+    new standard deviations, of the variance relative to it. They come from the spread between batches;
+    :mod:`jaxbn.population.spread` says how, and what is not in them.
 
     Example:
         >>> zero, one = np.zeros(2), np.ones(2)
@@ -212,6 +217,8 @@ def report(
     moments: Mapping[str, Moments],
     old: Mapping[str, Any],
     new: Mapping[str, Any],
+    *,
+    changes: Mapping[str, float] | None = None,
     **about: Any,
 ) -> Report:
     """What a pass did; states are anything with a mean and a var. A ValueError if it reached no layer.
@@ -222,6 +229,7 @@ def report(
         moments: What was installed.
         old: The states before, by path.
         new: The states after.
+        changes: How far each layer moved in the last of several sweeps.
         **about: Further fields of the `Report`.
 
     Returns:
@@ -235,12 +243,12 @@ def report(
             np.asarray(leaf) for state in (old[path], new[path]) for leaf in (state.mean, state.var)
         )
         batches = float(done.batches - done.skipped if found is None else found.batches.max())
-        return LayerChange(
-            float(counts.max()), old_mean, old_var, new_mean, new_var, kinds.get(path), counts > 0, batches, found
-        )
+        states, change = (old_mean, old_var, new_mean, new_var), None if changes is None else changes[path]
+        return LayerChange(float(counts.max()), *states, kinds.get(path), counts > 0, batches, found, change)
 
     layers = {path: of(path) for path in old}
-    made = Report(estimator.name, int(done.batches), layers, skipped=int(done.skipped), **about)
+    change = None if changes is None else max(changes.values())
+    made = Report(estimator.name, int(done.batches), layers, skipped=int(done.skipped), change=change, **about)
     if len(made.not_reached) == len(made.layers):
         raise ValueError(
             f"No batch went through a normalization layer of this model; it has "

@@ -84,6 +84,14 @@ def test_layer_k_stands_still_after_k_sweeps(host, data):
 
 
 @every_host
+def test_the_last_change_is_that_of_each_layer(host, data):
+    """The first layer is right after the first sweep, and the second one moves in the second sweep."""
+    _, report = Model(host).postproc(in_batches(data, 7), consistent=True, max_sweeps=2)
+    first, second = (report.layers[layer].last_change for layer in LAYERS)
+    assert first < 1e-6 < 1e-2 < second == report.change
+
+
+@every_host
 def test_one_pass_with_everything_as_the_batch_is_the_same_at_once(host, data):
     model = Model(host)
     swept, _ = model.postproc(in_batches(data, 200), consistent=True)
