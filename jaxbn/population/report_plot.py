@@ -41,6 +41,8 @@ def draw(report: Report) -> Any:
     ends = numbers["min_var_ratio"], numbers["max_var_ratio"]
     ratio.hlines(rows, *ends, color=_RANGE, linewidth=4, label="smallest to largest channel")
     ratio.axvline(1, color="0.3", linewidth=1)
+    for end in ends:
+        ratio.plot(end, rows, "|", color=_RANGE, markersize=7, zorder=3)  # a layer that hardly changed is seen too
     _set_log(ratio, [0.5, 2, *ends[0], *ends[1]])
     ratio.set_xlabel("old variance / new variance")
 
@@ -64,6 +66,9 @@ def _set_log(axes: Any, values: list[float]) -> None:
     low, high = min(shown.min() / 1.3, shown.max() / 10), shown.max() * 1.3
     axes.set_xscale("log")
     axes.set_xlim(low, high)
-    axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5) if high / low < 100 else (1,), numticks=8))
-    axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
     axes.xaxis.set_minor_locator(ticker.NullLocator())
+    if high / low > 1e4:  # powers of ten, written so
+        axes.xaxis.set_major_locator(ticker.LogLocator(numticks=7))
+        return
+    axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5) if high / low < 100 else (1,)))
+    axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
