@@ -1,0 +1,83 @@
+"""The critics with Batch Renormalization: what the program knows, what it learns, the statistics of each member."""
+
+import importlib.util
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import scipy.linalg
+
+import jaxbn.linen
+
+PATH = Path(__file__).parents[2] / "examples" / "rl_critics.py"
+
+
+@pytest.fixture(scope="module")
+def example():
+    """The example as a module, with Adam without the strict dtype promotion of these tests."""
+    spec = importlib.util.spec_from_file_location("rl_critics_example", PATH)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    for name in ("CRITIC_OPTIMIZER", "ACTOR_OPTIMIZER"):
+        optimizer = getattr(module, name)
+        setattr(module, name, optimizer._replace(update=in_standard_promotion(optimizer.update)))
+    return module
+
+
+def in_standard_promotion(update):
+    def relaxed(*arguments):
+        with jax.numpy_dtype_promotion("standard"):
+            return update(*arguments)
+
+    return relaxed
+
+
+def test_the_best_linear_policy_is_that_of_scipy(example):
+    a, b = (example.DISCOUNT**0.5 * part for part in (example.DYNAMICS, example.FORCE))
+    cost = scipy.linalg.solve_discrete_are(a, b, *example.COSTS)
+    gain = np.linalg.solve(example.COSTS[1] + b.T @ cost @ b, b.T @ cost @ a)
+    np.testing.assert_allclose(example.best_linear_policy(), gain, rtol=1e-9)
+
+
+@pytest.mark.slow
+def test_each_member_has_statistics_of_its_own(example):
+    learner = example.begin(jax.random.key(0), example.CHUNK)
+    learner = example.run_chunk(learner, jax.random.key(1))
+    batches = example.replayed(learner, 8, seed=0)
+    variables, _ = jaxbn.linen.postproc(example.call, learner.critics, batches, consistent=True)
+    x = np.concatenate([np.concatenate([b["state"], b["action"]], 1) for b in batches]).astype(np.float64)
+    norms, denses = (
+        {name: jax.tree.map(np.float64, leaf) for name, leaf in tree.items()}
+        for tree in (variables["batch_stats"], variables["params"])
+    )
+    for member in range(example.MEMBERS):
+        values = x
+        for layer in range(3):
+            stored = {name: leaf[member] for name, leaf in norms[f"BatchRenorm_{layer}"].items()}
+            np.testing.assert_allclose(stored["mean"], values.mean(0), rtol=1e-4, atol=1e-5 * values.std())
+            np.testing.assert_allclose(stored["var"], values.var(0), rtol=1e-4, atol=1e-7)
+            affine = {name: leaf[member] for name, leaf in denses[f"BatchRenorm_{layer}"].items()}
+            values = (values - stored["mean"]) / np.sqrt(stored["var"] + 1e-3) * affine["scale"] + affine["bias"]
+            dense = {name: leaf[member] for name, leaf in denses[f"Dense_{layer}"].items()}
+            values = values @ dense["kernel"] + dense["bias"]
+            values = np.maximum(values, 0)
+
+
+@pytest.mark.slow
+def test_it_learns_and_critics_know_single_states(example, capsys):
+    numbers = example.main(["--no-progress"])
+    out, err = capsys.readouterr()
+    assert not err.strip()
+    assert numbers["best linear (Riccati)"] >= numbers["learned"] - 0.01
+    assert numbers["learned"] > 2 * numbers["best linear (Riccati)"] > numbers["untrained"]
+    errors = [value for name, value in numbers.items() if name.startswith(("running", "population"))]
+    assert len(errors) == 2 * example.MEMBERS and max(errors) < abs(numbers["untrained"]) / 2
+    assert "BatchRenorm_0" in out and max(map(len, out.splitlines())) <= 100
+
+
+@pytest.mark.parametrize("arguments", [["--steps", "100"], ["--seed", "-1"]])
+def test_bad_options_end_before_the_work(example, arguments, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        example.main(arguments)
+    assert arguments[0] in capsys.readouterr().err
