@@ -18,6 +18,8 @@ from jaxbn.methods.batch_renorm import BatchRenormState as BatchRenormState
 from jaxbn.methods.batch_renorm import batch_renorm as batch_renorm
 from jaxbn.methods.ghost_batch_norm import GhostBatchNormState as GhostBatchNormState
 from jaxbn.methods.ghost_batch_norm import ghost_batch_norm as ghost_batch_norm
+from jaxbn.methods.moving_average_batch_norm import MovingAverageBatchNormState as MovingAverageBatchNormState
+from jaxbn.methods.moving_average_batch_norm import moving_average_batch_norm as moving_average_batch_norm
 from jaxbn.methods.schedules import renorm_ramp as renorm_ramp
 from jaxbn.methods.schedules import renorm_switch as renorm_switch
 from jaxbn.population.diagnosis import Diagnosis as Diagnosis

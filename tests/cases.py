@@ -126,6 +126,35 @@ def _batch_renorm_case(name: str, arguments: dict[str, Any], **formula: Any) -> 
     )
 
 
+def _moving_average_batch_norm(*, window: int, decay: float = 0.98, epsilon: float = 1e-5) -> dict[str, Any]:
+    """Yan et al. 2020, the released layer in its first 1000 steps (r = 1), without a warm-up but for the window."""
+
+    def train(
+        x: np.ndarray, weights: np.ndarray, params: Arrays, state: Arrays, space: int
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        n = weights.sum()
+        if n == 0:
+            return evaluate(x, params, state), dict(state)
+        square = (weights * x**2).sum(0) / n
+        squares = np.concatenate([state["square_window"][1:], square[None]])
+        v = squares.mean(0) if state["step"] >= window else square
+        return _affine(x / np.sqrt(v + epsilon), params), dict(state) | {
+            "mean": decay * state["mean"],  # 0 in training; the contract starts from something else
+            "var": decay * state["var"] + (1 - decay) * v,
+            "square_window": squares,
+            "values": np.full(x.shape[1], n),
+            "step": state["step"] + 1,
+        }
+
+    def evaluate(x: np.ndarray, params: Arrays, state: Arrays) -> np.ndarray:
+        return _affine((x - state["mean"]) / np.sqrt(state["var"] + epsilon), params)
+
+    def postproc(state: Arrays, values: np.ndarray) -> dict[str, np.ndarray]:
+        return dict(state) | {"mean": np.zeros(values.shape[1]), "var": (values**2).mean(0)}
+
+    return {"train": train, "evaluate": evaluate, "postproc": postproc}
+
+
 def _r_max(step: Any) -> Any:
     return 1.5 + 0.1 * step
 
@@ -172,4 +201,13 @@ CASES = [
         {"ghost_size": 16},
         **_batch_norm(),
     ),  # fmt: skip
+    # A window that is full in the last of the three steps of the contract.
+    Case(
+        "moving_average_batch_norm",
+        jaxbn.moving_average_batch_norm,
+        jaxbn.linen.MovingAverageBatchNorm,
+        jaxbn.nnx.MovingAverageBatchNorm,
+        {"window": 2, "warmup": 0},
+        **_moving_average_batch_norm(window=2),
+    ),
 ]

@@ -48,6 +48,7 @@ SUMMARY_ONLY = {
     "jaxbn.nnx.Norm": "the base of the layers, for a new method; the README's shows it",
     "jaxbn.nnx.TrainState": "made by make_steps, whose example shows it; a class of Flax but for its last field",
     "jaxbn.LayerChange": "one row of a Report, made by postproc",
+    "jaxbn.MovingAverageBatchNormState": "a NamedTuple that moving_average_batch_norm makes; see its fields",
     "jaxbn.Moments": "a NamedTuple that batch_moments makes; its fields say their shapes",
     "jaxbn.NormParams": "a NamedTuple that batch_norm makes; its fields say their shapes",
     "jaxbn.NormTransform": "a protocol, a tuple of functions whose signatures stand beside its fields",

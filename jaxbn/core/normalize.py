@@ -99,9 +99,11 @@ def operands(
     return Operands(x, scale, bias, residual, _axes.weights_like(mask, x.shape))
 
 
-def normalize(spec: Spec, operands: Operands, mean: jax.Array, var: jax.Array) -> jax.Array:
+def normalize(
+    spec: Spec, operands: Operands, mean: jax.Array, var: jax.Array, constants: _Constants = None
+) -> jax.Array:
     """Normalizes with the statistics `mean` and `var` `[C]`; all derivatives are JAX's own, in either mode."""
-    return _forward(spec, operands, mean, lax.rsqrt(var + spec.epsilon))
+    return _forward(spec, operands, mean, lax.rsqrt(var + spec.epsilon), constants)
 
 
 def batch_normalize(

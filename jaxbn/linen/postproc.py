@@ -134,7 +134,7 @@ def install_moments(variables: Any, moments: Mapping[str, Moments]) -> dict[str,
     """
     states = find_states(variables)
     given = checked(moments, states)
-    return _with_states(variables, {path: batch_norm().postproc(states[path], given[path]) for path in given})
+    return with_states(variables, {path: batch_norm().postproc(states[path], given[path]) for path in given})
 
 
 def move_averages(
@@ -181,11 +181,11 @@ def move_averages(
     if transform.move is None:
         raise ValueError("momentum=None keeps no running averages, so there is nothing to move.")
     given = checked(moments, find_states(variables))
-    states = {path: _state_of(transform, variables, path) for path in given}
-    return _with_states(variables, {path: transform.move(states[path], given[path], samples) for path in given})
+    states = {path: state_of(transform, variables, path) for path in given}
+    return with_states(variables, {path: transform.move(states[path], given[path], samples) for path in given})
 
 
-def _state_of(transform: NormTransform, variables: Any, path: str) -> State:
+def state_of(transform: NormTransform, variables: Any, path: str) -> State:
     """The state of a layer as the functions of its method take it."""
     flat = flax.traverse_util.flatten_dict(flax.core.unfreeze(variables[STATISTICS]))
     found = {key[-1]: flax.core.meta.unbox(leaf) for key, leaf in flat.items() if key[:-1] == keys(path)}
@@ -193,7 +193,7 @@ def _state_of(transform: NormTransform, variables: Any, path: str) -> State:
     return type(initial)(**{name: found.get(name) for name in initial._fields})
 
 
-def _with_states(variables: Any, states: Mapping[str, State]) -> dict[str, Any]:
+def with_states(variables: Any, states: Mapping[str, State]) -> dict[str, Any]:
     variables = flax.core.unfreeze(variables)
     flat = flax.traverse_util.flatten_dict(variables[STATISTICS])
     for path, state in states.items():

@@ -41,7 +41,7 @@ class NormTransform(NamedTuple):
     # (state, moments) -> state: install the moments of the population
     postproc: Callable[[State, Moments], State]
     # (params, state, grads) -> state: learn from the gradient of the params, for methods that need it
-    backward: Callable[[NormParams, State, NormParams], State]
+    backward: Callable[..., State]
     # (state, moments, samples=None) -> state: move the averages once, by moments that a loop has put together; None:
     # training keeps none
     move: Callable[..., State] | None = None

@@ -1,5 +1,6 @@
 """Batch normalization for flax.nnx: the layers, and the statistics pass for any NNX model."""
 
+from jaxbn.nnx.backward import update_backward as update_backward
 from jaxbn.nnx.capture import capture_moments as capture_moments
 from jaxbn.nnx.diagnose import diagnose as diagnose
 from jaxbn.nnx.freeze import affine_mask as affine_mask
@@ -7,9 +8,10 @@ from jaxbn.nnx.freeze import freeze as freeze
 from jaxbn.nnx.freeze import freeze_layers as freeze_layers
 from jaxbn.nnx.freeze import install_frozen as install_frozen
 from jaxbn.nnx.freeze import summary as summary
+from jaxbn.nnx.methods import BatchRenorm as BatchRenorm
+from jaxbn.nnx.methods import GhostBatchNorm as GhostBatchNorm
+from jaxbn.nnx.methods import MovingAverageBatchNorm as MovingAverageBatchNorm
 from jaxbn.nnx.modules import BatchNorm as BatchNorm
-from jaxbn.nnx.modules import BatchRenorm as BatchRenorm
-from jaxbn.nnx.modules import GhostBatchNorm as GhostBatchNorm
 from jaxbn.nnx.modules import Norm as Norm
 from jaxbn.nnx.postproc import install_moments as install_moments
 from jaxbn.nnx.postproc import move_averages as move_averages

@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +19,6 @@ from jaxbn.core.axes import static
 from jaxbn.core.devices import check_groups
 from jaxbn.methods.base import NormParams, NormTransform, State
 from jaxbn.methods.batch_norm import batch_norm
-from jaxbn.methods.batch_renorm import batch_renorm
-from jaxbn.methods.ghost_batch_norm import ghost_batch_norm
-from jaxbn.methods.schedules import RAMP, Schedule
 
 _ZEROS, _ONES = zeros_init(), ones_init()
 _MISSING_FLAG = (
@@ -202,88 +199,3 @@ class BatchNorm(Norm):
     """
 
     _factory = staticmethod(batch_norm)
-
-
-class BatchRenorm(Norm):
-    r"""Batch Renormalization: batch norm for few examples, and for those that resemble each other.
-
-    When to use it, and what it computes, is in :func:`jaxbn.batch_renorm`. Statistics have the names that they have in
-    `BatchNorm`: `mean`, `var`, and `step` where a bound depends on it. `nnx.update(new_layer, nnx.state(old_layer))`
-    takes over those of a `BatchNorm`.
-
-    Args:
-        num_features: Number of features, or their shape where there are several feature axes.
-        epsilon: Added to the variance, inside the root; positive.
-        r_max: r lies in [1 / r_max, r_max]: a number, or a function of the training step.
-        d_max: d lies in [-d_max, d_max]: a number, or a function of the training step.
-        track_variance: Average the variance, and not its root.
-        shared: The other arguments of :class:`BatchNorm`, which mean the same here, `rngs` among them. A momentum of
-            None is an error; `allow_single_value` silences a warning, where it is an error there.
-
-    Returns:
-        A module.
-
-    Example:
-        >>> layer = jaxbn.nnx.BatchRenorm(2, **jaxbn.renorm_ramp(warmup=500), rngs=nnx.Rngs(0))
-        >>> y = layer(jnp.array([[1.0, 0.0], [3.0, 8.0]]))
-        >>> float(layer.step[...])
-        1.0
-
-    References:
-        Ioffe, `Batch Renormalization <https://arxiv.org/abs/1702.03275>`_, 2017.
-    """
-
-    _factory = staticmethod(batch_renorm)
-
-    def __init__(
-        self,
-        num_features: int | Sequence[int],
-        *,
-        epsilon: float = 1e-3,
-        r_max: float | Schedule = RAMP["r_max"],
-        d_max: float | Schedule = RAMP["d_max"],
-        track_variance: bool = False,
-        **shared: Any,
-    ):
-        self.r_max, self.d_max, self.track_variance = r_max, d_max, track_variance
-        super().__init__(num_features, epsilon=epsilon, **shared)
-
-
-class GhostBatchNorm(Norm):
-    r"""Ghost batch norm: a large batch is normalized in groups of `ghost_size` samples, whatever the devices.
-
-    When to use it, and what it computes, is in :func:`jaxbn.ghost_batch_norm`. Statistics are those of `BatchNorm`.
-
-    Args:
-        num_features: Number of features, or their shape where there are several feature axes.
-        ghost_size: Samples in a group, over all devices.
-        grouping: `"contiguous"` or `"strided"`.
-        running: What the running variance averages: `"group_mean"` or `"pooled"`.
-        shared: The other arguments of :class:`BatchNorm`, which mean the same here, `rngs` among them; but for
-            `axis_index_groups`, which must be None.
-
-    Returns:
-        A module.
-
-    Example:
-        >>> layer = jaxbn.nnx.GhostBatchNorm(1, ghost_size=2, rngs=nnx.Rngs(0))
-        >>> layer(jnp.array([[1.0], [3.0], [11.0], [13.0]])).round(2).ravel()
-        Array([-1.,  1., -1.,  1.], dtype=float32)
-
-    References:
-        Hoffer, Hubara & Soudry, `Train longer, generalize better <https://arxiv.org/abs/1705.08741>`_, 2017.
-    """
-
-    _factory = staticmethod(ghost_batch_norm)
-
-    def __init__(
-        self,
-        num_features: int | Sequence[int],
-        *,
-        ghost_size: int,
-        grouping: Literal["contiguous", "strided"] = "contiguous",
-        running: Literal["group_mean", "pooled"] = "group_mean",
-        **shared: Any,
-    ):
-        self.ghost_size, self.grouping, self.running = ghost_size, grouping, running
-        super().__init__(num_features, **shared)

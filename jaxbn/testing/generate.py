@@ -4,116 +4,13 @@ A vector is a function of this file with `@vector`, whose name and first line ar
 your own write its formulas in `reference`, as a `Method` that bears its name, and a function here.
 """
 
-import inspect
-import random
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from jaxbn.testing import reference
-from jaxbn.testing.vectors import Arrays, Step, Vector, dumps
-
-VECTORS: dict[str, Callable[[], Vector]] = {}
-
-STEP = 1 / 64  # between possible inputs, so that they are exact in any precision
-PLAIN = {"momentum": 0.875, "epsilon": 1e-5}  # momentum is exact too
-
-
-class Draw:
-    """Numbers that are the same for ever, which Python promises of `random()` alone."""
-
-    def __init__(self, seed: str):
-        self._random = random.Random(seed).random
-
-    def uniform(self, shape: Sequence[int], low: float = -2.0, high: float = 3.0, *, step: float = STEP) -> np.ndarray:
-        """Multiples of `step` from [low, high)."""
-        steps = [int(self._random() * ((high - low) / step)) for _ in range(int(np.prod(shape)))]
-        return low + step * np.array(steps, np.float64).reshape(shape)
-
-    def params(self, channels: int) -> Arrays:
-        """A scale and a bias."""
-        return {"scale": self.uniform([channels], 0.5, 2.0), "bias": self.uniform([channels], -1.0, 1.0)}
-
-    def batch(self, *shape: int, **more: Any) -> Arrays:
-        """Inputs of a training call."""
-        return {"x": self.uniform(shape), "cotangent": self.uniform(shape, -1.0, 1.0)} | more
-
-
-class Call(NamedTuple):
-    """A call to make of a method, and its inputs."""
-
-    call: str
-    inputs: Arrays
-
-
-def vector(function: Callable[[Draw], dict[str, Any]]) -> Callable[[], Vector]:
-    """Registers a function that gives the fields of a vector but for its name and what it is about."""
-    name, about = function.__name__, inspect.getdoc(function) or ""
-
-    def make() -> Vector:
-        return Vector(name=name, about=about.splitlines()[0], **function(Draw(name)))
-
-    VECTORS[name] = make
-    return make
-
-
-def calls(
-    method: str,
-    arguments: dict[str, Any],
-    params: Arrays,
-    state: Arrays,
-    sequence: Sequence[Call],
-    *,
-    devices: int = 1,
-) -> dict[str, Any]:
-    """The vector of a method of `reference`, called so. Its formulas tell by `params` what is used."""
-    formulas = getattr(reference, method)(**{k: v for k, v in arguments.items() if not k.startswith("use_")})
-    steps: list[Step] = []
-    now: reference.State = state
-    for call, inputs in sequence:
-        outputs, now = (_train if call == "train" else _evaluate)(formulas, params, now, inputs)
-        steps.append(Step(call, inputs, outputs, dict(now)))
-    return {
-        "method": method,
-        "arguments": arguments,
-        "devices": devices,
-        "params": params,
-        "state": state,
-        "steps": tuple(steps),
-    }
-
-
-def passes(estimator: str, arguments: dict[str, Any], batches: Sequence[np.ndarray]) -> dict[str, Any]:
-    """The vector of an estimator of `reference` over these batches."""
-    seen = [reference.moments(x, np.ones_like(x)) for x in batches]
-    mean, var = getattr(reference, estimator)(seen, **arguments)
-    updates = [Step("update", {"x": x}, found._asdict(), {}) for x, found in zip(batches, seen, strict=True)]
-    steps = (*updates, Step("finalize", {}, {"mean": mean, "var": var}, {}))
-    return {"method": estimator, "arguments": arguments, "devices": 1, "params": {}, "state": {}, "steps": steps}
-
-
-def _train(
-    formulas: reference.Method, params: Arrays, state: reference.State, inputs: Arrays
-) -> tuple[Arrays, reference.State]:
-    x = inputs["x"]
-    weights = np.broadcast_to(np.asarray(inputs.get("mask", 1.0), np.float64), x.shape)
-    done = formulas.train(params, state, _rows(x), _rows(weights))
-    gradients = done.backward(_rows(inputs["cotangent"]))
-    outputs = {"y": done.y.reshape(x.shape), "dx": gradients.pop("dx").reshape(x.shape)}
-    return outputs | gradients | done.moments._asdict(), done.state
-
-
-def _evaluate(
-    formulas: reference.Method, params: Arrays, state: reference.State, inputs: Arrays
-) -> tuple[Arrays, reference.State]:
-    x = inputs["x"]
-    return {"y": formulas.evaluate(params, state, _rows(x)).reshape(x.shape)}, state
-
-
-def _rows(x: np.ndarray) -> np.ndarray:
-    return x.reshape(-1, x.shape[-1])
+from jaxbn.testing.draw import PLAIN, VECTORS, Call, Draw, calls, passes, vector
+from jaxbn.testing.vectors import Arrays, dumps
 
 
 def _started(channels: int) -> Arrays:
@@ -278,6 +175,45 @@ def ghost_batch_norm_synchronized(draw: Draw) -> dict[str, Any]:
     """Three devices with a group of four rows on each, not all of them valid."""
     arguments = PLAIN | {"ghost_size": 4}
     return calls("ghost_batch_norm", arguments, draw.params(2), _started(2), _on_devices(draw), devices=3)
+
+
+def _windowed(draw: Draw, window: int, channels: int, steps: float) -> Arrays:
+    """A state of moving average batch normalization after some steps."""
+    counters = {name: np.array(value) for name, value in (("step", steps), ("gradients", steps), ("loss_scale", 1.0))}
+    return counters | {
+        "mean": np.zeros(channels),
+        "var": draw.uniform([channels], 1.0, 8.0),
+        "square_window": draw.uniform([window, channels], 1.0, 4.0),
+        "gradient_window": draw.uniform([window, channels], -0.5, 0.5),
+        "values": np.zeros(channels),
+    }
+
+
+MABN = PLAIN | {"window": 3, "warmup": 0, "r_max": 1.25}
+
+
+@vector
+def moving_average_batch_norm(draw: Draw) -> dict[str, Any]:
+    """Windows that are full, r clipped in some channels and not in others, then an evaluation."""
+    steps = [Call("train", draw.batch(4, 4)) for _ in range(3)]
+    evaluation = Call("eval", {"x": draw.uniform([2, 4])})
+    state = _windowed(draw, 3, 4, 2000.0)
+    return calls("moving_average_batch_norm", MABN, draw.params(4), state, [*steps, evaluation])
+
+
+@vector
+def moving_average_batch_norm_warmup(draw: Draw) -> dict[str, Any]:
+    """The last two steps of the warm-up, with the statistics of the batch alone, and the first one behind it."""
+    steps = [Call("train", draw.batch(3, 2)) for _ in range(3)]
+    arguments, state = MABN | {"warmup": 7}, _windowed(draw, 3, 2, 4.0)
+    return calls("moving_average_batch_norm", arguments, draw.params(2), state, steps)
+
+
+@vector
+def moving_average_batch_norm_masked(draw: Draw) -> dict[str, Any]:
+    """A mask of positions; the second batch is masked altogether, which keeps the state and normalizes with it."""
+    state = _windowed(draw, 3, 2, 2000.0)
+    return calls("moving_average_batch_norm", MABN, draw.params(2), state, _masked(draw))
 
 
 def _ragged(draw: Draw) -> list[np.ndarray]:

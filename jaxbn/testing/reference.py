@@ -122,6 +122,55 @@ def renorm_constants(
     return np.where(found.count > 0, r, 1.0), np.where(found.count > 0, d, 0.0)
 
 
+def moving_average_batch_norm(
+    *, momentum: float = 0.98, epsilon: float = 1e-5, window: int = 16, warmup: int = 100, r_max: float = 5.0
+) -> Method:
+    r"""Yan et al. 2020, the released layer; psi goes into its window by other means than these calls.
+
+    With t counted from 1: :math:`V = \chi_B^2` for :math:`t \le W` or t below the warm-up, else the mean of the last W;
+    :math:`s^2 = V + \epsilon,\; z = x / s,\; r = clip(s / s_{run})`, 1 in the first 1000 steps, :math:`y = \gamma r z +
+    \beta,\; g = \gamma r\, \partial y,\; dx = (g - w z \Psi) / s`; :math:`\Psi` is of :math:`\sum g z / n` what V is of
+    :math:`\chi_B^2`.
+    """
+
+    def newest(values: np.ndarray, value: np.ndarray, seen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The mean of the last W values; those W. Before, the value itself is taken."""
+        pushed = np.concatenate([values[1:], value[None]])
+        return total(pushed) / window, np.where(seen, pushed, values)
+
+    def counts(steps: np.ndarray) -> bool:
+        return bool(steps + 1 > window and steps + 1 >= warmup)
+
+    def train(params: State, state: State, x: np.ndarray, w: np.ndarray) -> Trained:
+        found, seen = moments(x, w), total(w) > 0
+        chi = total(w * x**2) / np.where(seen, found.count, 1)
+        mean_of_window, squares = newest(state["square_window"], chi, seen)
+        v = np.where(seen, mean_of_window if counts(state["step"]) else chi, state["var"])
+        s = np.sqrt(v + epsilon)
+        bound = 1.0 if state["step"] + 1 <= max(1000, warmup) else r_max
+        r = np.where(seen, np.clip(s / np.sqrt(state["var"] + epsilon), 1 / bound, bound), 1.0)
+        z = (x - np.where(seen, 0, state["mean"])) / s
+
+        def backward(dy: np.ndarray) -> dict[str, np.ndarray]:
+            g = dy * params.get("scale", np.float64(1)) * r
+            psi = total(g * z) / np.where(seen, found.count, 1)
+            mean_psi, _ = newest(state["gradient_window"] * state["loss_scale"], psi, seen)
+            dx = (g - w * z * np.where(seen, mean_psi if counts(state["gradients"]) else psi, 0)) / s
+            learned = {"scale": total(dy * r * z), "bias": total(dy)}
+            return {"dx": dx} | {f"d{name}": learned[name] for name in params}
+
+        moved = {
+            "mean": momentum * state["mean"],
+            "var": momentum * state["var"] + (1 - momentum) * v,
+            "values": found.count,
+        }
+        new = dict(state) | {name: np.where(seen, moved[name], state[name]) for name in moved}
+        new |= {"square_window": squares, "step": state["step"] + float(seen.any())}
+        return Trained(affine(params, r * z), new, found, backward)
+
+    return Method(train, batch_norm(epsilon=epsilon).evaluate)
+
+
 def normalized(
     params: State,
     state: State,
