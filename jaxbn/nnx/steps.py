@@ -9,6 +9,7 @@ from flax import nnx
 from flax.training import train_state
 
 from jaxbn.core.devices import AxisName, make_varying, mean_over
+from jaxbn.nnx.backward import update_backward
 from jaxbn.nnx.capture import capture, find_layers, find_states, is_frozen
 from jaxbn.nnx.freeze import find_kinds, install_frozen, to_variables
 from jaxbn.nnx.postproc import install_moments
@@ -114,6 +115,9 @@ def make_steps(
         params = make_varying(state.params, axis_name)
         grads, (metrics, others) = jax.grad(loss_of, has_aux=True)(params)
         grads, metrics = mean_over((grads, metrics), axis_name)
+        net = nnx.merge(training, state.params, others, copy=True)
+        update_backward(net, grads)
+        others = nnx.state(net, _OTHERS)
         return state.apply_gradients(grads=grads, others=others), metrics
 
     def measure(variables: Any, batch: Any) -> Measured:
