@@ -1,17 +1,15 @@
 """The benchmark of the pass, small: what it runs, what it divides by what, and what it prints."""
 
-import importlib.util
 import sys
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from flax import nnx
+from programs import load_program
 
 import jaxbn.linen
 
-PATH = Path(__file__).parents[2] / "examples" / "benchmarks" / "postproc.py"
 SMALL = "--batches 2 --batch-size 4 --width 2 --blocks 1 --repeats 2 --no-progress".split()
 PROGRAMS = ["forward", "Flax loop", "postproc"]
 PEERS = ["update_bn", "fvcore"]
@@ -20,10 +18,7 @@ PEERS = ["update_bn", "fvcore"]
 @pytest.fixture(scope="module")
 def benchmark():
     """The program as a module."""
-    spec = importlib.util.spec_from_file_location("benchmark_postproc", PATH)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_program("benchmarks/postproc.py")
 
 
 @pytest.fixture

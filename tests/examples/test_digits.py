@@ -1,14 +1,11 @@
 """The main example, run as a user runs it: what it finds, what it prints, what it draws."""
 
-import importlib.util
 import re
-from pathlib import Path
 
-import jax
 import matplotlib.image
 import pytest
+from programs import in_standard_promotion, load_program
 
-PATH = Path(__file__).parents[2] / "examples" / "digits.py"
 METHODS = [
     "Batch statistics",
     "Method ONE: running averages",
@@ -21,21 +18,9 @@ METHODS = [
 @pytest.fixture(scope="module")
 def digits():
     """The example as a module."""
-    spec = importlib.util.spec_from_file_location("digits_example", PATH)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    module.OPTIMIZER = module.OPTIMIZER._replace(update=in_standard_promotion(module.OPTIMIZER.update))
+    module = load_program("digits.py")
+    module.OPTIMIZER = in_standard_promotion(module.OPTIMIZER)
     return module
-
-
-def in_standard_promotion(update):
-    """Adam without the strict dtype promotion of these tests: optax raises a float to the power of an int."""
-
-    def relaxed(*arguments):
-        with jax.numpy_dtype_promotion("standard"):
-            return update(*arguments)
-
-    return relaxed
 
 
 @pytest.fixture

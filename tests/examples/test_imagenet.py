@@ -12,6 +12,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
+from programs import in_standard_promotion
 
 import jaxbn.linen
 import jaxbn.nnx
@@ -46,16 +47,6 @@ def imagenet(examples):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "make_optimizer", lambda *args: in_standard_promotion(make(*args)))
         yield module
-
-
-def in_standard_promotion(optimizer):
-    """Without the strict dtype promotion of these tests: optax multiplies integers and floats."""
-
-    def update(*arguments):
-        with jax.numpy_dtype_promotion("standard"):
-            return optimizer.update(*arguments)
-
-    return optimizer._replace(update=update)
 
 
 @pytest.fixture(scope="module")

@@ -1,36 +1,21 @@
 """The critics with Batch Renormalization: what the program knows, what it learns, the statistics of each member."""
 
-import importlib.util
-from pathlib import Path
-
 import jax
 import numpy as np
 import pytest
 import scipy.linalg
+from programs import in_standard_promotion, load_program
 
 import jaxbn.linen
-
-PATH = Path(__file__).parents[2] / "examples" / "rl_critics.py"
 
 
 @pytest.fixture(scope="module")
 def example():
-    """The example as a module, with Adam without the strict dtype promotion of these tests."""
-    spec = importlib.util.spec_from_file_location("rl_critics_example", PATH)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    """The program, with optimizers that strict dtype promotion does not stop."""
+    module = load_program("rl_critics.py")
     for name in ("CRITIC_OPTIMIZER", "ACTOR_OPTIMIZER"):
-        optimizer = getattr(module, name)
-        setattr(module, name, optimizer._replace(update=in_standard_promotion(optimizer.update)))
+        setattr(module, name, in_standard_promotion(getattr(module, name)))
     return module
-
-
-def in_standard_promotion(update):
-    def relaxed(*arguments):
-        with jax.numpy_dtype_promotion("standard"):
-            return update(*arguments)
-
-    return relaxed
 
 
 def test_the_best_linear_policy_is_that_of_scipy(example):
