@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy import special
 
 from jaxbn.core.moments import Moments
 from jaxbn.population.layers import Measured
@@ -123,6 +122,8 @@ class Spread(NamedTuple):
         The mean of F-distributed ratios, however they depend on each other, is spread at most as far as one of them,
         whose tail is taken for its own; and it hardly minds outliers. For the largest it is Bonferroni's bound.
         """
+        from scipy import special  # here: to import it takes longer than all of jaxbn
+
         ratios = self.ratios(channels)
         if not ratios.size:
             return np.nan
