@@ -5,6 +5,8 @@ from jaxbn.core.averaging import constant as constant
 from jaxbn.core.averaging import cumulative as cumulative
 from jaxbn.core.averaging import horizon as horizon
 from jaxbn.core.averaging import scheduled as scheduled
+from jaxbn.core.kernels import centralize_kernel as centralize_kernel
+from jaxbn.core.kernels import standardize_kernel as standardize_kernel
 from jaxbn.core.moments import Moments as Moments
 from jaxbn.core.moments import batch_moments as batch_moments
 from jaxbn.core.moments import merge as merge

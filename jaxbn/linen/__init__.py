@@ -8,6 +8,7 @@ from jaxbn.linen.freeze import affine_mask as affine_mask
 from jaxbn.linen.freeze import freeze as freeze
 from jaxbn.linen.freeze import freeze_layers as freeze_layers
 from jaxbn.linen.freeze import summary as summary
+from jaxbn.linen.kernels import map_kernel as map_kernel
 from jaxbn.linen.methods import BatchRenorm as BatchRenorm
 from jaxbn.linen.methods import GhostBatchNorm as GhostBatchNorm
 from jaxbn.linen.methods import MovingAverageBatchNorm as MovingAverageBatchNorm

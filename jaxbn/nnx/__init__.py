@@ -8,6 +8,7 @@ from jaxbn.nnx.freeze import freeze as freeze
 from jaxbn.nnx.freeze import freeze_layers as freeze_layers
 from jaxbn.nnx.freeze import install_frozen as install_frozen
 from jaxbn.nnx.freeze import summary as summary
+from jaxbn.nnx.kernels import map_kernel as map_kernel
 from jaxbn.nnx.methods import BatchRenorm as BatchRenorm
 from jaxbn.nnx.methods import GhostBatchNorm as GhostBatchNorm
 from jaxbn.nnx.methods import MovingAverageBatchNorm as MovingAverageBatchNorm

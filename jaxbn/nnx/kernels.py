@@ -1,0 +1,40 @@
+"""A map of the kernel as an option of the dense layers and convolutions of flax.nnx."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax.nnx.nn import dtypes
+
+
+def map_kernel(function: Callable[[jax.Array], jax.Array]) -> Callable[..., Any]:
+    """Makes a Flax layer compute with a function of its kernel: pass it as the layer's `promote_dtype`.
+
+    The layer keeps its class, its name and its parameters, so that checkpoints fit; gradients go through the function.
+    It works in all layers that have a kernel and a bias, such as Linear, Conv and ConvTranspose, whose dtypes are
+    promoted as ever.
+
+    Args:
+        function: `kernel -> kernel`, such as `jaxbn.centralize_kernel` or `jaxbn.standardize_kernel`.
+
+    Returns:
+        A value for `promote_dtype`; equal for equal functions.
+
+    Example:
+        >>> centralized = jaxbn.nnx.map_kernel(jaxbn.centralize_kernel)
+        >>> conv = nnx.Conv(2, 4, (3, 3), use_bias=False, promote_dtype=centralized, rngs=nnx.Rngs(0))
+        >>> x = jnp.ones((1, 8, 8, 2))  # of equal mean in all channels
+        >>> bool(jnp.abs(conv(x)[:, 1:-1, 1:-1]).max() < 1e-6)
+        True
+    """
+    return _MapKernel(function)
+
+
+@dataclasses.dataclass(frozen=True)
+class _MapKernel:
+    function: Callable[[jax.Array], jax.Array]
+
+    def __call__(self, arrays: Any, /, **options: Any) -> Any:
+        inputs, kernel, bias = arrays
+        return dtypes.promote_dtype((inputs, self.function(kernel), bias), **options)
