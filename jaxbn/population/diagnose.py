@@ -57,8 +57,9 @@ def _layer(
     d = ((np.abs(difference) if np.iscomplexobj(difference) else difference) / sigma)[there]
     r = (np.sqrt(values.m2 / np.maximum(values.count, _TINY) + pair.epsilon) / sigma)[there]
     outside = (np.abs(d) > d_max) | (r > r_max) | (r < 1 / r_max)
-    trained = Spread.of(Batches.of((one.trained.examples for one in seen), path))
-    independent = Spread.of(Batches.of((one.stored.examples for one in seen), path))
+    rows = np.array([one.rows for one in seen], float)
+    trained = Spread.of(Batches.of((one.trained.examples for one in seen), path), rows)
+    independent = Spread.of(Batches.of((one.stored.examples for one in seen), path), rows)
     ratios = independent.ratios(alive)
     return LayerDiagnosis(
         channels=reached.size,

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxbn.core.moments import Moments
-from jaxbn.population.layers import Measured
+from jaxbn.population.layers import Measured, count_examples
 from jaxbn.population.progress import track
 
 # (model, batch) -> (outputs, Measured)
@@ -29,6 +29,7 @@ class Seen(NamedTuple):
 
     trained: Measured  # normalized with the statistics of the batch
     stored: Measured  # normalized with the stored statistics
+    rows: jax.Array  # f32[]: examples in the batch; NaN if that is not known
     gap: jax.Array  # f32[2]: squares of (train - eval) and of train about its mean, summed over all outputs
 
     @property
@@ -46,7 +47,8 @@ def looking(training: Capture, evaluation: Capture) -> Look:
 
     def look(model: Any, batch: Any) -> Seen:
         (trained, in_training), (evaluated, stored) = training(model, batch), evaluation(model, batch)
-        return Seen(in_training, stored, _gap(trained, evaluated))
+        rows = count_examples(batch)
+        return Seen(in_training, stored, jnp.float32(np.nan if rows is None else rows), _gap(trained, evaluated))
 
     return jax.jit(look)
 
@@ -92,8 +94,12 @@ class Spread(NamedTuple):
     degrees: tuple[float, float]  # of freedom, between and within
 
     @classmethod
-    def of(cls, examples: Batches) -> "Spread":
-        """Of the moments of the means of the examples, [B, C]."""
+    def of(cls, examples: Batches, rows: np.ndarray) -> "Spread":
+        """Of the moments of the means of the examples, in batches of so many rows [B].
+
+        A layer that is called k times for a batch is given each example k times, at worst alike: then the means of
+        batches differ k times as much without being out of order, and so `between` is divided by k.
+        """
         present = examples.count > 0
         counts, batches = examples.count.sum(0), present.sum(0)
         degrees = np.stack([batches - 1, counts - batches])
@@ -103,8 +109,10 @@ class Spread(NamedTuple):
         between, within = np.where(known, squares / np.where(known, degrees, 1), np.nan)
         if not known.any():
             return cls(between, within, np.nan, (0.0, 0.0))
+        calls = np.ceil((examples.count / rows[:, None])[:, known]).max()
         fewest = degrees[:, known].min(1)
-        return cls(between, within, float((counts / batches)[known].mean()), (float(fewest[0]), float(fewest[1])))
+        per_batch = float((counts / batches)[known].mean() / calls)
+        return cls(between / calls, within, per_batch, (float(fewest[0]), float(fewest[1])))
 
     def ratios(self, channels: np.ndarray) -> np.ndarray:
         """Between over within, in those of the channels in which anything is known."""

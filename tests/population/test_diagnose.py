@@ -108,6 +108,22 @@ def test_the_p_value_is_uniform_or_above_where_examples_are_independent(rng):
         assert (np.array(p_values) < level).mean(0).max() <= level + 3 * np.sqrt(level * (1 - level) / 60)
 
 
+def test_examples_that_a_layer_is_given_twice_do_not_count_twice(rng):
+    class Net(nn.Module):
+        twice: bool
+
+        @nn.compact
+        def __call__(self, x):
+            norm = nn.BatchNorm(use_running_average=True)
+            return norm(x) + norm(2 * x + 1) if self.twice else norm(x)
+
+    x = rng.standard_normal((30, 16, 3)).astype(np.float32)
+    variables = Net(True).init(jax.random.key(0), x[0])
+    twice, once = (jaxbn.linen.diagnose(Net(t).apply, variables, x).layers["BatchNorm_0"] for t in (True, False))
+    assert twice.examples == once.examples == 16
+    assert twice.p_value >= once.p_value
+
+
 def test_the_gap_of_outputs(rng):
     net = nn.BatchNorm(use_running_average=True)
     x = rng.standard_normal((4, 16, 2)).astype(np.float32) * 3 + 1
