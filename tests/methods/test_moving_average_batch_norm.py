@@ -216,7 +216,7 @@ def test_a_loss_scale_changes_neither_psi_nor_the_gradient():
 
 @pytest.mark.parametrize(
     "host, way",
-    [(LINEN, "jit"), (LINEN, "shard_map"), (LINEN, "pmap"), (NNX, "shard_map")],
+    [pytest.param(LINEN, "jit", marks=pytest.mark.slow), (LINEN, "shard_map"), (LINEN, "pmap"), (NNX, "shard_map")],
     ids=lambda value: getattr(value, "name", value),
 )
 def test_make_steps_on_many_devices_is_one_device(host, way):
