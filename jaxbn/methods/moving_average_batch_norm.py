@@ -120,7 +120,7 @@ def moving_average_batch_norm(
     References:
         Yan et al., `Towards Stabilizing Batch Statistics in Backward Propagation of Batch Normalization
         <https://arxiv.org/abs/2001.06838>`_, 2020, in the form of their released layer; in the text the window is for
-        :math:`\Psi` alone. Differs from that layer: psi is written by `backward` and not during the backward pass, which
+        :math:`\Psi` alone. Differs from that layer: psi is written by `backward` and not during backpropagation, which
         is the same, as a step needs that of others alone; with `axis_name` devices share their statistics; a channel of
         a batch that is not finite, or masked altogether, keeps its windows. A layer that is called twice for one
         gradient finds the sum of both psi, over the values of the last call.
