@@ -109,7 +109,7 @@ class Spread(NamedTuple):
         between, within = np.where(known, squares / np.where(known, degrees, 1), np.nan)
         if not known.any():
             return cls(between, within, np.nan, (0.0, 0.0))
-        calls = np.ceil((examples.count / rows[:, None])[:, known]).max()
+        calls = np.nanmax(np.ceil((examples.count / rows[:, None])[:, known]))
         fewest = degrees[:, known].min(1)
         per_batch = float((counts / batches)[known].mean() / calls)
         return cls(between / calls, within, per_batch, (float(fewest[0]), float(fewest[1])))
