@@ -18,6 +18,8 @@ from jaxbn.methods.batch_norm import BatchNormState as BatchNormState
 from jaxbn.methods.batch_norm import batch_norm as batch_norm
 from jaxbn.methods.batch_renorm import BatchRenormState as BatchRenormState
 from jaxbn.methods.batch_renorm import batch_renorm as batch_renorm
+from jaxbn.methods.domain_batch_norm import DomainBatchNormState as DomainBatchNormState
+from jaxbn.methods.domain_batch_norm import domain_batch_norm as domain_batch_norm
 from jaxbn.methods.ghost_batch_norm import GhostBatchNormState as GhostBatchNormState
 from jaxbn.methods.ghost_batch_norm import ghost_batch_norm as ghost_batch_norm
 from jaxbn.methods.moving_average_batch_norm import MovingAverageBatchNormState as MovingAverageBatchNormState

@@ -33,9 +33,16 @@ class Case(NamedTuple):
     evaluate: Callable[[np.ndarray, Arrays, Arrays], np.ndarray]
     # (state, all values [rows, C]) -> state
     postproc: Callable[[Arrays, np.ndarray], dict[str, np.ndarray]]
+    # x [N, ...] -> what a call takes besides: `domain=`
+    where: Callable[[Any], dict[str, Any]] = lambda x: {}
 
     def transform(self, **changes: Any) -> jaxbn.NormTransform:
-        return self.factory(**self.arguments | changes)
+        made = self.factory(**self.arguments | changes)
+        return made._replace(
+            train=lambda params, state, x, **given: made.train(params, state, x, **given, **self.where(x)),
+            eval=lambda params, state, x, **given: made.eval(params, state, x, **given, **self.where(x)),
+            measure=lambda x, **given: made.measure(x, **given, **self.where(x)),
+        )
 
     def linen_module(self, **changes: Any) -> nn.Module:
         return self.linen(**self.arguments | changes)
@@ -155,6 +162,63 @@ def _moving_average_batch_norm(*, window: int, decay: float = 0.98, epsilon: flo
     return {"train": train, "evaluate": evaluate, "postproc": postproc}
 
 
+def _domain_batch_norm() -> dict[str, Any]:
+    """Chang et al. 2019, equations 3 to 6: batch norm of the rows of each domain, whose id their values tell."""
+    plain = _batch_norm()
+
+    def part(arrays: Arrays, domain: int) -> dict[str, np.ndarray]:
+        return {name: value[domain] if value.ndim == 2 else value for name, value in arrays.items()}
+
+    def train(
+        x: np.ndarray, weights: np.ndarray, params: Arrays, state: Arrays, space: int
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        ids, y, new = _domain_of_rows(x), np.zeros_like(x), {name: value.copy() for name, value in state.items()}
+        for domain in range(_DOMAINS):
+            rows = ids == domain
+            known = part(params, domain), part(state, domain)
+            y[rows], after = plain["train"](x[rows], weights[rows], *known, space)
+            for name in new:
+                new[name][domain] = after[name]
+        return y, new
+
+    def evaluate(x: np.ndarray, params: Arrays, state: Arrays) -> np.ndarray:
+        ids = _domain_of_rows(x)
+        rows = {name: value[ids] if value.ndim == 2 else value for name, value in (params | state).items()}
+        return plain["evaluate"](x, rows, rows)
+
+    def postproc(state: Arrays, values: np.ndarray) -> dict[str, np.ndarray]:
+        parts = [values[_domain_of_rows(values) == domain] for domain in range(_DOMAINS)]
+        return {"mean": np.stack([p.mean(0) for p in parts]), "var": np.stack([p.var(0) for p in parts])}
+
+    return {"train": train, "evaluate": evaluate, "postproc": postproc}
+
+
+_DOMAINS = 3
+
+
+def _domain(x: Any) -> dict[str, Any]:
+    """A domain for each example, told by its first value, so that every test may cut its batches as it likes."""
+    first = jax.numpy.asarray(x).reshape(x.shape[0], -1)[:, 0]
+    return {"domain": (jax.numpy.floor(first) % _DOMAINS).astype(jax.numpy.int32)}
+
+
+def _domain_of_rows(x: np.ndarray, space: int = 3) -> np.ndarray:
+    first = x.reshape(-1, space, x.shape[-1])[:, 0, 0]
+    return np.repeat(np.floor(first) % _DOMAINS, space).astype(int)
+
+
+def _domain_batch_norm_case(name: str, arguments: dict[str, Any]) -> Case:
+    return Case(
+        name,
+        jaxbn.domain_batch_norm,
+        jaxbn.linen.DomainBatchNorm,
+        jaxbn.nnx.DomainBatchNorm,
+        {"num_domains": _DOMAINS} | arguments,
+        **_domain_batch_norm(),
+        where=_domain,
+    )
+
+
 def _r_max(step: Any) -> Any:
     return 1.5 + 0.1 * step
 
@@ -210,4 +274,6 @@ CASES = [
         {"window": 2, "warmup": 0},
         **_moving_average_batch_norm(window=2),
     ),
+    _domain_batch_norm_case("domain_batch_norm", {}),
+    _domain_batch_norm_case("domain_batch_norm shared affine", {"share_affine": True}),
 ]

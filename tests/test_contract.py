@@ -62,7 +62,7 @@ def started(case: Case, **changes):
         transform = transform._replace(train=jax.jit(transform.train))
     params, state = transform.init(FEATURES)
     rng = np.random.default_rng(1)
-    params = jax.tree.map(lambda p: jnp.asarray(p + 0.3 * rng.standard_normal(FEATURES), jnp.float32), params)
+    params = jax.tree.map(lambda p: jnp.asarray(p + 0.3 * rng.standard_normal(p.shape), jnp.float32), params)
     state = state._replace(mean=state.mean + 0.5, var=state.var * 1.5)
     return transform, params, state
 
@@ -242,9 +242,12 @@ def test_statistics_that_are_not_finite_stay_out_of_the_state(case, x, bad):
     assert np.isnan(y[..., 2]).any()  # the output still shows it
     for name, leaf in as_arrays(after).items():
         assert np.isfinite(leaf).all(), name
-    np.testing.assert_array_equal(after.mean[2], state.mean[2])
+    moved = np.array(after.mean != state.mean)
+    harmed = (*(int(ids[3]) for ids in case.where(x).values()), 2)  # the channel, of the domain of that example
+    assert not moved[harmed]
     if case.arguments.get("momentum", 0.99) is not None:
-        assert (np.delete(after.mean, 2) != np.delete(state.mean, 2)).all()
+        moved[harmed] = True
+        assert moved.all()
 
 
 @every_case_and("way", WAYS, few=["jit", "shard_map"], slow=SLOW_WAYS)
@@ -311,8 +314,8 @@ def test_linen_is_the_core(case, x, dtype):
 
     @jax.jit
     def linen(variables, x):
-        y, updates = module.apply(variables, x, use_running_average=False, mutable=["batch_stats"])
-        return y, updates["batch_stats"], module.apply(variables, x, use_running_average=True)
+        y, updates = module.apply(variables, x, use_running_average=False, mutable=["batch_stats"], **case.where(x))
+        return y, updates["batch_stats"], module.apply(variables, x, use_running_average=True, **case.where(x))
 
     @jax.jit
     def core(params, state, x):
@@ -336,8 +339,8 @@ def test_nnx_is_the_core(case, x, dtype):
 
     @nnx.jit
     def host(module, x):
-        evaluated = module(x, use_running_average=True)
-        return module(x, use_running_average=False), module.state, evaluated
+        evaluated = module(x, use_running_average=True, **case.where(x))
+        return module(x, use_running_average=False, **case.where(x)), module.state, evaluated
 
     @jax.jit
     def core(params, state, x):

@@ -33,6 +33,7 @@ SUMMARY_ONLY = {
     "jaxbn.Averaging": "the type of what constant, scheduled, cumulative and horizon return; their examples show it",
     "jaxbn.BatchNormState": "a NamedTuple that batch_norm makes; its fields say their shapes",
     "jaxbn.BatchRenormState": "a NamedTuple that batch_renorm makes; its fields say their shapes",
+    "jaxbn.DomainBatchNormState": "a NamedTuple that domain_batch_norm makes; its fields say their shapes",
     "jaxbn.Diagnosis": "made by diagnose; its fields say what it holds",
     "jaxbn.Estimator": "a protocol, a tuple of functions; pooled and the others show it",
     "jaxbn.Finding": "part of a Diagnosis; its fields say what they are",

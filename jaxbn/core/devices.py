@@ -239,8 +239,10 @@ def _replicate(blocks: jax.Array) -> jax.Array:
         return blocks
     if _is_explicit(sharding):
         return jax.sharding.reshard(blocks, NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec[1:])))
-    free = PartitionSpec(None, *[PartitionSpec.UNCONSTRAINED] * (blocks.ndim - 1))
-    return lax.with_sharding_constraint(blocks, NamedSharding(sharding.mesh, free))
+    # Last, because vmap adds its axis to a constraint without moving the free axes behind a constrained one.
+    free = PartitionSpec(*[PartitionSpec.UNCONSTRAINED] * (blocks.ndim - 1), None)
+    last = lax.with_sharding_constraint(jnp.moveaxis(blocks, 0, -1), NamedSharding(sharding.mesh, free))
+    return jnp.moveaxis(last, -1, 0)
 
 
 def _vary(x: jax.Array, axis_name: AxisName) -> jax.Array:

@@ -10,6 +10,7 @@ from jaxbn.linen.freeze import freeze_layers as freeze_layers
 from jaxbn.linen.freeze import summary as summary
 from jaxbn.linen.kernels import map_kernel as map_kernel
 from jaxbn.linen.methods import BatchRenorm as BatchRenorm
+from jaxbn.linen.methods import DomainBatchNorm as DomainBatchNorm
 from jaxbn.linen.methods import GhostBatchNorm as GhostBatchNorm
 from jaxbn.linen.methods import MovingAverageBatchNorm as MovingAverageBatchNorm
 from jaxbn.linen.modules import BatchNorm as BatchNorm

@@ -177,17 +177,17 @@ def _intercept(next_call: Callable[..., Any], args: Any, kwargs: Any, context: n
     slot = layer.get_variable(STATISTICS, _SLOT) if is_call_of_layer(context) else None
     if slot is None or layer.has_variable(STATISTICS, FROZEN):
         return next_call(*args, **kwargs)
-    x, mask, residual = call_arguments(*args, **kwargs)
+    x, mask, residual, where = call_arguments(*args, **kwargs)
     transform = _transform_of(layer)
     if mask is None and layer.has_variable(STATISTICS, _WEIGHTS):
         mask = mask_of_examples(layer.get_variable(STATISTICS, _WEIGHTS), x, slot.layer.path, layer.axis)
-    moments = transform.measure(x, mask=mask)
+    moments = transform.measure(x, mask=mask, **where)
     if slot.layer.mode == "as_called":
         y = next_call(*args, **kwargs)
     else:
         stored = stored_state(layer)
         state = wanted_state(transform, stored, moments, slot.layer.mode, layer.axis_name, layer.axis_index_groups)
-        y = normalize(layer, state, x, mask=mask, residual=residual)
+        y = normalize(layer, state, x, mask=mask, residual=residual, **where)
     marks_layer = dataclasses.replace(slot.layer, kind=kind_of(layer))
     return marked(y, slot.index, marks_layer, moments, x, axis=layer.axis, mask=mask)
 
@@ -217,13 +217,13 @@ def stored_state(layer: Any) -> State:
     return initial._replace(**{name: flax.core.meta.unbox(layer.get_variable(STATISTICS, name)) for name in names})
 
 
-def normalize(layer: Any, state: State, x: jax.Array, *, mask: Any, residual: Any) -> jax.Array:
+def normalize(layer: Any, state: State, x: jax.Array, *, mask: Any, residual: Any, **where: Any) -> jax.Array:
     """What the layer makes of its input with these statistics."""
     if not isinstance(layer, Norm):
         return _normalize_stock(layer, state, x)  # where Flax ignores the mask, and has no residual
     params = flax.core.meta.unbox(layer.variables.get("params", {}))
     affine = NormParams(params.get("scale"), params.get("bias"))
-    return layer.transform().eval(affine, state, x, mask=mask, residual=residual)
+    return layer.transform().eval(affine, state, x, mask=mask, residual=residual, **where)
 
 
 def _normalize_stock(layer: Any, state: State, x: jax.Array) -> jax.Array:

@@ -4,13 +4,14 @@ import re
 from typing import Any
 
 import flax
-import jax.numpy as jnp
 from flax.core import meta
 
+from jaxbn.linen.capture import find_states, keys
 from jaxbn.linen.modules import STATISTICS
+from jaxbn.population.layers import fitting
 
 # Linen names a layer by its class, so that the kind of a layer shows in the paths of its variables.
-_CLASS = re.compile(r"^(BatchNorm|BatchRenorm|GhostBatchNorm)(?=_\d+$)")
+_CLASS = re.compile(r"^(BatchNorm|BatchRenorm|GhostBatchNorm|DomainBatchNorm)(?=_\d+$)")
 # What one kind of layer keeps beside mean and var, and another does not.
 _COUNTERS = {"count", "step"}
 _SBX = {"steps": "step"}  # the name of a counter there
@@ -20,11 +21,10 @@ _SBX_CONSTANTS = {"r_max", "d_max"}  # hyper-parameters here
 def convert_norms(variables: Any, like: Any) -> dict[str, Any]:
     """The variables of a model for the same model with other normalization layers.
 
-    From `BatchNorm`, of jaxbn or Flax, to `BatchRenorm` or `GhostBatchNorm` and back; and from the `BatchRenorm` of sbx
-    and CrossQ, whose statistics hold the bounds too. Parameters and statistics are carried over as they are: give the
-    new layers the epsilon of the old ones. Counters that the old layers did not have are those of `like`; those that
-    the new ones do not have are left out. (NNX names layers by their attributes, and there `nnx.update` is enough; see
-    :class:`jaxbn.nnx.BatchRenorm`.)
+    From `BatchNorm`, of jaxbn or Flax, to `BatchRenorm` or `GhostBatchNorm` and back; from the `BatchRenorm` of sbx and
+    CrossQ, whose statistics hold the bounds too; and from `BatchNorm` to `DomainBatchNorm`, each domain with a copy.
+    Parameters and statistics are carried over as they are: give the new layers the epsilon of the old ones. Counters
+    that the old layers did not have are those of `like`; those that the new ones do not have are left out.
 
     Args:
         variables: All variables of the model as it was.
@@ -49,12 +49,16 @@ def convert_norms(variables: Any, like: Any) -> dict[str, Any]:
     sources = {_place(path): path for path in given}
     if len(sources) < len(given):
         raise ValueError("Layers of two kinds have the same number beside each other; name the layers in the model.")
+    layers = {keys(path) for path in find_states(like)}
     converted = {}
     for path, leaf in wanted.items():
         source = sources.pop(_place(path), None)
         if source is None and not _is_optional(path):
             raise ValueError(f"{'/'.join(path)!r} of `like` has no counterpart in the variables.")
-        converted[path] = leaf if source is None else _fitting(path, given[source], leaf)
+        if source is not None:
+            value = fitting("/".join(path), meta.unbox(given[source]), meta.unbox(leaf), copies=path[1:-1] in layers)
+            leaf = meta.replace_boxed(leaf, value)
+        converted[path] = leaf
     unused = ["/".join(path) for path in sources.values() if not _is_optional(path)]
     if unused:
         raise ValueError(f"{', '.join(map(repr, unused))} of the variables have no counterpart in `like`.")
@@ -73,11 +77,3 @@ def _place(path: tuple[str, ...]) -> tuple[str, ...]:
 
 def _is_optional(path: tuple[str, ...]) -> bool:
     return path[0] == STATISTICS and path[-1] in _COUNTERS | _SBX.keys() | _SBX_CONSTANTS
-
-
-def _fitting(path: tuple[str, ...], given: Any, like: Any) -> Any:
-    """A value in the dtype, and the box, that it has in `like`."""
-    value, wanted = jnp.asarray(meta.unbox(given)), meta.unbox(like)
-    if value.shape != wanted.shape:
-        raise ValueError(f"{'/'.join(path)!r} is {value.shape} in the variables and {wanted.shape} in `like`.")
-    return meta.replace_boxed(like, value.astype(wanted.dtype))

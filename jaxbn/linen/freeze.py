@@ -172,5 +172,5 @@ def _hold(next_call: Callable[..., Any], args: Any, kwargs: Any, context: nn.mod
     layer: Any = context.module
     if not is_call_of_layer(context) or not layer.has_variable(STATISTICS, FROZEN):
         return next_call(*args, **kwargs)
-    x, mask, residual = call_arguments(*args, **kwargs)
-    return normalize(layer, stored_state(layer), x, mask=mask, residual=residual)
+    x, mask, residual, where = call_arguments(*args, **kwargs)
+    return normalize(layer, stored_state(layer), x, mask=mask, residual=residual, **where)

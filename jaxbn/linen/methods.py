@@ -8,6 +8,7 @@ from jax.typing import ArrayLike
 from jaxbn.core.averaging import Averaging
 from jaxbn.linen.modules import Norm
 from jaxbn.methods.batch_renorm import batch_renorm
+from jaxbn.methods.domain_batch_norm import domain_batch_norm
 from jaxbn.methods.ghost_batch_norm import ghost_batch_norm
 from jaxbn.methods.moving_average_batch_norm import moving_average_batch_norm
 from jaxbn.methods.schedules import RAMP, Schedule
@@ -150,3 +151,50 @@ class MovingAverageBatchNorm(Norm):
     window: int = 16
     warmup: int = 100
     r_max: float = 5.0
+
+
+class DomainBatchNorm(Norm):
+    r"""Batch norm with statistics for each domain: domain-specific, auxiliary (AdvProp) and split batch norm.
+
+    When to use it, what the ids mean for each of these, and what it computes, is in :func:`jaxbn.domain_batch_norm`.
+    The call takes `domain=`, the id of each example, integers `[N]`. `jaxbn.linen.convert_norms` starts it from a
+    trained `BatchNorm`, each domain with a copy.
+
+    Attributes:
+        use_running_average: See the call.
+        axis: Feature axis, or several; not the leading one.
+        momentum: Weight of the OLD running value, in [0, 1); None keeps no running average; or a
+            :class:`jaxbn.Averaging`.
+        epsilon: Added to the variance.
+        dtype: Of the result; None: what input and parameters promote to.
+        param_dtype: Of the parameters.
+        use_bias: Whether to learn a bias.
+        use_scale: Whether to learn a scale.
+        bias_init: Initializer of the bias.
+        scale_init: Initializer of the scale.
+        axis_name: Axis of a `shard_map`, `pmap` or `vmap` over which the batch is spread; not used in evaluation.
+        axis_index_groups: Groups of devices that share statistics.
+        use_fast_variance: Accepted; masks, which domains are, always centre first.
+        force_float32_reductions: Accepted; statistics are float32 anyway.
+        activation: Applied to the result; `jax.nn.relu` and `jax.nn.leaky_relu` cost no memory traffic here.
+        allow_single_value: Accept one value per channel in training.
+        autodiff: Use JAX's own derivative; forward mode needs it.
+        num_domains: How many domains there are, D; statistics are `[D, C]`.
+        share_affine: Learn one scale and bias for all domains, `[C]`, instead of one for each, `[D, C]`.
+
+    Example:
+        >>> layer = jaxbn.linen.DomainBatchNorm(use_running_average=False, num_domains=2, momentum=0.0)
+        >>> x, domain = jnp.array([[1.0], [10.0], [3.0], [30.0]]), jnp.array([0, 1, 0, 1])
+        >>> variables = layer.init(jax.random.key(0), x, domain=domain)
+        >>> y, updates = layer.apply(variables, x, domain=domain, mutable=["batch_stats"])
+        >>> updates["batch_stats"]["mean"].ravel()
+        Array([ 2., 20.], dtype=float32)
+
+    References:
+        Chang et al., `Domain-Specific Batch Normalization <https://arxiv.org/abs/1906.03950>`_, 2019.
+    """
+
+    factory = staticmethod(domain_batch_norm)
+    _: dataclasses.KW_ONLY
+    num_domains: int
+    share_affine: bool = False

@@ -3,7 +3,7 @@
 import dataclasses
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -18,6 +18,11 @@ from jaxbn.methods.base import NormParams, NormTransform, State
 from jaxbn.methods.batch_norm import batch_norm
 
 STATISTICS = "batch_stats"
+
+
+class _Initial(NamedTuple):
+    params: NormParams
+    state: State
 
 
 class Norm(nn.Module):
@@ -62,6 +67,7 @@ class Norm(nn.Module):
         *,
         mask: ArrayLike | None = None,
         residual: ArrayLike | None = None,
+        **where: ArrayLike,
     ) -> jax.Array:
         """Normalizes x `[..., C]`, adds the residual and applies the activation.
 
@@ -72,6 +78,7 @@ class Norm(nn.Module):
             mask: Booleans or real weights, broadcastable to `x`, of the values from which statistics are computed; in
                 training alone.
             residual: Added to the normalized input before the activation, of the shape of `x`.
+            where: Of `DomainBatchNorm` alone: `domain=`, the domain of each example, integers `[N]`.
 
         Returns:
             An array of the shape of `x`.
@@ -81,9 +88,10 @@ class Norm(nn.Module):
         """
         use_running_average = nn.merge_param("use_running_average", self.use_running_average, use_running_average)
         x = jnp.asarray(x)
-        variables, state = self._load_state(x)
-        params = self._load_params(_axes.feature_shape(x.shape, self.axis))
-        arguments = {"mask": mask, "residual": residual}
+        initial = self._initialize(x)
+        variables, state = self._load_state(x, initial.state)
+        params = self._load_params(initial.params)
+        arguments = {"mask": mask, "residual": residual, **where}
         starting = self.is_initializing()  # with an example of any size, on one device, that changes no statistics
         if use_running_average or starting and not x.size:
             return self.transform().eval(params, state, x, **arguments)
@@ -98,23 +106,29 @@ class Norm(nn.Module):
         return y
 
     @nn.nowrap
-    def _load_state(self, x: jax.Array) -> tuple[dict[str, nn.Variable[jax.Array]], State]:
+    def _initialize(self, x: jax.Array) -> _Initial:
         dtype = x.dtype if jnp.iscomplexobj(x) else jnp.float32
-        _, initial = self.transform().init(_axes.feature_shape(x.shape, self.axis), dtype=dtype)
+        return _Initial(*self.transform().init(_axes.feature_shape(x.shape, self.axis), dtype=dtype))
+
+    @nn.nowrap
+    def _load_state(self, x: jax.Array, initial: State) -> tuple[dict[str, nn.Variable[jax.Array]], State]:
         variables = {
             name: self.variable(STATISTICS, name, lambda leaf=leaf: leaf)
             for name, leaf in initial._asdict().items()
             if leaf is not None
         }
         values = {name: variable.value for name, variable in variables.items()}
-        _axes.check_features(x.shape, self.axis, values["mean"].shape)
+        if values["mean"].shape != initial.mean.shape:
+            _axes.check_features(x.shape, self.axis, values["mean"].shape)
         return variables, initial._replace(**values)
 
     @nn.nowrap
-    def _load_params(self, shape: tuple[int, ...]) -> NormParams:
+    def _load_params(self, initial: NormParams) -> NormParams:
+        def load(name: str, start: Initializer, like: jax.Array | None) -> jax.Array | None:
+            return None if like is None else self.param(name, start, like.shape, self.param_dtype)
+
         return NormParams(
-            scale=self.param("scale", self.scale_init, shape, self.param_dtype) if self.use_scale else None,
-            bias=self.param("bias", self.bias_init, shape, self.param_dtype) if self.use_bias else None,
+            scale=load("scale", self.scale_init, initial.scale), bias=load("bias", self.bias_init, initial.bias)
         )
 
 

@@ -32,11 +32,12 @@ class NormTransform(NamedTuple):
 
     # (feature_shape: int | tuple[int, ...], *, dtype=float32) -> (params, state)
     init: Callable[..., tuple[NormParams, State]]
-    # (params, state, x, *, mask=None, residual=None) -> (y, state): normalize with the batch, move the averages
+    # (params, state, x, *, mask=None, residual=None, **where) -> (y, state): normalize with the batch, move the
+    # averages. `where` is domain= for domain_batch_norm and nothing else, here and below.
     train: Callable[..., tuple[jax.Array, State]]
-    # (params, state, x, *, mask=None, residual=None) -> y: normalize with the stored statistics
+    # (params, state, x, *, mask=None, residual=None, **where) -> y: normalize with the stored statistics
     eval: Callable[..., jax.Array]
-    # (x, *, mask=None) -> Moments of x, not reduced over a named axis: what a statistics pass accumulates
+    # (x, *, mask=None, **where) -> Moments of x, not reduced over a named axis: what a statistics pass accumulates
     measure: Callable[..., Moments]
     # (state, moments) -> state: install the moments of the population
     postproc: Callable[[State, Moments], State]

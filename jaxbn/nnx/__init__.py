@@ -2,6 +2,7 @@
 
 from jaxbn.nnx.backward import update_backward as update_backward
 from jaxbn.nnx.capture import capture_moments as capture_moments
+from jaxbn.nnx.convert import convert_norms as convert_norms
 from jaxbn.nnx.diagnose import diagnose as diagnose
 from jaxbn.nnx.freeze import affine_mask as affine_mask
 from jaxbn.nnx.freeze import freeze as freeze
@@ -10,6 +11,7 @@ from jaxbn.nnx.freeze import install_frozen as install_frozen
 from jaxbn.nnx.freeze import summary as summary
 from jaxbn.nnx.kernels import map_kernel as map_kernel
 from jaxbn.nnx.methods import BatchRenorm as BatchRenorm
+from jaxbn.nnx.methods import DomainBatchNorm as DomainBatchNorm
 from jaxbn.nnx.methods import GhostBatchNorm as GhostBatchNorm
 from jaxbn.nnx.methods import MovingAverageBatchNorm as MovingAverageBatchNorm
 from jaxbn.nnx.modules import BatchNorm as BatchNorm

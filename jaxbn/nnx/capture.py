@@ -194,17 +194,17 @@ def _measured(
 ) -> jax.Array:
     """The call of a hooked layer."""
     layer: Layer = module.jaxbn_layer
-    x, mask, residual = call_arguments(*args, **kwargs)
+    x, mask, residual, where = call_arguments(*args, **kwargs)
     transform = transform_of(module)
     if mask is None and hasattr(module, "jaxbn_weights"):
         mask = mask_of_examples(module.jaxbn_weights[...], x, layer.path, module.axis)
-    moments = transform.measure(x, mask=mask)
+    moments = transform.measure(x, mask=mask, **where)
     if layer.mode == "as_called":
         y = plain(*args, **kwargs)
     else:
         groups = module.axis_index_groups
         state = wanted_state(transform, state_of(module), moments, layer.mode, module.axis_name, groups)
-        y = normalize(module, state, x, residual)
+        y = normalize(module, state, x, residual, **where)
     return marked(y, module.jaxbn_slot[...], layer, moments, x, axis=module.axis, mask=mask)
 
 
@@ -218,8 +218,8 @@ class _StockHook(nnx.BatchNorm):
         return _measured(self, _normalize_stock, super().__call__, *args, **kwargs)
 
 
-def _normalize(module: Any, state: State, x: jax.Array, residual: Any) -> jax.Array:
-    return module.transform.eval(module.params, state, x, residual=residual)
+def _normalize(module: Any, state: State, x: jax.Array, residual: Any, **where: Any) -> jax.Array:
+    return module.transform.eval(module.params, state, x, residual=residual, **where)
 
 
 def _normalize_stock(module: Any, state: State, x: jax.Array, residual: Any) -> jax.Array:

@@ -7,6 +7,7 @@ from jax.typing import ArrayLike
 
 from jaxbn.core.averaging import Averaging
 from jaxbn.methods.batch_renorm import batch_renorm
+from jaxbn.methods.domain_batch_norm import domain_batch_norm
 from jaxbn.methods.ghost_batch_norm import ghost_batch_norm
 from jaxbn.methods.moving_average_batch_norm import moving_average_batch_norm
 from jaxbn.methods.schedules import RAMP, Schedule
@@ -141,3 +142,43 @@ class MovingAverageBatchNorm(Norm):
     ):
         self.window, self.warmup, self.r_max = window, warmup, r_max
         super().__init__(num_features, momentum=momentum, **shared)
+
+
+class DomainBatchNorm(Norm):
+    r"""Batch norm with statistics for each domain: domain-specific, auxiliary (AdvProp) and split batch norm.
+
+    When to use it, what the ids mean for each of these, and what it computes, is in :func:`jaxbn.domain_batch_norm`.
+    The call takes `domain=`, the id of each example, integers `[N]`. `jaxbn.nnx.convert_norms` starts it from a trained
+    `BatchNorm`, each domain with a copy.
+
+    Args:
+        num_features: Number of features, or their shape where there are several feature axes.
+        num_domains: How many domains there are, D; statistics are `[D, C]`.
+        share_affine: Learn one scale and bias for all domains, `[C]`, instead of one for each, `[D, C]`.
+        shared: The other arguments of :class:`BatchNorm`, which mean the same here, `rngs` among them.
+
+    Returns:
+        A module.
+
+    Example:
+        >>> layer = jaxbn.nnx.DomainBatchNorm(1, num_domains=2, momentum=0.0, rngs=nnx.Rngs(0))
+        >>> y = layer(jnp.array([[1.0], [10.0], [3.0], [30.0]]), domain=jnp.array([0, 1, 0, 1]))
+        >>> layer.mean[...].ravel()
+        Array([ 2., 20.], dtype=float32)
+
+    References:
+        Chang et al., `Domain-Specific Batch Normalization <https://arxiv.org/abs/1906.03950>`_, 2019.
+    """
+
+    _factory = staticmethod(domain_batch_norm)
+
+    def __init__(
+        self,
+        num_features: int | Sequence[int],
+        *,
+        num_domains: int,
+        share_affine: bool = False,
+        **shared: Any,
+    ):
+        self.num_domains, self.share_affine = num_domains, share_affine
+        super().__init__(num_features, **shared)

@@ -79,16 +79,16 @@ class Norm(nnx.Module):
         self.allow_single_value = allow_single_value
         self.autodiff = autodiff
 
-        for name, leaf in self._initial_state()._asdict().items():
+        params, state = self._initialize()
+        for name, leaf in state._asdict().items():
             if leaf is not None:
                 setattr(self, name, nnx.BatchStat(leaf))
-        shape = (self.num_features,) if isinstance(self.num_features, int) else self.num_features
         self.scale: nnx.Param[jax.Array] | None = nnx.data(None)
         self.bias: nnx.Param[jax.Array] | None = nnx.data(None)
-        if use_scale:
-            self.scale = nnx.Param(scale_init(rngs.params(), shape, param_dtype), **scale_metadata)
-        if use_bias:
-            self.bias = nnx.Param(bias_init(rngs.params(), shape, param_dtype), **bias_metadata)
+        if params.scale is not None:
+            self.scale = nnx.Param(scale_init(rngs.params(), params.scale.shape, param_dtype), **scale_metadata)
+        if params.bias is not None:
+            self.bias = nnx.Param(bias_init(rngs.params(), params.bias.shape, param_dtype), **bias_metadata)
 
     @property
     def transform(self) -> NormTransform:
@@ -99,7 +99,7 @@ class Norm(nnx.Module):
     @property
     def state(self) -> State:
         """The statistics as the methods' functions take them."""
-        initial = self._initial_state()
+        _, initial = self._initialize()
         held = (name for name, leaf in initial._asdict().items() if leaf is not None)
         return initial._replace(**{name: getattr(self, name)[...] for name in held})
 
@@ -120,6 +120,7 @@ class Norm(nnx.Module):
         *,
         mask: ArrayLike | None = None,
         residual: ArrayLike | None = None,
+        **where: ArrayLike,
     ) -> jax.Array:
         """Normalizes x `[..., C]`, adds the residual and applies the activation.
 
@@ -130,6 +131,7 @@ class Norm(nnx.Module):
             mask: Booleans or real weights, broadcastable to `x`, of the values from which statistics are computed; in
                 training alone.
             residual: Added to the normalized input before the activation, of the shape of `x`.
+            where: Of `DomainBatchNorm` alone: `domain=`, the domain of each example, integers `[N]`.
 
         Returns:
             An array of the shape of `x`.
@@ -142,16 +144,17 @@ class Norm(nnx.Module):
             raise ValueError(_MISSING_FLAG.format(name=type(self).__name__))
         transform, state = self.transform, self.state
         if flag:
-            return transform.eval(self.params, state, x, mask=mask, residual=residual)
-        y, new_state = transform.train(self.params, state, x, mask=mask, residual=residual)
+            return transform.eval(self.params, state, x, mask=mask, residual=residual, **where)
+        y, new_state = transform.train(self.params, state, x, mask=mask, residual=residual, **where)
         for name, leaf in new_state._asdict().items():
             if leaf is not getattr(state, name):  # without a running average nothing is
                 getattr(self, name)[...] = leaf
         return y
 
-    def _initial_state(self) -> State:
+    def _initialize(self) -> tuple[NormParams, State]:
         dtype = self.param_dtype if jnp.issubdtype(self.param_dtype, jnp.complexfloating) else jnp.float32
-        return self.transform.init(self.num_features, dtype=dtype)[1]
+        params, state = self.transform.init(self.num_features, dtype=dtype)
+        return params, state
 
 
 class BatchNorm(Norm):

@@ -95,10 +95,12 @@ def marked(
 ) -> jax.Array:
     """A layer's output, marked with the moments of its input, and of the means of its examples where they are wanted.
 
-    An input whose leading axis is not that of the examples has none.
+    An input whose leading axis is not that of the examples has none; nor have statistics of domains.
     """
     y = _marks.mark(y, index, moments, layer=dataclasses.replace(layer, examples=None))
     if layer.examples is None or x.shape[:1] != (layer.examples,) or 0 in _axes.split(x.ndim, axis).features:
+        return y
+    if index.shape != _axes.feature_shape(x.shape, axis):
         return y
     return _marks.mark(y, index, _moments.example_moments(x, axis=axis, mask=mask), layer=layer)
 
@@ -163,10 +165,10 @@ def check_mode(mode: str) -> None:
 
 
 def call_arguments(
-    x: Any, use_running_average: bool | None = None, *, mask: Any = None, residual: Any = None
-) -> tuple[jax.Array, Any, Any]:
+    x: Any, use_running_average: bool | None = None, *, mask: Any = None, residual: Any = None, **where: Any
+) -> tuple[jax.Array, Any, Any, dict[str, Any]]:
     """The arguments of a layer's call, in either host; the flag is overruled by the mode."""
-    return jnp.asarray(x), mask, residual
+    return jnp.asarray(x), mask, residual, where
 
 
 def wanted_state(
@@ -206,6 +208,16 @@ def checked(moments: Mapping[str, Moments], states: Mapping[str, State]) -> Mapp
         if found != features:
             raise ValueError(f"The moments of {path!r} are for features {found}, its statistics for {features}.")
     return moments
+
+
+def fitting(path: str, given: Any, like: jax.Array, *, copies: bool) -> jax.Array:
+    """A value of another model in the shape and dtype that it has in this one; for `copies`, one for each domain."""
+    value = jnp.asarray(given, like.dtype)
+    if copies and value.shape != like.shape and value.shape == like.shape[1:]:
+        return jnp.broadcast_to(value, like.shape)
+    if value.shape != like.shape:
+        raise ValueError(f"{path!r} is {value.shape} in the variables and {like.shape} in `like`.")
+    return value
 
 
 def natural(path: str) -> list[tuple[int, int | str]]:

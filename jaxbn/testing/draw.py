@@ -94,7 +94,7 @@ def _train(
 ) -> tuple[Arrays, reference.State]:
     x = inputs["x"]
     weights = np.broadcast_to(np.asarray(inputs.get("mask", 1.0), np.float64), x.shape)
-    done = formulas.train(params, state, _rows(x), _rows(weights))
+    done = formulas.train(params, state, _rows(x), _rows(weights), **_where(inputs))
     gradients = done.backward(_rows(inputs["cotangent"]))
     outputs = {"y": done.y.reshape(x.shape), "dx": gradients.pop("dx").reshape(x.shape)}
     return outputs | gradients | done.moments._asdict(), done.state
@@ -104,7 +104,15 @@ def _evaluate(
     formulas: reference.Method, params: Arrays, state: reference.State, inputs: Arrays
 ) -> tuple[Arrays, reference.State]:
     x = inputs["x"]
-    return {"y": formulas.evaluate(params, state, _rows(x)).reshape(x.shape)}, state
+    return {"y": formulas.evaluate(params, state, _rows(x), **_where(inputs)).reshape(x.shape)}, state
+
+
+def _where(inputs: Arrays) -> Arrays:
+    """The domain of each row, where examples have one."""
+    if "domain" not in inputs:
+        return {}
+    domain = inputs["domain"]
+    return {"domain": np.repeat(domain.ravel(), inputs["x"][..., 0].size // domain.size)}
 
 
 def _rows(x: np.ndarray) -> np.ndarray:

@@ -216,6 +216,42 @@ def moving_average_batch_norm_masked(draw: Draw) -> dict[str, Any]:
     return calls("moving_average_batch_norm", MABN, draw.params(2), state, _masked(draw))
 
 
+DOMAINS = PLAIN | {"num_domains": 3}
+
+
+def _by_domain(draw: Draw) -> tuple[Arrays, Arrays]:
+    """A scale and a bias, and statistics, for each of three domains."""
+    params = {"scale": draw.uniform([3, 2], 0.5, 2.0), "bias": draw.uniform([3, 2], -1.0, 1.0)}
+    return params, {"mean": draw.uniform([3, 2]), "var": draw.uniform([3, 2], 0.5, 4.0)}
+
+
+@vector
+def domain_batch_norm(draw: Draw) -> dict[str, Any]:
+    """Images of three domains in unequal numbers; the last is absent from the second step and keeps its state."""
+    params, state = _by_domain(draw)
+    ids = np.array([[0, 1, 0, 2, 2, 0], [1, 0, 0, 1, 1, 1]])
+    steps = [Call("train", draw.batch(6, 2, 2, domain=domain)) for domain in ids]
+    evaluation = Call("eval", {"x": draw.uniform([3, 2, 2]), "domain": np.array([2, 0, 1])})
+    return calls("domain_batch_norm", DOMAINS, params, state, [*steps, evaluation])
+
+
+@vector
+def domain_batch_norm_masked(draw: Draw) -> dict[str, Any]:
+    """A mask of rows that leaves nothing of the second domain."""
+    params, state = _by_domain(draw)
+    mask = np.array([1, 0, 1, 1, 0, 1, 1, 0], bool)[:, None]
+    batch = draw.batch(8, 2, mask=mask, domain=np.array([0, 1, 0, 2, 1, 2, 0, 2]))
+    return calls("domain_batch_norm", DOMAINS, params, state, [Call("train", batch)])
+
+
+@vector
+def domain_batch_norm_synchronized(draw: Draw) -> dict[str, Any]:
+    """Two devices with other mixes of domains, of which the last is on one alone."""
+    params, state = _by_domain(draw)
+    batch = draw.batch(2, 4, 2, domain=np.array([[0, 0, 1, 0], [1, 2, 1, 2]]))
+    return calls("domain_batch_norm", DOMAINS, params, state, [Call("train", batch)], devices=2)
+
+
 def _ragged(draw: Draw) -> list[np.ndarray]:
     return [draw.uniform([rows, 2]) + shift for rows, shift in ((5, 0), (2, 1), (3, -2))]
 

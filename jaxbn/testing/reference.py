@@ -33,8 +33,9 @@ class Moments(NamedTuple):
 class Method(NamedTuple):
     """One normalization method with its hyper-parameters."""
 
-    train: Callable[[State, State, np.ndarray, np.ndarray], Trained]  # (params, state, x, w)
-    evaluate: Callable[[State, State, np.ndarray], np.ndarray]  # (params, state, x)
+    # (params, state, x, w, **where); `where` is the domain of each row, of domain_batch_norm alone
+    train: Callable[..., Trained]
+    evaluate: Callable[..., np.ndarray]  # (params, state, x, **where)
 
 
 def total(values: np.ndarray) -> np.ndarray:
@@ -201,6 +202,37 @@ def normalized(
         return {"dx": dx} | {f"d{name}": learned[name] for name in params}
 
     return affine(params, x_hat), backward
+
+
+def domain_batch_norm(*, num_domains: int, momentum: float = 0.99, epsilon: float = 1e-5) -> Method:
+    """Chang et al. 2019, equations 3 to 6: batch norm of the rows of each domain; parameters and state are [D, C]."""
+    one = batch_norm(momentum=momentum, epsilon=epsilon)
+
+    def part(arrays: State, k: int | np.ndarray) -> State:
+        return {name: value[k] for name, value in arrays.items()}
+
+    def train(params: State, state: State, x: np.ndarray, w: np.ndarray, *, domain: np.ndarray) -> Trained:
+        rows = [domain == k for k in range(num_domains)]
+        done = [one.train(part(params, k), part(state, k), x[r], w[r]) for k, r in enumerate(rows)]
+        y = np.full_like(x, np.nan)
+        for r, of_domain in zip(rows, done, strict=True):
+            y[r] = of_domain.y
+
+        def backward(dy: np.ndarray) -> dict[str, np.ndarray]:
+            parts = [of_domain.backward(dy[r]) for r, of_domain in zip(rows, done, strict=True)]
+            dx = np.zeros_like(x)
+            for r, found in zip(rows, parts, strict=True):
+                dx[r] = found.pop("dx")
+            return {"dx": dx} | {name: np.stack([found[name] for found in parts]) for name in parts[0]}
+
+        new = {name: np.stack([of_domain.state[name] for of_domain in done]) for name in state}
+        found = Moments(*(np.stack(values) for values in zip(*(d.moments for d in done), strict=True)))
+        return Trained(y, new, found, backward)
+
+    def evaluate(params: State, state: State, x: np.ndarray, *, domain: np.ndarray) -> np.ndarray:
+        return one.evaluate(part(params, domain), part(state, domain), x)
+
+    return Method(train, evaluate)
 
 
 def affine(params: State, z: np.ndarray) -> np.ndarray:

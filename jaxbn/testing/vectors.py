@@ -22,11 +22,11 @@ _SUFFIX = ".json"
 class Step(NamedTuple):
     """One call of a vector.
 
-    A call `"train"` takes `x`, perhaps a `mask` of booleans or real weights that broadcasts to it, and a `cotangent`,
-    the derivative of a loss by the output. It gives `y`; the derivatives `dx`, `dscale` and `dbias` of that loss; and
-    of the batch the `count` of values, the `mean` and the biased `var`, which are 0 where the count is. `"eval"` takes
-    `x` and gives `y`. Of an estimator, `"update"` takes a batch `x` and gives its moments, and `"finalize"` gives the
-    `mean` and `var` of the population.
+    A call `"train"` takes `x`, perhaps a `mask` of booleans or real weights that broadcasts to it, of a method of
+    domains the `domain` of each example, and a `cotangent`, the derivative of a loss by the output. It gives `y`; the
+    derivatives `dx`, `dscale` and `dbias` of that loss; and of the batch the `count` of values, the `mean` and the
+    biased `var`, which are 0 where the count is. `"eval"` takes `x` (and `domain`) and gives `y`. Of an estimator,
+    `"update"` takes a batch `x` and gives its moments, and `"finalize"` gives the `mean` and `var` of the population.
     """
 
     call: str

@@ -44,7 +44,7 @@ def assert_close(found, expected, tolerance, where=""):
         np.testing.assert_allclose(found[name], value, rtol=0, atol=bound, err_msg=where + name)
 
 
-# The hosts, each as (params, state, x, mask, train) -> (y, state), of dicts of arrays.
+# The hosts, each as (params, state, x, mask, train, **where) -> (y, state), of dicts of arrays.
 
 
 def layer(package, vector):
@@ -54,11 +54,14 @@ def layer(package, vector):
 
 def core(vector, axis_name, dtype):
     transform = getattr(jaxbn, vector.method)(**vector.arguments, axis_name=axis_name)
-    empty_params, empty_state = transform.init(len(vector.state["mean"]))
+    empty_params, empty_state = transform.init(vector.state["mean"].shape[-1])
 
-    def call(params, state, x, mask, train):
+    def call(params, state, x, mask, train, **where):
         params, state = empty_params._replace(**params), empty_state._replace(**state)
-        y, state = transform.train(params, state, x, mask=mask) if train else (transform.eval(params, state, x), state)
+        if train:
+            y, state = transform.train(params, state, x, mask=mask, **where)
+        else:
+            y = transform.eval(params, state, x, **where)
         return y, {name: leaf for name, leaf in state._asdict().items() if leaf is not None}
 
     return call
@@ -67,9 +70,9 @@ def core(vector, axis_name, dtype):
 def linen(vector, axis_name, dtype):
     module = layer(jaxbn.linen, vector)(**vector.arguments, axis_name=axis_name)
 
-    def call(params, state, x, mask, train):
+    def call(params, state, x, mask, train, **where):
         variables = {"params": params, "batch_stats": state}
-        y, updates = module.apply(variables, x, not train, mask=mask, mutable=["batch_stats"])
+        y, updates = module.apply(variables, x, not train, mask=mask, mutable=["batch_stats"], **where)
         return y, updates["batch_stats"]
 
     return call
@@ -77,15 +80,15 @@ def linen(vector, axis_name, dtype):
 
 def nnx_module(vector, axis_name, dtype):
     module = layer(jaxbn.nnx, vector)(
-        len(vector.state["mean"]), **vector.arguments, axis_name=axis_name, param_dtype=dtype, rngs=nnx.Rngs(0)
+        vector.state["mean"].shape[-1], **vector.arguments, axis_name=axis_name, param_dtype=dtype, rngs=nnx.Rngs(0)
     )
     graph, initial = nnx.split(module)
 
-    def call(params, state, x, mask, train):
+    def call(params, state, x, mask, train, **where):
         merged = nnx.merge(graph, initial, copy=True)
         for name, leaf in (params | state).items():
             getattr(merged, name).set_value(leaf)
-        y = merged(x, not train, mask=mask)
+        y = merged(x, not train, mask=mask, **where)
         return y, {name: getattr(merged, name).get_value() for name in state}
 
     return call
@@ -94,37 +97,51 @@ def nnx_module(vector, axis_name, dtype):
 HOSTS = {"core": core, "linen": linen, "nnx": nnx_module}
 
 
-def steps_of(calls, devices):
+def steps_of(calls, devices, measure):
     """The training and the evaluation of several calls at once: compiled together, what they share is compiled once."""
 
-    def spread(call, params, state, x, mask):
+    def spread(call, params, state, x, mask, where):
         if devices == 1:
-            return call(params, state, x, mask, True)
-        return jax.vmap(lambda x, mask: call(params, state, x, mask, True), axis_name=AXIS)(x, mask)
+            return call(params, state, x, mask, True, **where)
+        one = lambda x, mask, where: call(params, state, x, mask, True, **where)
+        return jax.vmap(one, axis_name=AXIS)(x, mask, where)
 
     @jax.jit
-    def train(params, states, x, mask, cotangent):
+    def train(params, states, x, mask, cotangent, where):
         found = {}
         for host, call in calls.items():
-            run = lambda params, x, call=call, state=states[host]: spread(call, params, state, x, mask)
+            run = lambda params, x, call=call, state=states[host]: spread(call, params, state, x, mask, where)
             y, backward, state = jax.vjp(run, params, x, has_aux=True)
             dparams, dx = backward(cotangent)
             outputs = {"y": y, "dx": dx} | {f"d{name}": leaf for name, leaf in dparams.items()}
-            found[host] = outputs | as_outputs(jaxbn.batch_moments(x, mask=mask)), state
+            found[host] = outputs | as_outputs(measure(x, mask, where)), state
         return found
 
     @jax.jit
-    def evaluate(params, states, x):
-        return {host: call(params, states[host], x, None, False) for host, call in calls.items()}
+    def evaluate(params, states, x, where):
+        return {host: call(params, states[host], x, None, False, **where) for host, call in calls.items()}
 
     def step(params, states, given, dtype):
         x, mask = jnp.asarray(given.inputs["x"], dtype), given.inputs.get("mask")
+        where = {name: value.astype(np.int32) for name, value in given.inputs.items() if name == "domain"}
         if given.call == "eval":
-            return {host: ({"y": y}, state) for host, (y, state) in evaluate(params, states, x).items()}
-        found = train(params, states, x, mask, jnp.asarray(given.inputs["cotangent"], dtype))
+            return {host: ({"y": y}, state) for host, (y, state) in evaluate(params, states, x, where).items()}
+        found = train(params, states, x, mask, jnp.asarray(given.inputs["cotangent"], dtype), where)
         return {host: (outputs, of_one(state, devices)) for host, (outputs, state) in found.items()}
 
     return step
+
+
+def measure_of(vector):
+    """(x, mask, where) -> moments of what all devices hold."""
+    if vector.method != "domain_batch_norm":
+        return lambda x, mask, where: jaxbn.batch_moments(x, mask=mask)
+    measure = jaxbn.domain_batch_norm(**vector.arguments).measure
+
+    def whole(values):
+        return values if values is None or vector.devices == 1 else values.reshape(-1, *values.shape[2:])
+
+    return lambda x, mask, where: measure(whole(x), mask=whole(mask), domain=whole(where["domain"]))
 
 
 def as_outputs(moments):
@@ -142,7 +159,7 @@ def of_one(states, devices):
 
 def check(calls, vector, dtype):
     """Runs the calls through a vector, each with its own states, and compares all that comes out."""
-    step = steps_of(calls, vector.devices)
+    step = steps_of(calls, vector.devices, measure_of(vector))
     params, state = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), (vector.params, vector.state))
     states = dict.fromkeys(calls, state)
     for i, given in enumerate(vector.steps):
@@ -190,7 +207,7 @@ def test_flax_gives_the_numbers_of_the_vectors_without_masks(vector):
     """In float64, where the variance of Flax is safe too."""
     module = nn.BatchNorm(**vector.arguments, use_fast_variance=False, param_dtype=jnp.float64)
 
-    def call(params, state, x, mask, train):
+    def call(params, state, x, mask, train, **where):
         variables = {"params": params, "batch_stats": state}
         y, updates = module.apply(variables, x, use_running_average=not train, mutable=["batch_stats"])
         return y, updates["batch_stats"]
@@ -226,7 +243,7 @@ def test_what_is_read_writes_the_same_file(vector):
 def test_what_goes_in_is_exact_in_float32(vector):
     for arrays in (vector.params, vector.state, *(step.inputs for step in vector.steps)):
         for array in arrays.values():
-            assert array.dtype in (np.float64, bool)
+            assert array.dtype in (np.float64, bool, np.int64)
             np.testing.assert_array_equal(array.astype(np.float32), array)
 
 
@@ -246,6 +263,12 @@ def constants_of(vector, state, moments):
     return reference.renorm_constants(state, moments, **given)
 
 
+def where_of_rows(step):
+    """The domain of each row, where examples have one."""
+    ids = step.inputs.get("domain")
+    return {} if ids is None else {"domain": np.repeat(ids.ravel(), step.inputs["x"][..., 0].size // ids.size)}
+
+
 # Not that of moving average batch normalization: its gradient is of a joint batch, against which its own tests compare.
 DERIVATIVES = [vector for vector in METHODS if vector.method != "moving_average_batch_norm"]
 
@@ -256,15 +279,18 @@ def test_derivatives_of_the_reference_are_differences_of_its_outputs(vector):
     state, formulas = vector.state, reference.batch_norm(epsilon=vector.arguments["epsilon"])
     if vector.method == "ghost_batch_norm":
         formulas = reference.ghost_batch_norm(**vector.arguments)
+    if vector.method == "domain_batch_norm":
+        formulas = reference.domain_batch_norm(**vector.arguments)
     for step in (step for step in vector.steps if step.call == "train"):
         x, cotangent = rows(step.inputs["x"]), rows(step.inputs["cotangent"])
         weights = rows(np.broadcast_to(np.float64(step.inputs.get("mask", 1)), step.inputs["x"].shape))
         r, d = constants_of(vector, state, reference.moments(x, weights))
+        where = where_of_rows(step)
 
-        def loss(x, params, state=state, weights=weights, cotangent=cotangent, r=r, d=d):
+        def loss(x, params, state=state, weights=weights, cotangent=cotangent, r=r, d=d, where=where):
             scale, bias = params.get("scale", 1.0), params.get("bias", 0.0)
             corrected = {"scale": scale * r, "bias": scale * d + bias}
-            return (formulas.train(corrected, state, x, weights).y * cotangent).sum()
+            return (formulas.train(corrected, state, x, weights, **where).y * cotangent).sum()
 
         np.testing.assert_allclose(loss(x, vector.params), (rows(step.outputs["y"]) * cotangent).sum(), rtol=1e-11)
         size = 1e-5 * x.std(0).max().clip(1e-2)
@@ -277,8 +303,9 @@ def test_derivatives_of_the_reference_are_differences_of_its_outputs(vector):
             expected = rows(step.outputs["dx"])[index]
             np.testing.assert_allclose(expected, slope, rtol=1e-4, atol=1e-4 * np.abs(step.outputs["dx"]).max())
         for name, value in vector.params.items():
-            for channel in range(len(value)):
-                nudge = 1e-3 * np.eye(len(value))[channel]  # in which the outputs are linear
+            for channel in np.ndindex(value.shape):
+                nudge = np.zeros(value.shape)
+                nudge[channel] = 1e-3  # in which the outputs are linear
                 up, down = (vector.params | {name: value + sign * nudge} for sign in (1, -1))
                 slope = (loss(x, up) - loss(x, down)) / 2e-3
                 np.testing.assert_allclose(step.outputs[f"d{name}"][channel], slope, rtol=1e-9, atol=1e-9)
