@@ -67,7 +67,7 @@ class Norm(nn.Module):
         *,
         mask: ArrayLike | None = None,
         residual: ArrayLike | None = None,
-        **where: ArrayLike,
+        domain: ArrayLike | None = None,
     ) -> jax.Array:
         """Normalizes x `[..., C]`, adds the residual and applies the activation.
 
@@ -78,7 +78,7 @@ class Norm(nn.Module):
             mask: Booleans or real weights, broadcastable to `x`, of the values from which statistics are computed; in
                 training alone.
             residual: Added to the normalized input before the activation, of the shape of `x`.
-            where: Of `DomainBatchNorm` alone: `domain=`, the domain of each example, integers `[N]`.
+            domain: For `DomainBatchNorm` alone: the domain of each example, integers `[N]`.
 
         Returns:
             An array of the shape of `x`.
@@ -91,7 +91,7 @@ class Norm(nn.Module):
         initial = self._initialize(x)
         variables, state = self._load_state(x, initial.state)
         params = self._load_params(initial.params)
-        arguments = {"mask": mask, "residual": residual, **where}
+        arguments = {"mask": mask, "residual": residual} | ({} if domain is None else {"domain": domain})
         starting = self.is_initializing()  # with an example of any size, on one device, that changes no statistics
         if use_running_average or starting and not x.size:
             return self.transform().eval(params, state, x, **arguments)

@@ -120,7 +120,7 @@ class Norm(nnx.Module):
         *,
         mask: ArrayLike | None = None,
         residual: ArrayLike | None = None,
-        **where: ArrayLike,
+        domain: ArrayLike | None = None,
     ) -> jax.Array:
         """Normalizes x `[..., C]`, adds the residual and applies the activation.
 
@@ -131,7 +131,7 @@ class Norm(nnx.Module):
             mask: Booleans or real weights, broadcastable to `x`, of the values from which statistics are computed; in
                 training alone.
             residual: Added to the normalized input before the activation, of the shape of `x`.
-            where: Of `DomainBatchNorm` alone: `domain=`, the domain of each example, integers `[N]`.
+            domain: For `DomainBatchNorm` alone: the domain of each example, integers `[N]`.
 
         Returns:
             An array of the shape of `x`.
@@ -143,9 +143,10 @@ class Norm(nnx.Module):
         if flag is None:
             raise ValueError(_MISSING_FLAG.format(name=type(self).__name__))
         transform, state = self.transform, self.state
+        arguments = {"mask": mask, "residual": residual} | ({} if domain is None else {"domain": domain})
         if flag:
-            return transform.eval(self.params, state, x, mask=mask, residual=residual, **where)
-        y, new_state = transform.train(self.params, state, x, mask=mask, residual=residual, **where)
+            return transform.eval(self.params, state, x, **arguments)
+        y, new_state = transform.train(self.params, state, x, **arguments)
         for name, leaf in new_state._asdict().items():
             if leaf is not getattr(state, name):  # without a running average nothing is
                 getattr(self, name)[...] = leaf

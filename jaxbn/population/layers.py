@@ -165,10 +165,10 @@ def check_mode(mode: str) -> None:
 
 
 def call_arguments(
-    x: Any, use_running_average: bool | None = None, *, mask: Any = None, residual: Any = None, **where: Any
+    x: Any, use_running_average: bool | None = None, *, mask: Any = None, residual: Any = None, domain: Any = None
 ) -> tuple[jax.Array, Any, Any, dict[str, Any]]:
-    """The arguments of a layer's call, in either host; the flag is overruled by the mode."""
-    return jnp.asarray(x), mask, residual, where
+    """The arguments of a layer's call, in either host; the flag is overruled by the mode. The last is the domain."""
+    return jnp.asarray(x), mask, residual, {} if domain is None else {"domain": domain}
 
 
 def wanted_state(

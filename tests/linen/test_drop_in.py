@@ -76,10 +76,10 @@ def test_fields_may_be_given_by_position():
         assert getattr(layers[0], field) == getattr(layers[1], field), field
 
 
-def test_call_has_the_signature_of_flax_and_a_residual():
+def test_call_has_the_signature_of_flax_with_a_residual_and_a_domain():
     ours, stock = (list(inspect.signature(norm.__call__).parameters.values()) for norm in (OURS, STOCK))
     assert [(p.name, p.default, p.kind) for p in ours[:4]] == [(p.name, p.default, p.kind) for p in stock]
-    assert [p.name for p in ours[4:]] == ["residual"]
+    assert [p.name for p in ours[4:]] == ["residual", "domain"]
 
 
 @pytest.mark.parametrize("given", [(None, None), (True, True), (False, True)], ids=["never", "twice", "contradiction"])

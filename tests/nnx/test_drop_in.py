@@ -80,10 +80,10 @@ def test_constructor_has_flax_names_order_and_defaults():
     assert all(p.kind is p.KEYWORD_ONLY for p in ours[len(stock) :])
 
 
-def test_call_has_the_signature_of_flax_and_a_residual():
+def test_call_has_the_signature_of_flax_with_a_residual_and_a_domain():
     ours, stock = (list(inspect.signature(norm.__call__).parameters.values()) for norm in (OURS, STOCK))
     assert [(p.name, p.default, p.kind) for p in ours[:4]] == [(p.name, p.default, p.kind) for p in stock]
-    assert [p.name for p in ours[4:]] == ["residual"]
+    assert [p.name for p in ours[4:]] == ["residual", "domain"]
 
 
 @pytest.mark.parametrize(
