@@ -20,7 +20,13 @@ SHAPE = (ROWS, SPACE, FEATURES)
 SLOW_WAYS = [way for way in WAYS if way not in ("jit", "shard_map")]
 FULL = [case for case in CASES if case.factory is jaxbn.batch_norm]
 
-every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+# They differ from others in the average or in what is learned, which the formulas tell apart.
+ALIKE = {f"batch_norm {name}" for name in ("momentum 0.9", "no scale", "no bias", "cumulative", "scheduled", "horizon")}
+
+every_formula = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+every_case = pytest.mark.parametrize(
+    "case", [pytest.param(case, id=case.name, marks=[pytest.mark.slow] * (case.name in ALIKE)) for case in CASES]
+)
 # All methods but one take the mean away.
 every_centred_case = pytest.mark.parametrize(
     "case", [case for case in CASES if case.factory is not jaxbn.moving_average_batch_norm], ids=lambda case: case.name
@@ -31,11 +37,11 @@ every_batch_norm = pytest.mark.parametrize("case", FULL, ids=lambda case: case.n
 def every_case_and(name, values, few, slow=()):
     """Each case with each of the values, or with a few of them if it is no batch norm.
 
-    Those of `slow` are so for all but the plain batch norm, from which the others differ in little.
+    Those of `slow` are so for all but the plain batch norm.
     """
 
     def pair(case, value):
-        marks = [pytest.mark.slow] * (value in slow and case is not CASES[0])
+        marks = [pytest.mark.slow] * (case.name in ALIKE or (value in slow and case is not CASES[0]))
         return pytest.param(case, value, marks=marks, id=f"{case.name}-{getattr(value, '__name__', value)}")
 
     pairs = [pair(case, value) for case in CASES for value in (values if case in FULL else few)]
@@ -91,7 +97,7 @@ def ragged_mask(rng) -> np.ndarray:
     return mask
 
 
-@every_case
+@every_formula
 def test_train_follows_the_formula_step_by_step(case, x, rng):
     transform, params, state = started(case)
     expected = as_arrays(state)
@@ -104,14 +110,14 @@ def test_train_follows_the_formula_step_by_step(case, x, rng):
         assert_state(state, expected, 1e-5)
 
 
-@every_case
+@every_formula
 def test_eval_follows_the_formula(case, x):
     transform, params, state = started(case)
     expected = case.evaluate(rows(x), as_arrays(params), as_arrays(state))
     np.testing.assert_allclose(rows(jax.jit(transform.eval)(params, state, x)), expected, rtol=1e-5, atol=1e-5)
 
 
-@every_case
+@every_formula
 def test_postproc_installs_the_population(case, x):
     transform, _, state = started(case)
     parts = [transform.measure(part) for part in (x[:9], x[9:11], x[11:])]
