@@ -37,6 +37,7 @@ from jaxbn.population.frozen import Frozen as Frozen
 from jaxbn.population.frozen import Info as Info
 from jaxbn.population.frozen import LayerInfo as LayerInfo
 from jaxbn.population.layers import LayerKind as LayerKind
+from jaxbn.population.mixing import mix as mix
 from jaxbn.population.processes import check_replicas as check_replicas
 from jaxbn.population.report import LayerChange as LayerChange
 from jaxbn.population.report import Report as Report

@@ -1,5 +1,6 @@
 """Batch normalization for flax.linen: the layers, and the statistics pass for any linen model."""
 
+from jaxbn.linen.adapt import adapt as adapt
 from jaxbn.linen.backward import update_backward as update_backward
 from jaxbn.linen.capture import capture_moments as capture_moments
 from jaxbn.linen.convert import convert_norms as convert_norms

@@ -7,6 +7,7 @@ wanted statistics, whatever flags the model passes, and marks the output. `harve
 """
 
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -36,6 +37,7 @@ from jaxbn.population.layers import (
     natural,
     wanted_state,
 )
+from jaxbn.population.mixing import MixedNorm, Mixture, normalize_mixed
 
 Call = Callable[[Any, Any], Any]
 
@@ -102,7 +104,7 @@ def capture_moments(
 
 
 def capture(
-    call: Call, *, mode: str, weights: Weights | None = None, examples: bool = False
+    call: Call, *, mode: str | Mixture, weights: Weights | None = None, examples: bool = False
 ) -> Callable[[Any, Any], tuple[Any, Measured]]:
     """As `capture_moments`, with the kind of each layer, and the moments of the means of the examples."""
     check_mode(mode)
@@ -182,11 +184,15 @@ def _intercept(next_call: Callable[..., Any], args: Any, kwargs: Any, context: n
     if mask is None and layer.has_variable(STATISTICS, _WEIGHTS):
         mask = mask_of_examples(layer.get_variable(STATISTICS, _WEIGHTS), x, slot.layer.path, layer.axis)
     moments = transform.measure(x, mask=mask, **where)
-    if slot.layer.mode == "as_called":
+    stored, mode, synchronized = stored_state(layer), slot.layer.mode, (layer.axis_name, layer.axis_index_groups)
+    if mode == "as_called":
         y = next_call(*args, **kwargs)
+    elif isinstance(mode, Mixture):
+        normalizing = functools.partial(normalize, layer)
+        norm = MixedNorm(slot.layer.path, transform, stored, normalizing, layer.axis, *synchronized)
+        y = normalize_mixed(mode, norm, moments, x, mask, residual, where)
     else:
-        stored = stored_state(layer)
-        state = wanted_state(transform, stored, moments, slot.layer.mode, layer.axis_name, layer.axis_index_groups)
+        state = wanted_state(transform, stored, moments, mode, *synchronized)
         y = normalize(layer, state, x, mask=mask, residual=residual, **where)
     marks_layer = dataclasses.replace(slot.layer, kind=kind_of(layer))
     return marked(y, slot.index, marks_layer, moments, x, axis=layer.axis, mask=mask)

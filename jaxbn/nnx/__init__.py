@@ -1,5 +1,6 @@
 """Batch normalization for flax.nnx: the layers, and the statistics pass for any NNX model."""
 
+from jaxbn.nnx.adapt import adapt as adapt
 from jaxbn.nnx.backward import update_backward as update_backward
 from jaxbn.nnx.capture import capture_moments as capture_moments
 from jaxbn.nnx.convert import convert_norms as convert_norms

@@ -35,6 +35,7 @@ from jaxbn.population.layers import (
     natural,
     wanted_state,
 )
+from jaxbn.population.mixing import MixedNorm, Mixture, normalize_mixed
 
 Call = Callable[[Any, Any], Any]
 
@@ -83,7 +84,7 @@ def capture_moments(
 
 
 def capture(
-    call: Call, *, mode: str, weights: Weights | None = None, examples: bool = False
+    call: Call, *, mode: str | Mixture, weights: Weights | None = None, examples: bool = False
 ) -> Callable[[Any, Any], tuple[Any, Measured]]:
     """As `capture_moments`, with the kind of each layer, and the moments of the means of the examples."""
     check_mode(mode)
@@ -163,7 +164,7 @@ def set_class(module: Any, cls: type) -> None:
     object.__setattr__(module, "__class__", cls)
 
 
-def _hook(path: str, module: Any, mode: str, examples: int | None) -> tuple[Layer, jax.Array]:
+def _hook(path: str, module: Any, mode: str | Mixture, examples: int | None) -> tuple[Layer, jax.Array]:
     layer = Layer(path, state_of(module).mean.shape, mode, examples, kind_of(module))
     positions = layer.positions()
     if not is_frozen(module):
@@ -199,12 +200,16 @@ def _measured(
     if mask is None and hasattr(module, "jaxbn_weights"):
         mask = mask_of_examples(module.jaxbn_weights[...], x, layer.path, module.axis)
     moments = transform.measure(x, mask=mask, **where)
+    stored, synchronized = state_of(module), (module.axis_name, module.axis_index_groups)
     if layer.mode == "as_called":
         y = plain(*args, **kwargs)
+    elif isinstance(layer.mode, Mixture):
+        normalizing = functools.partial(normalize, module)
+        norm = MixedNorm(layer.path, transform, stored, normalizing, module.axis, *synchronized)
+        y = normalize_mixed(layer.mode, norm, moments, x, mask, residual, where)
     else:
-        groups = module.axis_index_groups
-        state = wanted_state(transform, state_of(module), moments, layer.mode, module.axis_name, groups)
-        y = normalize(module, state, x, residual, **where)
+        state = wanted_state(transform, stored, moments, layer.mode, *synchronized)
+        y = normalize(module, state, x, mask=mask, residual=residual, **where)
     return marked(y, module.jaxbn_slot[...], layer, moments, x, axis=module.axis, mask=mask)
 
 
@@ -218,18 +223,18 @@ class _StockHook(nnx.BatchNorm):
         return _measured(self, _normalize_stock, super().__call__, *args, **kwargs)
 
 
-def _normalize(module: Any, state: State, x: jax.Array, residual: Any, **where: Any) -> jax.Array:
-    return module.transform.eval(module.params, state, x, residual=residual, **where)
+def _normalize(module: Any, state: State, x: jax.Array, **arguments: Any) -> jax.Array:
+    return module.transform.eval(module.params, state, x, **arguments)
 
 
-def _normalize_stock(module: Any, state: State, x: jax.Array, residual: Any) -> jax.Array:
+def _normalize_stock(module: Any, state: State, x: jax.Array, **arguments: Any) -> jax.Array:
     """Through Flax's own call, so that its rules hold, on a stand-in for the layer that holds the wanted statistics."""
-    del residual  # which Flax does not have
+    del arguments  # a mask, which Flax ignores here, and a residual, which it does not have
     stand_in = types.SimpleNamespace(
         mean=state.mean, var=state.var, scale=module.scale, bias=module.bias, use_running_average=True,
         **{name: getattr(module, name) for name in _STOCK_FIELDS},
     )  # fmt: skip
-    if module.jaxbn_layer.mode == "batch":  # Flax rounds stored statistics to the dtype of the layer, the batch's not
+    if module.jaxbn_layer.mode != "eval":  # Flax rounds stored statistics to the dtype of the layer, the batch's not
         stand_in.promote_dtype = functools.partial(_promote_all_but_statistics, module.promote_dtype)
     y: jax.Array = nnx.BatchNorm.__call__(stand_in, x)  # type: ignore[arg-type]  # reads no more than these
     return y

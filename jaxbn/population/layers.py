@@ -17,6 +17,7 @@ from jaxbn.core import marks as _marks
 from jaxbn.core import moments as _moments
 from jaxbn.core.moments import Moments
 from jaxbn.methods.base import NormTransform, State
+from jaxbn.population.mixing import Mixture
 
 # What layers normalize with while they are measured: the statistics of their batch, the stored ones, or as they are
 # asked to.
@@ -45,7 +46,7 @@ class Layer:
 
     path: str
     shape: tuple[int, ...]  # of its statistics
-    mode: str
+    mode: str | Mixture
     # How many examples a batch has, if the moments are those of the means of the examples.
     examples: int | None = None
     # Known only where the layer runs, from where the mark brings it out; it tells nothing apart.
@@ -158,9 +159,9 @@ def check_synchronized(path: str, momentum: Any, layer_axis: Any, axis_name: Any
         )
 
 
-def check_mode(mode: str) -> None:
+def check_mode(mode: str | Mixture) -> None:
     """Raises a ValueError for a mode that does not exist."""
-    if mode not in MODES:
+    if not isinstance(mode, Mixture) and mode not in MODES:
         raise ValueError(f"mode={mode!r} is none of {', '.join(map(repr, MODES))}.")
 
 
