@@ -402,8 +402,11 @@ def test_method_one_is_the_running_averages(host):
 @every_host
 @pytest.mark.parametrize(
     "kind, estimator",
-    [("stock", jaxbn.pooled()), ("ours", jaxbn.mean_of_batches()), ("ours", jaxbn.moving_average())],
-    ids=["pooled", "mean of batches", "moving average"],
+    [
+        pytest.param("stock", jaxbn.pooled(), id="pooled"),
+        pytest.param("ours", jaxbn.mean_of_batches(), id="mean of batches", marks=pytest.mark.slow),
+        pytest.param("ours", jaxbn.moving_average(), id="moving average", marks=pytest.mark.slow),
+    ],
 )
 def test_method_two_is_the_pass_of_postproc(host, kind, estimator):
     _, batches, state, _ = trained(host, kind)

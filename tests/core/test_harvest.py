@@ -215,7 +215,11 @@ DEVICE_PROGRAMS = ["plain", "jit", "remat", "scan", "scan_of_remat", "cond_taken
 
 
 @pytest.mark.parametrize(
-    ("name", "jitted"), [*((name, True) for name in DEVICE_PROGRAMS), ("plain", False), ("scan_of_while", False)]
+    ("name", "jitted"),
+    [
+        *((name, True) for name in DEVICE_PROGRAMS),
+        *(pytest.param(name, False, marks=pytest.mark.slow) for name in ("plain", "scan_of_while")),
+    ],
 )
 @pytest.mark.parametrize("check_vma", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_in_shard_map(name, jitted, check_vma):

@@ -62,7 +62,7 @@ def run(imagenet):
     return run
 
 
-@pytest.fixture(scope="module", params=APIS)
+@pytest.fixture(scope="module", params=["linen", pytest.param("nnx", marks=pytest.mark.slow)])
 def whole(request, run, tmp_path_factory):
     """A run from the beginning to the end: its options, its rows, its lines, and its checkpoints."""
     options, folder = [*SMALL, "--api", request.param], tmp_path_factory.mktemp(request.param)
@@ -132,6 +132,7 @@ def as_linen(state):
     return tree
 
 
+@pytest.mark.slow
 def test_a_block_starts_as_its_shortcut(resnet):
     block = resnet.NnxBlock(16, resnet.Place(4, 1, project=False), jnp.float32, nnx.Rngs(0))
     x = jax.random.normal(jax.random.key(0), (2, 4, 4, 16))

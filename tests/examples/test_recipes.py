@@ -109,6 +109,7 @@ def assert_statistics(batch_stats, expected):
         np.testing.assert_allclose(value, expected[path], rtol=1e-4, atol=1e-5, err_msg=path)
 
 
+@pytest.mark.slow
 def test_averaged_weights_have_the_statistics_of_the_weights_that_are_evaluated(run, shared, data, monkeypatch):
     recipe = importlib.import_module("averaged_weights")
     averages = recipe.averages(data, 2)
