@@ -101,7 +101,7 @@ def batch_moments(
         Array([0.015625], dtype=float32)
     """
     groups = _devices.check_groups(axis_name, axis_index_groups)
-    return _merge_stacked(_devices.gather(_stacked_blocks(x, axis, mask, use_fast_variance), axis_name, groups))
+    return merge_stacked(_devices.gather(_stacked_blocks(x, axis, mask, use_fast_variance), axis_name, groups))
 
 
 def neighbour_moments(
@@ -119,7 +119,7 @@ def neighbour_moments(
     """
     everywhere = _devices.gather(_stacked_blocks(x, axis, mask, use_fast_variance), axis_name, None)
     groups = _devices.group_size(axis_name, None) // size
-    return jax.vmap(_merge_stacked)(everywhere.reshape(groups, -1, *everywhere.shape[1:]))
+    return jax.vmap(merge_stacked)(everywhere.reshape(groups, -1, *everywhere.shape[1:]))
 
 
 def example_moments(x: jax.Array, *, axis: _axes.Axis = -1, mask: jax.Array | None = None) -> Moments:
@@ -228,7 +228,7 @@ def _stacked_blocks(x: ArrayLike, axis: _axes.Axis, mask: ArrayLike | None, fast
     return jnp.stack([part.astype(block.shift.dtype) for part in block], 1)
 
 
-def _merge_stacked(stacked: jax.Array) -> Moments:
+def merge_stacked(stacked: jax.Array) -> Moments:
     """The moments of all blocks, given as `_stacked_blocks` gives them."""
     count, shift, first, second = (stacked[:, i] for i in range(4))
     return _merge_blocks(_Block(count.real, shift, first, second.real))
@@ -265,7 +265,7 @@ def _block_means(axes: _axes.Axes, fast: bool, x: jax.Array, weights: jax.Array 
 
     one_read = fast and weights is None and x.size
     shift = _mean_of_first_samples(axes, x) if one_read else mean(x.astype(dtype))
-    shift = _rounded(lax.stop_gradient(shift))  # the result does not depend on it
+    shift = rounded(lax.stop_gradient(shift))  # the result does not depend on it
     d = x.astype(dtype) - shift
     parts = count, shift, mean(d), mean(_abs_sq(d))
     return _Block(*(_blocks_to_front(part, axes) for part in parts))
@@ -293,7 +293,7 @@ def _merge_blocks(block: _Block) -> Moments:
     return Moments(total[0], jnp.where(total > 0, reference + mean, 0)[0], total[0] * var)
 
 
-def _rounded(shift: jax.Array) -> jax.Array:
+def rounded(shift: jax.Array) -> jax.Array:
     """Fixes the last bit of the shift, so that all who use it see the same one.
 
     Without this the compiler may fuse the division by the count into x - shift as one FMA, in which the shift is not
@@ -301,7 +301,7 @@ def _rounded(shift: jax.Array) -> jax.Array:
     bit cannot be fused, and any value near the data is as good a shift.
     """
     if jnp.iscomplexobj(shift):
-        return lax.complex(_rounded(shift.real), _rounded(shift.imag))
+        return lax.complex(rounded(shift.real), rounded(shift.imag))
     info = jnp.finfo(shift.dtype)
     return lax.reduce_precision(shift, exponent_bits=info.nexp, mantissa_bits=info.nmant - 1)
 

@@ -25,6 +25,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jaxbn.core import axes as _axes
 from jaxbn.core import devices as _devices
+from jaxbn.core import domains as _domains
 from jaxbn.core import dtypes as _dtypes
 from jaxbn.core import moments as _moments
 
@@ -58,6 +59,8 @@ class Operands(NamedTuple):
     bias: jax.Array | None = None  # [C]
     residual: jax.Array | None = None  # [..., C]
     weights: jax.Array | None = None  # of the rank of x, constant
+    # bool[N, D]: where given, statistics, scale and bias are [D, C], and an example has those of its domain
+    members: jax.Array | None = None
 
 
 class Stored(NamedTuple):
@@ -142,7 +145,7 @@ def _forward(
     """Flax's order of operations, so that results agree to the last bit."""
     x, residual, weights = operands.x, operands.residual, operands.weights
     scale, bias = _affine(operands, constants)
-    lay_out = _layout(spec, x)
+    lay_out = _layout(spec, operands)
     y = _centre(x, lay_out(mean), weights)
     y = y * lay_out(_multiplier(inverse, scale))
     if bias is not None:
@@ -158,7 +161,8 @@ def _measure_and_normalize(
     spec: Spec, measure: Measure, operands: Operands, stored: Stored
 ) -> tuple[tuple[jax.Array, _moments.Moments], tuple[Any, ...]]:
     """The result; and mean, 1/s, the share 1/n of a value in them, and the constants behind."""
-    moments = measure(operands.x, mask=operands.weights)
+    given = {} if operands.members is None else {"members": operands.members}
+    moments = measure(operands.x, mask=operands.weights, **given)
     seen = moments.count > 0
     mean = jnp.where(seen, moments.mean, stored.mean.astype(moments.mean.dtype))
     var = jnp.where(seen, moments.var, stored.var.astype(moments.m2.dtype))
@@ -192,14 +196,14 @@ def _backward(
 ) -> tuple[Operands, None]:
     del measure
     operands, mean, inverse, share, constants, y = saved
-    x, scale, bias, residual, weights = operands
-    lay_out = _layout(spec, x)
+    x, scale, bias, residual, weights, _ = operands
+    lay_out = _layout(spec, operands)
     centred = _centre(x, lay_out(mean), weights)
     scale_of_z, offset = _affine(operands, constants)
     multiplier = _multiplier(inverse, scale_of_z)
     dz = _before_activation(spec, operands, centred, lay_out(multiplier), offset, y, cotangents[0])
 
-    partial = _moments.sum_in_blocks(_axes.split(x.ndim, spec.axis), dz, dz * centred)
+    partial = _sum_in_blocks(spec, operands, dz, dz * centred)
     local_dz, local_dzx = partial.sum(0)
     sum_dz, sum_dzx = _devices.total(partial, spec.axis_name, spec.axis_index_groups)
     correction = lay_out(sum_dz * share) + centred * lay_out(sum_dzx * share * jnp.square(inverse))
@@ -218,7 +222,7 @@ def _backward(
     dscale = cotangent(of_scale(local_dz, local_dzx), scale, of_scale(sum_dz, sum_dzx))
     dbias = cotangent(local_dz, bias, sum_dz)
     dresidual = None if residual is None else dz.astype(residual.dtype)
-    return Operands(cotangent(dx, x), dscale, dbias, dresidual, None), None
+    return Operands(cotangent(dx, x), dscale, dbias, dresidual, None, None), None
 
 
 def _before_activation(
@@ -235,7 +239,7 @@ def _before_activation(
     dz = dy.astype(centred.dtype)
     if spec.activation is not None:
         if y is None:
-            y = centred * multiplier + (0 if bias is None else _layout(spec, x)(bias))
+            y = centred * multiplier + (0 if bias is None else _layout(spec, operands)(bias))
         dz = dz * _activation_slope(spec.activation, y, dz.dtype)
     return dz if weights is None else jnp.where(_usable(x, weights), dz, 0)
 
@@ -243,10 +247,20 @@ def _before_activation(
 _batch_normalize.defvjp(_save, _backward)
 
 
-def _layout(spec: Spec, x: jax.Array) -> Callable[[jax.Array], jax.Array]:
+def _layout(spec: Spec, operands: Operands) -> Callable[[jax.Array], jax.Array]:
     """Per-channel arrays in the dtype of the computation, laid out to broadcast against x."""
+    x, members = operands.x, operands.members
     axes, dtype = _axes.split(x.ndim, spec.axis), _dtypes.compute(x)
+    if members is not None:
+        return lambda stat: _domains.lay_out(stat.astype(dtype), members, axes)
     return lambda stat: _axes.expand(stat.astype(dtype), x.ndim, axes)
+
+
+def _sum_in_blocks(spec: Spec, operands: Operands, *values: jax.Array) -> jax.Array:
+    axes = _axes.split(operands.x.ndim, spec.axis)
+    if operands.members is not None:
+        return _domains.sum_in_blocks(axes, operands.members, *values)
+    return _moments.sum_in_blocks(axes, *values)
 
 
 def _centre(x: jax.Array, mean: jax.Array, weights: jax.Array | None) -> jax.Array:

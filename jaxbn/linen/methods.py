@@ -174,7 +174,7 @@ class DomainBatchNorm(Norm):
         scale_init: Initializer of the scale.
         axis_name: Axis of a `shard_map`, `pmap` or `vmap` over which the batch is spread; not used in evaluation.
         axis_index_groups: Groups of devices that share statistics.
-        use_fast_variance: Accepted; masks, which domains are, always centre first.
+        use_fast_variance: Accepted; domains are always centred first.
         force_float32_reductions: Accepted; statistics are float32 anyway.
         activation: Applied to the result; `jax.nn.relu` and `jax.nn.leaky_relu` cost no memory traffic here.
         allow_single_value: Accept one value per channel in training.

@@ -3,7 +3,7 @@ r"""Domain batch normalization: each example is normalized with the statistics o
 .. math:: y_i = \gamma_k \frac{x_i - \mu_k}{\sqrt{\sigma_k^2 + \epsilon}} + \beta_k, \qquad k = \text{domain of } i
 
 with the mean and variance of the values of domain k in the batch in training, and in evaluation with those of the
-population of domain k. It is batch normalization of the examples of each domain, the others masked.
+population of domain k. It is batch normalization of the examples of each domain by themselves.
 
 Chang et al., Domain-Specific Batch Normalization for Unsupervised Domain Adaptation, 2019, equations 3 to 6.
 """
@@ -15,16 +15,17 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxbn.core import averaging as _averaging
 from jaxbn.core import axes as _axes
+from jaxbn.core import devices as _devices
+from jaxbn.core import domains as _domains
 from jaxbn.core import dtypes as _dtypes
 from jaxbn.core import moments as _moments
 from jaxbn.core import normalize as _normalize
 from jaxbn.methods.base import NormParams, NormTransform
-from jaxbn.methods.batch_norm import BatchNormState, batch_norm
+from jaxbn.methods.batch_norm import BatchNormState, batch_norm, count_samples
 
 
 class DomainBatchNormState(NamedTuple):
@@ -69,7 +70,8 @@ def domain_batch_norm(
 
     A domain that is not in a batch keeps its state. Statistics of few examples are noisy, in each domain as in batch
     norm; of a domain with one value per channel in a batch the variance is 0, which cannot be known while tracing.
-    Training reads the input once for each domain, as if there were D layers; evaluation costs what batch norm costs.
+    Sums over space come first, so that with images D hardly shows in what a step costs; without space a step computes
+    D sums of the whole input.
 
     Args:
         num_domains: How many domains there are, D.
@@ -85,7 +87,7 @@ def domain_batch_norm(
         axis_name: Axis or axes of the surrounding `shard_map`, `pmap` or `vmap` over which a batch is spread; used in
             training alone. Domains may be spread unevenly, and a device need not have all.
         axis_index_groups: Groups of devices along `axis_name`, of equal size, that share statistics.
-        use_fast_variance: Accepted as in `batch_norm`; masks, which domains are, always centre first.
+        use_fast_variance: Accepted as in `batch_norm`; domains are always centred first.
         activation: Applied to the result, after the residual; as in `batch_norm`.
         allow_single_value: Accept one value per channel in the whole batch in training, which is an error otherwise.
         autodiff: Use JAX's own derivative instead of the hand-written one.
@@ -123,6 +125,11 @@ def domain_batch_norm(
         activation=activation, allow_single_value=allow_single_value, autodiff=autodiff,
     )  # fmt: skip
     of_params = None if share_affine else 0  # the axis of the params along which the domains lie
+    axis_name = axis_name if axis_name is None or isinstance(axis_name, str) else tuple(axis_name)
+    groups = _devices.check_groups(axis_name, axis_index_groups)
+    spec = _normalize.Spec(_axes.static(axis), epsilon, activation, dtype, axis_name, groups)
+    here = functools.partial(_domains.domain_moments, axis=axis)
+    everywhere = functools.partial(here, axis_name=axis_name, axis_index_groups=groups)
 
     def init(
         feature_shape: int | Sequence[int], *, dtype: DTypeLike = jnp.float32
@@ -140,21 +147,23 @@ def domain_batch_norm(
         mask: ArrayLike | None = None,
         residual: ArrayLike | None = None,
     ) -> tuple[jax.Array, DomainBatchNormState]:
-        x = jnp.asarray(x)
         _check_state(state, num_domains)
-        _check_residual(x, residual)
-        members, masks = _members(x, domain, num_domains, axis), _masks(x, domain, mask, num_domains, axis)
+        scale, bias = (_by_domain(p) for p in params)
+        operands = _normalize.operands(spec, scale, bias, state.mean[0], x, mask, residual)
+        x = operands.x
+        members = _members(x, domain, num_domains, axis)
+        values = _axes.values_per_channel(x.shape, axis) * _devices.group_size(axis_name, groups)
+        _axes.check_training_batch(x.shape, axis, values, allow_single_value)
+        # Equations 3 to 6: mean and variance of each domain, over all devices; x_hat and y with those of one's own.
+        operands = operands._replace(members=members)
+        y, moments = _normalize.batch_normalize(spec, everywhere, operands, state.mean, state.var, autodiff=autodiff)
+        y = jnp.where(members.any(1).reshape(-1, *(1,) * (x.ndim - 1)), y, jnp.nan)
+        if base.move is None:
+            return y, state
+        return y, move(state, moments, jax.vmap(lambda one: count_samples(one, x.shape, axis))(moments))
 
-        def of_domain(
-            params: NormParams, state: DomainBatchNormState, member: jax.Array, mask: jax.Array
-        ) -> tuple[jax.Array, BatchNormState]:
-            own = functools.partial(_constant_but_for, member)
-            return base.train(params, BatchNormState(*state), own(x), mask=mask, residual=own(residual))
-
-        # Equations 3 to 6, in each domain as if the others were masked; a masked domain keeps its state.
-        ys, new = jax.vmap(of_domain, in_axes=(of_params, 0, 0, 0))(params, state, members, masks)
-        y = jnp.where(members, ys, 0).sum(0, dtype=ys.dtype)  # each example belongs to one domain
-        return jnp.where(members.any(0), y, jnp.nan), DomainBatchNormState(*new)
+    def _by_domain(param: jax.Array | None) -> jax.Array | None:
+        return jnp.broadcast_to(param, (num_domains, *param.shape)) if share_affine and param is not None else param
 
     def evaluate(
         params: NormParams,
@@ -183,8 +192,7 @@ def domain_batch_norm(
 
     def measure(x: ArrayLike, *, domain: ArrayLike | None = None, mask: ArrayLike | None = None) -> _moments.Moments:
         x = jnp.asarray(x)
-        masks = _masks(x, domain, mask, num_domains, axis)
-        return jax.vmap(lambda mask: base.measure(x, mask=mask))(masks)
+        return here(x, members=_members(x, domain, num_domains, axis), mask=mask)
 
     def move(
         state: DomainBatchNormState, moments: _moments.Moments, samples: ArrayLike | None = None
@@ -202,32 +210,15 @@ def _copies(num_domains: int, tree: Any) -> Any:
     return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (num_domains, *leaf.shape)), tree)
 
 
-def _constant_but_for(member: jax.Array, values: ArrayLike | None) -> jax.Array | None:
-    """The values, with a gradient where `member` is true alone: NaN of a domain does not reach those of others."""
-    if values is None:
-        return None
-    values = jnp.asarray(values)
-    return jnp.where(member, values, lax.stop_gradient(values))
-
-
 def _rows(tree: Any, ids: jax.Array) -> Any:
     """What each example is normalized with, [N, ...]; NaN for those of no domain."""
     return jax.tree.map(lambda leaf: leaf.at[ids].get(mode="fill", fill_value=jnp.nan), tree)
 
 
 def _members(x: jax.Array, domain: ArrayLike | None, num_domains: int, axis: _axes.Axis) -> jax.Array:
-    """bool[D, N, 1, ...]: which examples belong to which domain."""
+    """bool[N, D]: which examples belong to which domain."""
     ids = _check_domain(x, domain, num_domains, axis)
-    members = ids[None] == jnp.arange(num_domains, dtype=ids.dtype)[:, None]
-    return members.reshape(num_domains, x.shape[0], *(1,) * (x.ndim - 1))
-
-
-def _masks(
-    x: jax.Array, domain: ArrayLike | None, mask: ArrayLike | None, num_domains: int, axis: _axes.Axis
-) -> jax.Array:
-    """The weights of the values in each domain, broadcastable to `[D, ...]` of x."""
-    members, weights = _members(x, domain, num_domains, axis), _axes.weights_like(mask, x.shape)
-    return members if weights is None else jnp.where(members, weights, 0)
+    return ids[:, None] == jnp.arange(num_domains, dtype=ids.dtype)[None]
 
 
 def _check_domain(x: jax.Array, domain: ArrayLike | None, num_domains: int, axis: _axes.Axis) -> jax.Array:

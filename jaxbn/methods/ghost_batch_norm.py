@@ -277,7 +277,7 @@ def _cut(
         return _devices.repeat(stat.astype(_dtypes.compute(stat)), plan.position, x, plan.axis[plan.position])
 
     x = cut(operands.x)
-    _, scale, bias, residual, weights = operands
+    _, scale, bias, residual, weights, _ = operands
     given = _normalize.Operands(
         x,
         None if scale is None else for_groups(scale),
