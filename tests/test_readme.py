@@ -185,6 +185,14 @@ ERRORS = {
         ValueError,
         [lambda: postproc([]), lambda: postproc(read_before())],
     ),
+    "a diagnosis compares batches": (
+        ValueError,
+        [lambda: jaxbn.linen.diagnose(EVALUATION.apply, variables(), batches) for batches in ([], [X])],
+    ),
+    "stop_when needs standard errors": (
+        ValueError,
+        [lambda: postproc([X], stop_when=0.1, estimator=jaxbn.moving_average())],
+    ),
     "There are no statistics of a normalization layer": (
         ValueError,
         [lambda: jaxbn.linen.postproc(EVALUATION.apply, params_alone(), [X])],
