@@ -233,6 +233,32 @@ def test_nan_in_masked_positions_harms_no_gradient(case, x, target):
 
 
 @every_case
+def test_constant_zero_and_huge_channels_stay_finite(case, x, target):
+    """Outputs, statistics and gradients."""
+    transform, params, state = started(case)
+    x[..., 0], x[..., 1] = 7, 0
+    x[..., 2] += 1e6
+
+    def loss(params, x):
+        y, after = transform.train(params, state, x)
+        return (jnp.tanh(y) * target).sum(), (y, after)
+
+    chex.assert_tree_all_finite(jax.grad(loss, (0, 1), has_aux=True)(params, x))
+
+
+@every_case
+def test_state_survives_averages_over_devices_and_over_time(case, x):
+    """With its dtypes, which counters of integers would not."""
+    transform, params, state = started(case)
+    _, after = transform.train(params, state, x)
+    both = jax.tree.map(lambda *leaves: jnp.stack(leaves), state, after)
+    over_devices = jax.vmap(lambda state: jax.lax.pmean(state, AXIS), axis_name=AXIS)(both)
+    over_time = jax.tree.map(lambda old, new: 0.9 * old + 0.1 * new, state, after)
+    chex.assert_trees_all_equal_dtypes(state, over_devices, over_time)
+    chex.assert_trees_all_equal_shapes(state, transform.train(params, over_time, x)[1])
+
+
+@every_case
 def test_batch_without_a_valid_position_changes_nothing(case, x):
     transform, params, state = started(case)
     y, after = transform.train(params, state, x, mask=np.zeros((ROWS, 1, 1), bool))
