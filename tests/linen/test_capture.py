@@ -90,7 +90,7 @@ def assert_moments_of(moments, inputs, tolerance=1e-5):
 
 @every_norm
 @every_mode
-@every_flag
+@pytest.mark.parametrize("train", [pytest.param(False, marks=pytest.mark.slow), True], ids=["eval flag", "train flag"])
 @pytest.mark.parametrize(
     "transform", [jax.jit, pytest.param(lambda f: f, marks=pytest.mark.slow)], ids=["jit", "eager"]
 )

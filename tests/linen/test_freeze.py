@@ -119,7 +119,9 @@ def moved(before, after):
 
 
 @every_norm
-@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize(
+    "how", [how if how in ("plain", "nn.vmap", "nn.scan") else pytest.param(how, marks=pytest.mark.slow) for how in HOW]
+)
 def test_a_frozen_layer_keeps_its_statistics_and_uses_them_in_training(how, norm):
     """Outputs, updates and gradients are those of stock Flax with `use_running_average=True` written into the layer."""
     variables = started(Net(how=how))

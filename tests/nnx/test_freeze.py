@@ -135,7 +135,9 @@ def stock_step(how, held):
 
 
 @every_norm
-@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize(
+    "how", [how if how in ("plain", *STACKED) else pytest.param(how, marks=pytest.mark.slow) for how in HOW]
+)
 def test_a_frozen_layer_keeps_its_statistics_and_uses_them_in_training(how, norm):
     """Outputs, statistics and gradients are those of stock Flax whose layer is told `use_running_average=True`."""
     model = started(Net(norm, how))
