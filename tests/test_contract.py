@@ -303,7 +303,7 @@ def test_devices_equal_one_device(case, way, x, target, rng):
 
 
 @every_case_and("way", [way for way in WAYS if way != "vmap"], few=["jit", "shard_map"], slow=SLOW_WAYS)
-@pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
+@pytest.mark.parametrize("masked", [pytest.param(False, marks=pytest.mark.slow), True], ids=["", "masked"])
 def test_one_collective_forward_and_one_backward(case, masked, way, x, target, rng):
     transform = case.transform(axis_name=AXIS if way in NAMED else None)
     params, state = transform.init(FEATURES)

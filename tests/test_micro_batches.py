@@ -168,6 +168,7 @@ def test_with_multi_steps_of_optax_the_averages_move_when_the_parameters_do(host
         assert_same_statistics(statistics_of(at(i)[1]), expected, 1e-6)
 
 
+@pytest.mark.slow
 @every_host
 @pytest.mark.parametrize("way", ["shard_map", "shard_map unchecked", "pmap"])
 def test_moments_merged_over_devices_are_those_of_one(host, way):

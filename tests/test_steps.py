@@ -350,6 +350,7 @@ def test_nnx_key_of_a_step_leaves_the_streams_of_the_state():
     assert going_on.others["dropout"]["rngs"]["count"][...] == len(LAYERS)  # each of which is followed by dropout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "host, way", [(LINEN, "pmap"), (NNX, "pmap"), (NNX, "shard_map")], ids=["linen pmap", "nnx pmap", "nnx shard_map"]
 )

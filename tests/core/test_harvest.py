@@ -211,13 +211,15 @@ def merged_over_devices(program, axis, x, index):
     return y, pool(gathered)
 
 
+QUICK_PROGRAMS = ["plain", "scan_of_remat", "while", "grad"]
 DEVICE_PROGRAMS = ["plain", "jit", "remat", "scan", "scan_of_remat", "cond_taken", "while", "scan_of_while", "grad"]
 
 
 @pytest.mark.parametrize(
     ("name", "jitted"),
     [
-        *((name, True) for name in DEVICE_PROGRAMS),
+        *((name, True) for name in QUICK_PROGRAMS),
+        *(pytest.param(n, True, marks=pytest.mark.slow) for n in DEVICE_PROGRAMS if n not in QUICK_PROGRAMS),
         *(pytest.param(name, False, marks=pytest.mark.slow) for name in ("plain", "scan_of_while")),
     ],
 )

@@ -72,6 +72,7 @@ def test_variance_with_a_mask_that_differs_over_devices(mean, std, way):
     np.testing.assert_array_equal(moments.count, valid.sum())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("spec", [P("a", None, None, "b"), P(("a", "b")), P("a"), P(None, "a", None, "b")])
 def test_any_sharding_of_the_input_gives_the_same_moments(kind, spec):

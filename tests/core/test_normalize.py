@@ -49,6 +49,7 @@ def test_the_rule_is_jaxs_own_derivative(activation, with_residual, x, residual,
     chex.assert_trees_all_close(gradients(False), gradients(True), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("activation", [None, jax.nn.relu, jax.nn.leaky_relu], ids=["none", "relu", "leaky_relu"])
 @pytest.mark.parametrize("masked", [pytest.param(False, marks=pytest.mark.slow), True], ids=["", "masked"])
 @with_residual

@@ -51,7 +51,8 @@ def split(lines):
     return [*lines[:start], diagnosis, *lines[end + 1 :]]
 
 
-@pytest.mark.parametrize("api", ["linen", pytest.param("nnx", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("api", ["linen", "nnx"])
 def test_population_statistics_give_what_running_averages_do_not(api, run, tmp_path):
     scores, lines = run("--api", api)
 

@@ -62,7 +62,7 @@ def run(imagenet):
     return run
 
 
-@pytest.fixture(scope="module", params=["linen", pytest.param("nnx", marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=[pytest.param(api, marks=pytest.mark.slow) for api in APIS])
 def whole(request, run, tmp_path_factory):
     """A run from the beginning to the end: its options, its rows, its lines, and its checkpoints."""
     options, folder = [*SMALL, "--api", request.param], tmp_path_factory.mktemp(request.param)

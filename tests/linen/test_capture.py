@@ -246,6 +246,7 @@ def test_a_model_that_runs_on_devices_of_its_own(norm, mode, train, used, synchr
     assert_moments_of(moments, given)
 
 
+@pytest.mark.slow
 @every_norm
 @pytest.mark.parametrize(("synchronized", "consistent"), [(True, False), (False, False), (False, True)])
 def test_statistics_of_a_model_that_runs_on_devices_of_its_own(norm, synchronized, consistent, rng):

@@ -476,6 +476,7 @@ def stock_on_one_device(rows, held):
     return jax.jit(training(Net(held=held)))(started(Net()), data(rows))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "way, norm",
     [*((way, OURS) for way in WAYS), *((way, nn.BatchNorm) for way in ("jit", "shard_map", "pmap"))],

@@ -78,6 +78,7 @@ def test_pooled_statistics_are_those_of_all_the_data(norm, batches):
     assert (report.estimator, report.batches, report.not_reached) == ("pooled", 3, ())
 
 
+@pytest.mark.slow
 @every_norm
 @pytest.mark.parametrize("estimator", [jaxbn.mean_of_batches(), jaxbn.moving_average(0.9)], ids=lambda e: e.name)
 def test_other_estimators(norm, estimator, batches):

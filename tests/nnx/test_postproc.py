@@ -87,6 +87,7 @@ def test_pooled_statistics_are_those_of_all_the_data(norm, batches):
     chex.assert_trees_all_equal_shapes_and_dtypes(values(new), values(model))
 
 
+@pytest.mark.slow
 @every_norm
 @pytest.mark.parametrize("estimator", [jaxbn.mean_of_batches(), jaxbn.moving_average(0.9)], ids=lambda e: e.name)
 def test_other_estimators(norm, estimator, batches):

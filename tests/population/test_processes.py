@@ -176,10 +176,11 @@ def test_shards_are_compared_where_they_are_copies():
         jaxbn.check_replicas({"a": jax.make_array_from_single_device_arrays((8,), spread, shards)})
 
 
+@pytest.mark.slow
 def test_the_example_runs_as_a_user_runs_it(tmp_path):
     done = subprocess.run([sys.executable, EXAMPLE], cwd=tmp_path, capture_output=True, text=True, timeout=SECONDS)
     assert done.returncode == 0, done.stderr
-    lines = [line for line in done.stdout.splitlines() if not line.startswith("[Gloo]")]
-    assert lines[0].startswith("pooled statistics from 8 batches; 3 sweeps")
-    assert lines[-1].startswith("2 processes agree to the last bit, and with float64 to ")
-    assert float(lines[-1].split()[-3]) < 1e-5
+    lines = done.stdout.splitlines()  # among those of Gloo, in which the processes may cut each other short
+    assert any(line.startswith("pooled statistics from 8 batches; 3 sweeps") for line in lines)
+    (result,) = (line for line in lines if line.startswith("2 processes agree to the last bit, and with float64 to "))
+    assert float(result.split()[-3]) < 1e-5
