@@ -20,6 +20,7 @@ digit; the passes of Method TWO see mixed digits all the same.
 
 import argparse
 import dataclasses
+import functools
 import subprocess
 import sys
 import time
@@ -209,8 +210,8 @@ def explain(steps: jaxbn.Steps, scores: list[Scores], state: Any, held_out: Batc
 def diagnose(api: str, state: Any, batches: list[Batch]) -> jaxbn.Diagnosis:
     """What these batches say about the network with its running averages."""
     if api == "linen":
-        call = lambda variables, batch: DigitNet().apply(variables, batch[0], train=False)  # noqa: E731
-        return jaxbn.linen.diagnose(call, state.variables, batches)
+        apply = functools.partial(DigitNet().apply, train=False)
+        return jaxbn.linen.diagnose(lambda variables, batch: apply(variables, batch[0]), state.variables, batches)
     net = NNXDigitNet(nnx.Rngs(0))
     nnx.update(net, state.params, state.others)
     return jaxbn.nnx.diagnose(net, batches, call=lambda net, batch: net(batch[0]))

@@ -46,7 +46,8 @@ def postproc(
             Whatever flags it passes, layers use their batch's statistics, dropout may be off, and nothing needs to be
             mutable. Pass the same function object again and it is not compiled again; what is compiled for a new one
             each time is kept.
-        variables: All variables of the model; they are left untouched.
+        variables: All variables of the model; they are left untouched. What is spread over processes is gathered, for
+            which each needs the memory of a replica, and comes back as it was spread.
         batches: Any iterable of batches, pytrees of arrays, or a function that returns an iterator. Sizes may differ:
             every value counts once. Each of several processes gives its own, none or any number of them.
         estimator: `jaxbn.pooled()`, `jaxbn.mean_of_batches()` or `jaxbn.moving_average()`.

@@ -39,7 +39,8 @@ def postproc(
     As :func:`jaxbn.linen.postproc`, for NNX: a new model comes back, and the one given is left untouched.
 
     Args:
-        model: The model.
+        model: The model. What is spread over processes is gathered, for which each needs the memory of a replica, and
+            comes back as it was spread.
         batches: Any iterable of batches, pytrees of arrays, or a function that returns an iterator. Sizes may differ:
             every value counts once. Each of several processes gives its own, none or any number of them.
         call: Runs the model; None: `lambda model, batch: model(batch)`. Whatever flags it passes, layers use their

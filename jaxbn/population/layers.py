@@ -4,7 +4,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -83,10 +83,11 @@ def measured(records: Sequence[_harvest.Record], whole: Mapping[Layer, jax.Array
     """What was harvested from a program into which the positions `whole` of its layers went."""
     values = {dataclasses.replace(layer, examples=None): index for layer, index in whole.items()}
     collected = _harvest.collect(records, {**whole, **values})
-    kinds = {layer.path: layer.kind for layer in (record.layer for record in records) if layer.examples is None}  # type: ignore[attr-defined]  # a Layer
+    reached = [cast(Layer, record.layer) for record in records]
+    kinds = {layer.path: layer.kind for layer in reached if layer.kind is not None and layer.examples is None}
     return Measured(
         moments={layer.path: layer.moments_from(collected) for layer in values},
-        examples={layer.path: layer.moments_from(collected) for layer in whole if layer.examples is not None},
+        examples={layer.path: layer.moments_from({} if layer.examples is None else collected) for layer in whole},
         kinds=tuple(kinds.items()),
     )
 

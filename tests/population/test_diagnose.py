@@ -202,6 +202,36 @@ def test_text_dict_and_picture_of_small_and_large_networks(tmp_path):
         figure.savefig(tmp_path / "diagnosis.png")
 
 
+@every_host
+def test_batches_that_do_not_say_which_axis_is_that_of_the_examples(host, rng):
+    """All that needs the examples is unknown, in all batches or in some; the rest is as ever."""
+    net = host.net(host.stock)
+    moving = started(host, net)
+    rows = rng.standard_normal((4, 8, 3)).astype(np.float32)
+
+    def diagnose(weights):
+        batches = [{"x": x, "of classes": np.ones(n, np.float32)} for x, n in zip(rows, weights, strict=True)]
+        if host is LINEN:
+            return jaxbn.linen.diagnose(lambda v, batch: net.apply(v, batch["x"], False), moving, batches)
+        return jaxbn.nnx.diagnose(net, batches, call=lambda model, batch: model(batch["x"]))
+
+    known, partly, unknown = (diagnose(n).layers["norm_0"] for n in ([8] * 4, [8, 8, 5, 8], [5] * 4))
+    assert np.isnan([unknown.examples, unknown.ratio, unknown.p_value, unknown.excess]).all()
+    assert known.examples == partly.examples == 8
+    for name in ("values", "d_quantiles", "r_quantiles", "outside", "off", "dead", "huge_mean"):
+        assert getattr(known, name) == getattr(partly, name) == getattr(unknown, name), name
+
+
+def test_stored_statistics_under_which_the_network_overflows(rng):
+    """Are off; the numbers that need the network to run with them are unknown, and nothing warns."""
+    call, variables, batches = patient(None, 0)
+    stats = jax.tree.map(lambda leaf: leaf, variables["batch_stats"])
+    stats["norm_0"]["var"] = stats["norm_0"]["var"] * 0 - 1e-5  # the root of variance + epsilon is 0
+    found = jaxbn.linen.diagnose(call, variables | {"batch_stats": stats}, batches)
+    assert {"shifted", "nonfinite"} <= {finding.name for finding in found.findings}
+    assert np.isnan(found.layers["norm_2"].p_value)
+
+
 def test_calls_and_models_are_compiled_once():
     traces = []
     net = nn.BatchNorm(use_running_average=True)
