@@ -249,6 +249,25 @@ def test_devices_equal_one_device(way):
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("way", ["shard_map", "shard_map unchecked", "pmap"])
+def test_layers_that_synchronize_mix_with_the_statistics_of_all_devices(way):
+    class Net(nn.Module):
+        axis_name: str | None = None
+
+        @nn.compact
+        def __call__(self, x):
+            for _ in range(2):
+                x = nn.relu(jaxbn.linen.BatchNorm(True, axis_name=self.axis_name)(nn.Dense(C)(x)))
+            return x
+
+    x = 1 + 2 * normal(4 * DEVICES, 3)
+    variables = Net().init(jax.random.key(0), x)
+    one = jaxbn.linen.adapt(Net().apply, prior_count=16)(variables, x)
+    many = jaxbn.linen.adapt(Net(AXIS).apply, prior_count=16)
+    _, found = run(way, lambda variables, x: ({}, many(variables, x)), variables, x)
+    np.testing.assert_allclose(found, one, rtol=1e-5, atol=1e-6)
+
+
 def test_one_image_is_enough_and_one_value_is_not():
     net = nn.BatchNorm(use_running_average=True)
     image, row = images()[:1], images()[:1, 0]
