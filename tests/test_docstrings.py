@@ -54,6 +54,7 @@ SUMMARY_ONLY = {
     "jaxbn.NormParams": "a NamedTuple that batch_norm makes; its fields say their shapes",
     "jaxbn.NormTransform": "a protocol, a tuple of functions whose signatures stand beside its fields",
     "jaxbn.Report": "made by postproc; its example shows it",
+    "jaxbn.serving.Program": "made by load_program, whose example shows it; its fields say what it holds",
     "jaxbn.testing.Step": "a NamedTuple in a Vector; its docstring says what is in it",
     "jaxbn.testing.Vector": "a NamedTuple that load makes; its fields say what they are",
 }

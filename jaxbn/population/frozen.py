@@ -85,8 +85,13 @@ def make_info(
         )
     return Info(
         tuple((path, _layer_info(path, state, report, kinds.get(path), otherwise)) for path, state in states.items()),
-        tuple((name, _version(name)) for name in _VERSIONS),
+        versions(),
     )
+
+
+def versions() -> tuple[tuple[str, str], ...]:
+    """The packages that make a network, and which they are."""
+    return tuple((name, _version(name)) for name in _VERSIONS)
 
 
 def is_initial(state: State) -> np.ndarray:

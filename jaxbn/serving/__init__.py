@@ -1,4 +1,7 @@
-"""The frozen network on disk."""
+"""The frozen network on disk, and as a program that answers."""
 
 from jaxbn.serving.files import load as load
 from jaxbn.serving.files import save as save
+from jaxbn.serving.programs import Program as Program
+from jaxbn.serving.programs import export as export
+from jaxbn.serving.programs import load_program as load_program

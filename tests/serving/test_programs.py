@@ -1,0 +1,304 @@
+"""A network as a program: what it answers in a process without its code, and what is refused."""
+
+import json
+import subprocess
+import sys
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import CASES
+from flax import nnx
+from nets import LAYERS, LINEN, NNX, forward, in_float64
+
+import jaxbn
+import jaxbn.linen
+import jaxbn.nnx
+import jaxbn.serving
+
+DATA = np.arange(12, dtype=np.float32).reshape(4, 3)
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "network.program"
+
+
+class Norm(nn.Module):
+    """One layer, which evaluates unless told to train."""
+
+    momentum: float | None = 0.99
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        return jaxbn.linen.BatchNorm(use_running_average=not train, momentum=self.momentum, name="norm")(x)
+
+
+def frozen():
+    variables = Norm().init(jax.random.key(0), DATA)
+    return jaxbn.linen.freeze(*jaxbn.linen.postproc(Norm().apply, variables, [DATA]))
+
+
+@pytest.fixture
+def exported(path):
+    jaxbn.serving.export(path, Norm().apply, frozen(), DATA)
+    return path
+
+
+# --- What it answers --------------------------------------------------------------------------------------------------
+
+# A server: it has the files and jaxbn, and knows nothing of the models.
+SERVER = """
+import sys
+import numpy as np
+import jaxbn.serving
+
+assert not {"nets", "cases", "pytest"} & set(sys.modules)
+answers = {}
+for path in sys.argv[3:]:
+    program = jaxbn.serving.load_program(path)
+    with np.load(sys.argv[1]) as batches:
+        answers |= {f"{path} {name}": program(batches[name]) for name in batches}
+    print(program, program.info.layers)
+np.savez(sys.argv[2], **answers)
+"""
+KINDS = {layer: jaxbn.LayerInfo("batch_norm", 1e-5, "as given", None) for layer in LAYERS}
+
+
+def random_variables():
+    """Of the dense network of `nets`, by the names that both hosts share."""
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(lambda x: LINEN.net().init(jax.random.key(0), x, train=False), np.ones((2, 3), "f4"))
+    return jax.tree.map(lambda leaf: rng.uniform(0.5, 1.5, leaf.shape).astype("f4"), shapes)
+
+
+def test_a_fresh_process_answers_batches_of_any_size(tmp_path):
+    """As the formulas do in float64, a batch of one too; of a Frozen and of an NNX model."""
+    variables, x = random_variables(), np.random.default_rng(1).normal(2, 3, (7, 3)).astype("f4")
+    known = jaxbn.Info(tuple(KINDS.items()), ())
+    jaxbn.serving.export(
+        tmp_path / "linen",
+        lambda variables, x: LINEN.net().apply(variables, x, train=False),
+        jaxbn.Frozen(variables, known),
+        x,
+    )
+    merged = {name: leaves | variables["batch_stats"].get(name, {}) for name, leaves in variables["params"].items()}
+    model = jaxbn.nnx.install_frozen(nnx.eval_shape(lambda: NNX.net(rate=0.5)), jaxbn.Frozen(merged, known))
+    jaxbn.serving.export(tmp_path / "nnx", lambda model, x: model(x), model, jax.ShapeDtypeStruct((2, 3), jnp.float32))
+    sent = {"all": x, "one": x[:1], "two": x[3:5]}
+    np.savez(tmp_path / "sent.npz", **sent)
+    command = [sys.executable, "-W", "error", "-c", SERVER, tmp_path / "sent.npz", tmp_path / "back.npz"]
+    done = subprocess.run([*command, tmp_path / "linen", tmp_path / "nnx"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    signature = "Program(float32[b, 3] -> float32[b, 1])"
+    assert done.stdout == f"{signature} {known.layers}\n{signature} ()\n"
+    compute = in_float64(lambda variables, x: forward(variables["params"], x, variables["batch_stats"])[0])
+    expected = compute(variables, x)
+    with np.load(tmp_path / "back.npz") as answers:
+        for host in ("linen", "nnx"):
+            for name, rows in {"all": slice(7), "one": slice(1), "two": slice(3, 5)}.items():
+                np.testing.assert_allclose(answers[f"{tmp_path / host} {name}"], expected[rows], rtol=1e-5)
+
+
+METHODS = {case.factory: case for case in CASES}.values()
+
+
+@pytest.mark.parametrize("case", METHODS, ids=lambda case: case.name)
+def test_every_method_leaves_the_number_of_examples_open(case, path, rng):
+    """Domains come beside the examples, as another array of the batch."""
+    layer = case.linen_module(use_running_average=True)
+    x = rng.normal(size=(6, 2, 4)).astype(np.float32)
+    batch = {"x": x, **case.where(x)}
+    call = lambda variables, batch: {"y": layer.apply(variables, **batch)}
+    variables = layer.init(jax.random.key(0), **batch)
+    variables["batch_stats"] = {
+        name: leaf + rng.uniform(0, 1, leaf.shape).astype("f4") if name in ("mean", "var") else leaf
+        for name, leaf in variables["batch_stats"].items()
+    }
+    jaxbn.serving.export(path, call, variables, batch)
+    program = jaxbn.serving.load_program(path)
+    for rows in (1, 6):
+        some = {name: part[:rows] for name, part in batch.items()}
+        np.testing.assert_allclose(program(some)["y"], layer.apply(variables, **some), rtol=1e-6, atol=1e-6)
+
+
+def test_it_is_for_all_platforms_and_its_arrays_are_there_once(path):
+    kernel = np.random.default_rng(0).standard_normal((500, 400)).astype("f4")
+    call = lambda variables, x: x @ variables["kernel"] @ variables["kernel"].T
+    jaxbn.serving.export(path, call, {"kernel": kernel}, jax.ShapeDtypeStruct((1, 500), jnp.float32))
+    header = json.loads(path.read_bytes().split(b"\n")[0])
+    assert header["platforms"] == ["cpu", "cuda", "tpu"] and set(header["versions"]) == {"jaxbn", "jax", "flax"}
+    assert kernel.nbytes < path.stat().st_size < kernel.nbytes + 10_000
+
+
+class Parts(nnx.Module):
+    """Several arrays in and out, numbers of other kinds, and a random stream that evaluation does not touch."""
+
+    def __init__(self, rngs):
+        self.table = nnx.Param(jnp.arange(6, dtype=jnp.bfloat16).reshape(3, 2))
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+
+    def __call__(self, batch):
+        rows = self.dropout(self.table[...][batch["ids"]])
+        return {"rows": rows, "pair": (batch["x"] * 2, [rows.argmax(-1)])}
+
+
+def test_batches_and_outputs_of_several_arrays(path):
+    model = Parts(nnx.Rngs(0))
+    model.eval()
+    batch = {"ids": np.array([2, 0]), "x": np.ones((2, 1, 1), np.uint8)}
+    jaxbn.serving.export(path, lambda model, batch: model(batch), model, batch)
+    program = jaxbn.serving.load_program(path)
+    outputs = program({"ids": jnp.array([1]), "x": np.full((1, 1, 1), 3, np.uint8)})
+    assert outputs["rows"].dtype == jnp.bfloat16 and outputs["rows"].tolist() == [[2, 3]]
+    assert outputs["pair"][0].tolist() == [[[6]]] and outputs["pair"][1][0].tolist() == [1]
+    assert str(program) == (
+        "Program({'ids': int32[b], 'x': uint8[b, 1, 1]} -> "
+        "{'pair': (uint8[b, 1, 1], [int32[b]]), 'rows': bfloat16[b, 2]})"
+    )
+    assert program.inputs["x"].dtype == np.uint8 and program.outputs["rows"].shape[1] == 2
+
+
+def test_it_may_be_called_inside_jit_and_on_sharded_batches(exported):
+    program, x = jaxbn.serving.load_program(exported), np.ones((8, 3), np.float32)
+    expected = program(x)
+    np.testing.assert_array_equal(jax.jit(lambda x: program(x))(x), expected)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    spread = jax.device_put(x, jax.NamedSharding(mesh, jax.P("data")))
+    np.testing.assert_array_equal(program(spread), expected)
+
+
+# --- What it refuses --------------------------------------------------------------------------------------------------
+
+BATCHES = {
+    "features": (np.ones((2, 4), "f4"), r"takes float32\[b, 3\] for the batch; given: float32\[2, 4\]"),
+    "rank": (np.ones(3, "f4"), r"takes float32\[b, 3\] for the batch; given: float32\[3\]"),
+    "no axis": (np.float32(1), r"takes float32\[b, 3\] for the batch; given: float32\[\]"),
+    "dtype": (np.ones((2, 3), "i4"), r"takes float32\[b, 3\] for the batch; given: int32\[2, 3\]"),
+    "none": (np.ones((0, 3), "f4"), r"at least one of them; given: float32\[0, 3\]"),
+    "a dict": ({"x": np.ones((2, 3), "f4")}, r"takes float32\[b, 3\]; given: {'x': float32\[2, 3\]}"),
+    "a list": ([[1.0, 2.0, 3.0]], r"takes float32\[b, 3\]; given: \[\[float32\[\], float32\[\], float32\[\]\]\]"),
+}
+
+
+def test_batches_that_it_does_not_take(exported):
+    program = jaxbn.serving.load_program(exported)
+    for batch, message in BATCHES.values():
+        with pytest.raises(ValueError, match=message):
+            program(batch)
+    assert program(np.ones((2, 3), np.float64)).dtype == np.float32  # as everywhere in JAX
+
+
+def test_arrays_of_a_batch_are_named_and_counted(path):
+    batch = {"a": np.ones((2, 3), "f4"), "b": np.ones(2, "f4")}
+    jaxbn.serving.export(path, lambda _, batch: batch["a"] + batch["b"][:, None], {}, batch)
+    program = jaxbn.serving.load_program(path)
+    with pytest.raises(ValueError, match=r"takes float32\[b\] for 'b'; given: float32\[2, 1\]"):
+        program(batch | {"b": np.ones((2, 1), "f4")})
+    with pytest.raises(ValueError, match="A batch has one number of examples"):
+        program(batch | {"b": np.ones(3, "f4")})
+
+
+TRAINING = {
+    "linen": (lambda v, x: Norm().apply(v, x, True, mutable=["batch_stats"])[0], frozen, "'norm' normalizes"),
+    "linen, no average": (
+        lambda v, x: Norm(None).apply(v, x, train=True),
+        lambda: frozen().variables,
+        "'norm' normalizes",
+    ),
+    "nnx": (lambda model, x: model(x), lambda: jaxbn.nnx.BatchNorm(3, rngs=nnx.Rngs(0)), r"evaluate,.*model\.eval\(\)"),
+    "nnx, no average": (
+        lambda model, x: model(x),
+        lambda: jaxbn.nnx.BatchNorm(3, momentum=None, rngs=nnx.Rngs(0)),
+        r"evaluate,.*model\.eval\(\)",
+    ),
+    "nnx, stock": (
+        lambda model, x: model.layers[0](x),
+        lambda: nnx.Sequential(nnx.BatchNorm(3, rngs=nnx.Rngs(0))),
+        r"'layers/0' normalizes.*model\.eval\(\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("call, network, message", TRAINING.values(), ids=TRAINING.keys())
+def test_training_is_refused(call, network, message, path):
+    with pytest.raises(ValueError, match=message):
+        jaxbn.serving.export(path, call, network(), DATA)
+    assert not path.exists()
+
+
+def test_layers_that_stand_still_do_not_train(path):
+    held = jaxbn.linen.freeze_layers(lambda v, x: Norm().apply(v, x, True), "norm")
+    jaxbn.serving.export(path, held, frozen().variables, DATA)
+    expected = (DATA - DATA.mean(0, keepdims=True)) / np.sqrt(DATA.var(0, keepdims=True) + 1e-5)
+    np.testing.assert_allclose(jaxbn.serving.load_program(path)(DATA), expected, rtol=1e-5, atol=1e-6)
+
+
+EXAMPLES = {
+    "no axis": ({"x": np.float32(1)}, "'x' has no axis of examples"),
+    "bare": (np.float32(1), "'The example' has no axis of examples"),
+    "numbers": ([DATA, DATA[:2]], r"several numbers of examples.*\[float32\[4, 3\], float32\[2, 3\]\]"),
+    "nothing": ({}, "or there are none"),
+}
+
+
+@pytest.mark.parametrize("example, message", EXAMPLES.values(), ids=EXAMPLES.keys())
+def test_examples_that_say_nothing_of_a_batch(example, message, path):
+    with pytest.raises(ValueError, match=message):
+        jaxbn.serving.export(path, lambda _, batch: batch, {}, example)
+
+
+@pytest.mark.parametrize("call", [lambda _, x: x.reshape(-1, 6), lambda _, x: x if x.shape[0] > 4 else -x, len])
+def test_models_that_need_the_number_of_examples(call, path):
+    call = (lambda _, x: x * len(x)) if call is len else call
+    with pytest.raises(ValueError, match=r"x\.shape\[0\], as in x\.reshape\(x\.shape\[0\], -1\)"):
+        jaxbn.serving.export(path, call, {}, DATA)
+
+
+def test_what_is_no_array(path):
+    with pytest.raises(TypeError, match="'rate' is <class 'float'>"):
+        jaxbn.serving.export(path, lambda v, x: x * v["rate"], {"rate": 0.5}, DATA)
+
+
+# --- Files ------------------------------------------------------------------------------------------------------------
+
+
+def refusal(path, content):
+    """The message with which a file is refused; it names it."""
+    path.write_bytes(content)
+    with pytest.raises(ValueError) as raised:
+        jaxbn.serving.load_program(path)
+    assert type(raised.value) is ValueError and str(path) in str(raised.value)
+    return str(raised.value)
+
+
+def test_files_that_are_damaged_or_others(exported):
+    content = exported.read_bytes()
+    for position in range(0, len(content), 41):
+        refusal(exported, content[:position])
+        refusal(exported, content[:position] + bytes([content[position] ^ 1]) + content[position + 1 :])
+    assert "is damaged or cut off" in refusal(exported, content[:-1])
+    jaxbn.serving.save(exported, frozen())
+    assert "is not a program of jaxbn" in refusal(exported, exported.read_bytes())
+    with pytest.raises(ValueError, match="is not a frozen network of jaxbn"):
+        jaxbn.serving.load((exported.write_bytes(content), exported)[1])
+    with pytest.raises(FileNotFoundError):
+        jaxbn.serving.load_program(exported.with_name("nowhere"))
+
+
+def test_programs_of_other_versions(exported, monkeypatch):
+    """Of this file's format, and of JAX's own."""
+    content = exported.read_bytes()
+    later = content.replace(b'"format_version":1', b'"format_version":2')
+    assert "has format 2, and this version of jaxbn reads 1. It was written with {'jaxbn':" in refusal(exported, later)
+    exported.write_bytes(content)
+
+    def fails(data):
+        raise ValueError("Serialization version 99")
+
+    monkeypatch.setattr(jax.export, "deserialize", fails)
+    message = f"was written with .*whose programs JAX {jax.__version__} does not read.* Serialization version 99"
+    with pytest.raises(ValueError, match=message):
+        jaxbn.serving.load_program(exported)
