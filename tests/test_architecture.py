@@ -20,7 +20,8 @@ HOSTS = ["linen", "nnx"]
 USERS = {"linen": {"linen", "serving"}, "nnx": {"nnx", "serving"}, "testing": {"testing"}}
 OUTSIDE = {"core": {"jax", "numpy"}, "methods": {"jax", "numpy"}}
 OUTSIDE |= {"population": {"jax", "matplotlib", "numpy", "rich", "scipy"}}
-OUTSIDE |= {host: {"jax", "flax"} for host in HOSTS} | {"serving": {"jax", "flax", "numpy"}, "testing": {"numpy"}}
+OUTSIDE |= {host: {"jax", "flax"} for host in HOSTS} | {"testing": {"numpy"}}
+OUTSIDE |= {"serving": {"jax", "flax", "numpy", "orbax"}}
 TYPES_ONLY = {"optax"}  # imported for type hints, where nothing runs
 
 COLLECTIVES = set("psum pmean pmax pmin all_gather all_to_all ppermute psum_scatter axis_index axis_size".split())

@@ -5,3 +5,5 @@ from jaxbn.serving.files import save as save
 from jaxbn.serving.programs import Program as Program
 from jaxbn.serving.programs import export as export
 from jaxbn.serving.programs import load_program as load_program
+from jaxbn.serving.sharded import load_sharded as load_sharded
+from jaxbn.serving.sharded import save_sharded as save_sharded
