@@ -49,6 +49,7 @@ OUR_CALL = inspect.unwrap(Norm.__call__)
 _SLOT = "jaxbn_slot"
 _WEIGHTS = "jaxbn_weights"
 FROZEN = "jaxbn_frozen"  # beside the statistics of a layer that is to keep and to use them
+REPLACED = "jaxbn_replaced"  # in the flags of scopes: what takes the place of the layers in them
 # Fields of the stock layer that matter once its statistics are given.
 _STOCK_FIELDS = (
     "axis epsilon dtype param_dtype use_bias use_scale bias_init scale_init force_float32_reductions".split()
@@ -199,9 +200,32 @@ def _intercept(next_call: Callable[..., Any], args: Any, kwargs: Any, context: n
 
 
 def is_call_of_layer(context: nn.module.InterceptorContext) -> bool:
-    """Whether an interceptor has met the call of a normalization layer, other than for its initialization."""
-    function = getattr(context.orig_method, "func", None)
-    return function in (STOCK_CALL, OUR_CALL) and not context.module.is_initializing()
+    """Whether an interceptor has met the call of a normalization layer, other than for its initialization.
+
+    Nor does a layer count in whose place another is about to be called.
+    """
+    module = context.module
+    return meets_layer(context) and not module.is_initializing() and successor_of(module) is None
+
+
+def meets_layer(context: nn.module.InterceptorContext) -> bool:
+    """Whether an interceptor has met the call of a normalization layer."""
+    return getattr(context.orig_method, "func", None) in (STOCK_CALL, OUR_CALL)
+
+
+def replacement(scope: Any) -> tuple[Any, int]:
+    """What takes the place of layers in a scope, and how deep the model is for which that was said; or None and 0."""
+    while scope is not None and REPLACED not in scope.flags:
+        scope = scope.parent
+    found: tuple[Any, int] = (None, 0) if scope is None else scope.flags[REPLACED]
+    return found
+
+
+def successor_of(layer: Any) -> Callable[[], Any] | None:
+    """What makes the layer that takes the place of another in this call; None if nothing does."""
+    successor, depth = replacement(layer.scope)
+    path = "/".join(layer.path[depth:])
+    return functools.partial(successor.make, layer, path) if successor is not None and successor.covers(path) else None
 
 
 def kind_of(layer: Any) -> LayerKind:

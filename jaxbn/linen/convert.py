@@ -8,23 +8,23 @@ from flax.core import meta
 
 from jaxbn.linen.capture import find_states, keys
 from jaxbn.linen.modules import STATISTICS
-from jaxbn.population.layers import fitting
+from jaxbn.population.layers import POPULATION, fitting, takes_over
 
 # Linen names a layer by its class, so that the kind of a layer shows in the paths of its variables.
-_CLASS = re.compile(r"^(BatchNorm|BatchRenorm|GhostBatchNorm|DomainBatchNorm)(?=_\d+$)")
-# What one kind of layer keeps beside mean and var, and another does not.
-_COUNTERS = {"count", "step"}
+_CLASS = re.compile(
+    r"^(BatchNorm|BatchRenorm|GhostBatchNorm|MovingAverageBatchNorm|DomainBatchNorm)(?=_\d+$)",
+)
 _SBX = {"steps": "step"}  # the name of a counter there
-_SBX_CONSTANTS = {"r_max", "d_max"}  # hyper-parameters here
 
 
 def convert_norms(variables: Any, like: Any) -> dict[str, Any]:
     """The variables of a model for the same model with other normalization layers.
 
-    From `BatchNorm`, of jaxbn or Flax, to `BatchRenorm` or `GhostBatchNorm` and back; from the `BatchRenorm` of sbx and
-    CrossQ, whose statistics hold the bounds too; and from `BatchNorm` to `DomainBatchNorm`, each domain with a copy.
-    Parameters and statistics are carried over as they are: give the new layers the epsilon of the old ones. Counters
-    that the old layers did not have are those of `like`; those that the new ones do not have are left out.
+    From `BatchNorm`, of jaxbn or Flax, to `BatchRenorm`, `GhostBatchNorm` or `MovingAverageBatchNorm` and back; from
+    the `BatchRenorm` of sbx and CrossQ, whose statistics hold the bounds too; and from `BatchNorm` to
+    `DomainBatchNorm`, each domain with a copy. Parameters, means and variances are carried over as they are, so that
+    evaluation stays as it is: give the new layers the epsilon of the old ones, as :func:`replace` does. Counters and
+    windows that the old layers did not have are those of `like`; those that the new ones do not have are left out.
 
     Args:
         variables: All variables of the model as it was.
@@ -50,16 +50,18 @@ def convert_norms(variables: Any, like: Any) -> dict[str, Any]:
     if len(sources) < len(given):
         raise ValueError("Layers of two kinds have the same number beside each other; name the layers in the model.")
     layers = {keys(path) for path in find_states(like)}
+    old, new = _beside(given), _beside(wanted)
     converted = {}
     for path, leaf in wanted.items():
-        source = sources.pop(_place(path), None)
-        if source is None and not _is_optional(path):
+        *layer, name = _place(path)
+        source = sources.pop((*layer, name), None)
+        if source is None and not _is_optional(path, new):
             raise ValueError(f"{'/'.join(path)!r} of `like` has no counterpart in the variables.")
-        if source is not None:
+        if source is not None and takes_over(name, old[tuple(layer)], new[tuple(layer)]):
             value = fitting("/".join(path), meta.unbox(given[source]), meta.unbox(leaf), copies=path[1:-1] in layers)
             leaf = meta.replace_boxed(leaf, value)
         converted[path] = leaf
-    unused = ["/".join(path) for path in sources.values() if not _is_optional(path)]
+    unused = ["/".join(path) for path in sources.values() if not _is_optional(path, old)]
     if unused:
         raise ValueError(f"{', '.join(map(repr, unused))} of the variables have no counterpart in `like`.")
     return flax.traverse_util.unflatten_dict(converted)
@@ -75,5 +77,15 @@ def _place(path: tuple[str, ...]) -> tuple[str, ...]:
     return *parents, _SBX.get(name, name) if path[0] == STATISTICS else name
 
 
-def _is_optional(path: tuple[str, ...]) -> bool:
-    return path[0] == STATISTICS and path[-1] in _COUNTERS | _SBX.keys() | _SBX_CONSTANTS
+def _beside(flat: dict[tuple[str, ...], Any]) -> dict[tuple[str, ...], set[str]]:
+    """The names of the variables beside each other, by the place of their module."""
+    names: dict[tuple[str, ...], set[str]] = {}
+    for *module, name in map(_place, flat):
+        names.setdefault(tuple(module), set()).add(name)
+    return names
+
+
+def _is_optional(path: tuple[str, ...], beside: dict[tuple[str, ...], set[str]]) -> bool:
+    """Whether it is a statistic of a normalization layer other than those of the population."""
+    *module, name = _place(path)
+    return path[0] == STATISTICS and name not in POPULATION and beside[tuple(module)].issuperset(POPULATION)

@@ -5,19 +5,16 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxbn.nnx.capture import find_layers
 from jaxbn.nnx.freeze import SAVED
-from jaxbn.population.layers import fitting
-
-# What one kind of layer keeps beside mean and var, and another does not.
-_COUNTERS = {"count", "step"}
+from jaxbn.population.layers import POPULATION, fitting, takes_over
 
 
 def convert_norms(model: Any, like: Any) -> Any:
     """The model `like` with the parameters and statistics of the same model with other normalization layers.
 
-    From `BatchNorm`, of jaxbn or Flax, to `BatchRenorm` and back, and from any to `DomainBatchNorm`, each domain with a
-    copy. In training, give the new layers the epsilon of the old ones. Counters that the old layers did not have are
+    From `BatchNorm`, of jaxbn or Flax, to any method and back, to `DomainBatchNorm` each domain with a copy.
+    Parameters, means and variances are carried over as they are, so that evaluation stays as it is: give the new layers
+    the epsilon of the old ones, as :func:`replace` does. Counters and windows that the old layers did not have are
     those of `like`; those that the new ones do not have are left out.
 
     Args:
@@ -39,16 +36,27 @@ def convert_norms(model: Any, like: Any) -> Any:
     """
     converted = nnx.clone(like)
     given = dict(nnx.to_flat_state(nnx.state(model, SAVED)))
-    layers = set(find_layers(converted))
+    old, new = _statistics(model), _statistics(converted)
     for path, variable in nnx.to_flat_state(nnx.state(converted, SAVED)):
-        name, source = "/".join(map(str, path)), given.pop(path, None)
-        if source is None and path[-1] not in _COUNTERS:
+        name, layer, source = "/".join(map(str, path)), path[:-1], given.pop(path, None)
+        if source is None and not _is_optional(path, new):
             raise ValueError(f"{name!r} of `like` has no counterpart in the model as it was.")
-        if source is not None:
-            copies = "/".join(map(str, path[:-1])) in layers
+        if source is not None and takes_over(str(path[-1]), old.get(layer, ()), new.get(layer, ())):
             given_value, value = jnp.asarray(source[...]), jnp.asarray(variable[...])
-            variable[...] = fitting(name, given_value, value, copies=copies)
-    unused = ["/".join(map(str, path)) for path in given if path[-1] not in _COUNTERS]
+            variable[...] = fitting(name, given_value, value, copies=layer in new)
+    unused = ["/".join(map(str, path)) for path in given if not _is_optional(path, old)]
     if unused:
         raise ValueError(f"{', '.join(map(repr, unused))} of the model as it was have no counterpart in `like`.")
     return converted
+
+
+def _statistics(model: Any) -> dict[tuple[Any, ...], set[str]]:
+    """The names of the statistics of each normalization layer, by its path."""
+    paths = [path for path, _ in nnx.to_flat_state(nnx.state(model, nnx.BatchStat))]
+    layers = {path[:-1] for path in paths if path[-1] == "var"}
+    return {layer: {str(path[-1]) for path in paths if path[:-1] == layer} for layer in layers}
+
+
+def _is_optional(path: tuple[Any, ...], statistics: dict[tuple[Any, ...], set[str]]) -> bool:
+    """Whether it is a statistic of a normalization layer other than those of the population."""
+    return path[-1] in statistics.get(path[:-1], set()) - set(POPULATION)

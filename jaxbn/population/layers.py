@@ -1,9 +1,10 @@
 """What the hosts share of a capture: how a layer is named in the traced program, and what it normalizes with."""
 
 import dataclasses
+import functools
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -23,6 +24,9 @@ from jaxbn.population.mixing import Mixture
 # asked to.
 MODES = ("batch", "eval", "as_called")
 
+
+# What every layer holds of the population; what else there is beside them, one method has and another does not.
+POPULATION = ("mean", "var")
 
 # batch -> weights of its examples, [N]
 Weights = Callable[[Any], Any]
@@ -192,13 +196,40 @@ def select(paths: str | Sequence[str], known: Iterable[str]) -> list[str]:
     """The layers at or below the paths; a ValueError for a path that leads to none. The path "" leads to all."""
     known, chosen = list(known), []
     for path in [paths] if isinstance(paths, str) else paths:
-        found = [layer for layer in known if path in ("", layer) or layer.startswith(f"{path}/")]
+        found = [layer for layer in known if is_at_or_below(layer, path)]
         if not found:
             raise ValueError(
                 f"No normalization layer is at {path!r} or below it; there are {', '.join(map(repr, known))}."
             )
         chosen += found
     return list(dict.fromkeys(chosen))
+
+
+def is_at_or_below(layer: str, path: str) -> bool:
+    """Whether a path is that of a layer or of a module around it."""
+    return path in ("", layer) or layer.startswith(f"{path}/")
+
+
+def as_partial(layer: Any, kinds: tuple[type, ...]) -> functools.partial[Any]:
+    """A class of layers of one of these kinds, with the arguments that it was given; else a TypeError."""
+    bound = functools.partial(layer) if callable(layer) else None
+    if bound is None or not isinstance(bound.func, type) or not issubclass(bound.func, kinds):
+        raise TypeError(
+            f"layer={layer!r} is no class of normalization layers: give one such as BatchRenorm, or a "
+            f"functools.partial of one."
+        )
+    return bound
+
+
+def carried(path: str, old: Any, names: Iterable[str], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of the layer that takes the place of the one at `path`: those given, and else those of the old.
+
+    `names` are those that it takes; the attributes of the old layer have the same.
+    """
+    names = set(names)
+    if getattr(old, "activation", None) is not None and "activation" not in names:
+        raise ValueError(f"{path!r} has its activation inside, and the layer in its place cannot. Leave it out.")
+    return {name: getattr(old, name) for name in names if hasattr(old, name)} | dict(given)
 
 
 def checked(moments: Mapping[str, Moments], states: Mapping[str, State]) -> Mapping[str, Moments]:
@@ -220,6 +251,15 @@ def fitting(path: str, given: Any, like: jax.Array, *, copies: bool) -> jax.Arra
     if value.shape != like.shape:
         raise ValueError(f"{path!r} is {value.shape} in the variables and {like.shape} in `like`.")
     return value
+
+
+def takes_over(name: str, old: Container[str], new: Container[str]) -> bool:
+    """Whether a layer with the statistics `new` goes on with this one of a layer with the statistics `old`.
+
+    What counts the batches in a window starts with the window.
+    """
+    starts = "square_window" in new and "square_window" not in old
+    return name in POPULATION or name == "count" or not starts
 
 
 def natural(path: str) -> list[tuple[int, int | str]]:

@@ -1,0 +1,85 @@
+"""Other normalization layers in an NNX model, by an edit of its graph."""
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxbn.nnx.capture import find_layers, set_class, transform_of
+from jaxbn.nnx.convert import convert_norms
+from jaxbn.nnx.modules import Norm
+from jaxbn.population.layers import as_partial, carried, select
+
+Model = TypeVar("Model")
+
+
+def replace(model: Model, layer: Callable[..., nnx.Module], paths: str | Sequence[str] = "") -> Model:
+    """The model with other normalization layers, without an edit of its source.
+
+    Each layer, of Flax or jaxbn, is replaced by one with the same attributes, as far as all methods have them:
+    momentum, epsilon, axes, dtypes, synchronization. Paths, parameters and statistics stay; what the method keeps
+    besides starts anew, see :func:`convert_norms`. With `nnx.BatchNorm` for `layer` the way leads back.
+
+    Args:
+        model: The model; it is left untouched.
+        layer: A class, such as `jaxbn.nnx.BatchRenorm`, or a `functools.partial` of one, whose arguments go before the
+            attributes of the layer that is replaced.
+        paths: Layers, or modules all of whose layers are meant, such as `"backbone"` or `"blocks/0/norm"`; one or
+            several. `""` is the whole model.
+
+    Returns:
+        A new model. `jaxbn.nnx.summary` says what each layer is.
+
+    Raises:
+        TypeError: If `layer` is no normalization layer.
+        ValueError: If there is no layer at a path or below it, one is of a class with a call of its own, or has an
+            activation inside that `layer` cannot have.
+
+    Example:
+        >>> model = nnx.Sequential(nnx.Linear(3, 2, rngs=nnx.Rngs(0)), nnx.BatchNorm(2, rngs=nnx.Rngs(1)))
+        >>> print(jaxbn.nnx.summary(jaxbn.nnx.replace(model, jaxbn.nnx.BatchRenorm)))
+        1 normalization layer, 2 channels
+        layer     channels  learns       method        epsilon  statistics      rows
+        layers/1         2  scale, bias  batch_renorm  1e-05    initial values     -
+    """
+    bound = as_partial(layer, (Norm, nnx.BatchNorm))
+    copy = nnx.clone(model)
+    layers = find_layers(copy)
+    made = {path: _make(path, layers[path], bound) for path in select(paths, layers)}
+    for path, new in made.items():  # in the same object, so that whoever holds the layer holds the new one
+        set_class(layers[path], type(new))
+        vars(layers[path]).clear()
+        vars(layers[path]).update(vars(new))
+    converted: Model = convert_norms(model, like=copy)
+    return converted
+
+
+def _make(path: str, old: Any, layer: functools.partial[Any]) -> Any:
+    """The layer in the place of another, with initial statistics."""
+    if type(old).__call__ not in (nnx.BatchNorm.__call__, Norm.__call__):
+        raise ValueError(
+            f"{path!r} is a {type(old).__name__}, whose call is its own and would be lost. Name other layers with "
+            f"paths=; freeze layers after they are replaced."
+        )
+    cls: Any = layer.func
+    shared = Norm if issubclass(cls, Norm) else nnx.BatchNorm
+    names = inspect.signature(shared.__init__).parameters
+    metadata = {f"{name}_metadata": _metadata(getattr(old, name)) for name in ("scale", "bias")}
+    arguments = {**metadata, **carried(path, old, names, layer.keywords)}
+    return _stacked(cls(**arguments, rngs=nnx.Rngs(0)), old)
+
+
+def _metadata(variable: nnx.Param[Any] | None) -> dict[str, Any]:
+    return {} if variable is None else variable.get_metadata()
+
+
+def _stacked(new: Any, old: Any) -> Any:
+    """The layer with as many copies of its variables along leading axes as the old one has, as of `nnx.vmap`."""
+    _, initial = transform_of(old).init(old.num_features)
+    leading = old.mean.shape[: old.mean.ndim - initial.mean.ndim]
+    for _, variable in nnx.to_flat_state(nnx.state(new)):
+        variable.set_value(jnp.broadcast_to(variable[...], (*leading, *variable.shape)))
+    return new
