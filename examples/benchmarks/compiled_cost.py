@@ -1,0 +1,385 @@
+"""What batch normalization costs by the program that XLA compiles, on an NVIDIA H100 and a TPU v5e, without either.
+
+    pip install "jax-cuda12-plugin==$(python -c 'import jax; print(jax.__version__)')" libtpu
+    python examples/benchmarks/compiled_cost.py --device h100 --what train
+
+compiles, for a machine that need not be there, one layer forward and backward (alone, with a ReLU behind it, and with a
+residual and a ReLU), a training step of ResNet-50 (He et al., 2015; SGD, the last scale of a block starts at zero), and
+its evaluation; for no normalization, Flax's layers, and jaxbn's. Of each program it prints, in all and as multiples of
+those of Flax's layer as it comes (`use_fast_variance=True`):
+
+    moved        bytes that the kernels read and write; `hlo_cost.py` says how they are counted, and what they miss
+    by norm      what of it is due to the norm: the difference to the program without one
+    temporary    the memory that it needs besides its inputs and outputs
+    kernels      how many are started
+    accessed     the bytes as XLA counts them, those on the chip too, where it does (TPU)
+    collectives  between the chips
+
+Of a layer, bytes are multiples of N, the size of its input. Numbers are those of one chip, and so is the batch size.
+Nothing is timed and nothing runs: the same versions give the same numbers on any machine.
+"""
+
+import argparse
+import contextlib
+import functools
+import importlib.metadata
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import chips  # before JAX
+import flax.linen as nn
+import hlo_cost
+import jax
+import jax.numpy as jnp
+import numpy as np
+from chips import DEVICES, Program
+from flax import nnx
+from flax.nnx import bridge
+from hlo_cost import Cost
+from jax.typing import DTypeLike
+from rich.console import Console
+from rich.measure import Measurement
+from rich.progress import track
+from rich.table import Table
+
+import jaxbn.linen
+import jaxbn.nnx
+
+IMAGE, CLASSES, STAGES, EXPANSION = (224, 224, 3), 1000, (3, 4, 6, 3), 4
+LAYER = (28, 28, 128)  # the input of a layer but for the batch: that of a 3x3 convolution in the second stage
+NO_NORM, FLAX = "none", "flax"  # what the bytes of a norm are the difference to, and what is the 1 of all ratios
+
+
+class Form(NamedTuple):
+    """A way to normalize: a row of every table in which it differs from the others."""
+
+    layer: Callable[..., Callable[..., jax.Array]]  # its fields -> what is called with x, and a residual if it is fused
+    fused: bool = False  # activation and residual go into the layer
+    policy: Callable[..., Any] | None = None  # what of a block is kept for the backward pass; the rest is done again
+
+
+def no_norm(**fields: Any) -> Callable[..., jax.Array]:
+    """Nothing."""
+    del fields
+    return lambda x: x
+
+
+def in_linen(layer: Callable[..., nnx.Module]) -> Callable[..., Callable[..., jax.Array]]:
+    """A layer of NNX for a linen network."""
+
+    def make(**fields: Any) -> Callable[..., jax.Array]:
+        return lambda x, **call: bridge.ToLinen(layer, args=x.shape[-1:], kwargs=fields)(x, **call)
+
+    return make
+
+
+_NOTHING = jax.checkpoint_policies.nothing_saveable
+FORMS = {
+    NO_NORM: Form(no_norm),
+    FLAX: Form(nn.BatchNorm),
+    "flax-safe": Form(functools.partial(nn.BatchNorm, use_fast_variance=False)),
+    "flax-nnx": Form(in_linen(nnx.BatchNorm)),
+    "flax-remat": Form(nn.BatchNorm, policy=_NOTHING),
+    "jaxbn": Form(jaxbn.linen.BatchNorm),
+    "jaxbn-nnx": Form(in_linen(jaxbn.nnx.BatchNorm)),
+    "fused": Form(jaxbn.linen.BatchNorm, fused=True),
+    "fused-nnx": Form(in_linen(jaxbn.nnx.BatchNorm), fused=True),
+    "fused-remat": Form(jaxbn.linen.BatchNorm, fused=True, policy=_NOTHING),
+}
+
+
+class Normed(nn.Module):
+    """A norm, the sum with a residual, and an activation, in one layer or in three."""
+
+    form: Form
+    train: bool
+    dtype: DTypeLike
+    activation: Callable[[jax.Array], jax.Array] | None = jax.nn.relu
+    scale_init: Callable[..., Any] = nn.initializers.ones
+
+    @nn.compact
+    def __call__(self, x: jax.Array, residual: jax.Array | None = None) -> jax.Array:
+        layer = functools.partial(
+            self.form.layer,
+            use_running_average=not self.train,
+            momentum=0.9,
+            dtype=self.dtype,
+            scale_init=self.scale_init,
+        )
+        if self.form.fused:
+            return layer(activation=self.activation)(x, residual=residual)
+        y = layer()(x)
+        y = y if residual is None else y + residual
+        return y if self.activation is None else self.activation(y)
+
+
+class Block(nn.Module):
+    """A bottleneck: 1x1, 3x3 and 1x1 convolutions, beside a shortcut."""
+
+    width: int
+    stride: int
+    normed: Callable[..., Normed]
+    conv: Callable[..., nn.Conv]
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        features = EXPANSION * self.width
+        y = self.normed()(self.conv(self.width, (1, 1))(x))
+        y = self.normed()(self.conv(self.width, (3, 3), self.stride)(y))
+        y = self.conv(features, (1, 1))(y)
+        if x.shape != y.shape:
+            x = self.normed(activation=None)(self.conv(features, (1, 1), self.stride)(x))
+        return self.normed(scale_init=nn.initializers.zeros)(y, x)
+
+
+class ResNet(nn.Module):
+    """ResNet-50, with the stride in the 3x3 convolutions."""
+
+    form: Form
+    train: bool
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        normed = functools.partial(Normed, self.form, self.train, self.dtype)
+        conv = functools.partial(nn.Conv, use_bias=False, dtype=self.dtype)
+        policy = self.form.policy
+        block = Block if policy is None else nn.remat(Block, policy=policy)
+        x = normed()(conv(64, (7, 7), 2, padding=3)(x))
+        x = nn.max_pool(x, (3, 3), (2, 2), padding="SAME")
+        for stage, blocks in enumerate(STAGES):
+            for i in range(blocks):
+                x = block(64 << stage, 2 if stage and not i else 1, normed, conv)(x)
+        return nn.Dense(CLASSES, dtype=self.dtype)(x.mean((1, 2))).astype(jnp.float32)
+
+
+def shapes_of(module: nn.Module, *data: jax.ShapeDtypeStruct) -> Any:
+    """The variables of a module."""
+    return jax.eval_shape(module.init, jax.random.key(0), *data)
+
+
+def layer_program(
+    form: Form, dtype: DTypeLike, batch: int, *, activation: Callable[..., Any] | None, residual: bool
+) -> Program:
+    """Forward and backward through one layer."""
+    layer = Normed(form, True, dtype, activation)
+    x = jax.ShapeDtypeStruct((batch, *LAYER), dtype)
+    inputs = (x, x) if residual else (x,)
+
+    def run(variables: Any, dy: jax.Array, *inputs: jax.Array) -> Any:
+        rest = {name: variables[name] for name in variables if name != "params"}
+
+        def forward(params: Any, *inputs: jax.Array) -> Any:
+            return layer.apply({"params": params, **rest}, *inputs, mutable=["batch_stats"])
+
+        y, pull, updates = jax.vjp(forward, variables.get("params", {}), *inputs, has_aux=True)
+        return y, updates, pull(dy)
+
+    return Program(run, shapes_of(layer, *inputs), (x, *inputs))
+
+
+def train_program(form: Form, dtype: DTypeLike, batch: int) -> Program:
+    """A step of stochastic gradient descent."""
+    net = ResNet(form, True, dtype)
+    images = jax.ShapeDtypeStruct((batch, *IMAGE), dtype)
+    labels = jax.ShapeDtypeStruct((batch,), jnp.int32)
+
+    def step(variables: Any, images: jax.Array, labels: jax.Array) -> Any:
+        rest = {name: variables[name] for name in variables if name != "params"}
+
+        def loss(params: Any) -> Any:
+            logits, updates = net.apply({"params": params, **rest}, images, mutable=["batch_stats"])
+            of_label = jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], axis=1)
+            return -of_label.mean(), updates
+
+        (value, updates), grads = jax.value_and_grad(loss, has_aux=True)(variables["params"])
+        params = jax.tree.map(lambda p, g: p - 0.1 * g, variables["params"], grads)
+        return {"params": params, **updates}, value
+
+    return Program(step, shapes_of(net, images), (images, labels), donates=True)
+
+
+def eval_program(form: Form, dtype: DTypeLike, batch: int) -> Program:
+    """The logits of a batch."""
+    net = ResNet(form, False, dtype)
+    images = jax.ShapeDtypeStruct((batch, *IMAGE), dtype)
+    return Program(net.apply, shapes_of(net, images), (images,))
+
+
+class What(NamedTuple):
+    """A program to compile in every form."""
+
+    title: str
+    program: Callable[[Form, DTypeLike, int], Program]
+    batch: int | None = None  # examples for each chip; None: the device says
+    forms: Callable[[Form], bool] = lambda form: True  # those that differ here
+
+
+def _layer(title: str, *, activation: Callable[..., Any] | None = None, residual: bool = False) -> What:
+    program = functools.partial(layer_program, activation=activation, residual=residual)
+    fuses = activation is not None
+    return What(title, program, 256, lambda form: form.policy is None and (fuses or not form.fused))
+
+
+WHAT = {
+    "layer": _layer("layer"),
+    "layer-relu": _layer("layer, ReLU", activation=jax.nn.relu),
+    "layer-residual": _layer("layer, residual, ReLU", activation=jax.nn.relu, residual=True),
+    "train": What("ResNet-50 training", train_program),
+    "eval": What("ResNet-50 evaluation", eval_program, 64, lambda form: form.policy is None),
+}
+
+
+class Group(NamedTuple):
+    """A table: what its programs have in common."""
+
+    device: str
+    what: str
+    dtype: str
+    batch: int  # examples for each chip
+
+    @property
+    def unit(self) -> tuple[str, float]:
+        """Of the bytes in the table."""
+        if self.what.startswith("layer"):
+            size = self.batch * int(np.prod(LAYER)) * jnp.dtype(self.dtype).itemsize
+            return f"N = {size / 1e6:.1f} MB", size
+        return "GB", 1e9
+
+
+def cost_of(group: Group, form: str) -> Cost | None:
+    """Compiles a program and reads what it costs; None if it does not fit into the memory of the device."""
+    batch = DEVICES[group.device].chips * group.batch
+    with chips.quiet():
+        program = WHAT[group.what].program(FORMS[form], jnp.dtype(group.dtype), batch)
+        compiled = chips.compile_for(group.device, program)
+    return compiled and hlo_cost.measure(compiled)
+
+
+class Column(NamedTuple):
+    """A number of a cost."""
+
+    title: str
+    of: Callable[[Cost, Cost | None], float | None]  # a cost, and that of the program without a norm
+    in_bytes: bool = True
+
+
+COLUMNS = [
+    Column("moved", lambda cost, bare: cost.moved),
+    Column("by norm", lambda cost, bare: bare and cost.moved - bare.moved),
+    Column("temporary", lambda cost, bare: cost.temporary),
+    Column("kernels", lambda cost, bare: cost.kernels, in_bytes=False),
+    Column("accessed", lambda cost, bare: cost.accessed),
+]
+
+
+def cells(column: Column, costs: dict[str, Cost | None], unit: float) -> Iterator[tuple[str, str]]:
+    """A number of each program, and what multiple of that of Flax's it is."""
+    known = {name: cost and column.of(cost, costs.get(NO_NORM)) for name, cost in costs.items()}
+    for number in known.values():
+        if number is None:
+            yield "-", "-"
+        else:
+            text = f"{number / unit:.2f}" if column.in_bytes else f"{number}"
+            yield text, f"{number / known[FLAX]:.2f}" if known.get(FLAX) else "-"
+
+
+def table(group: Group, costs: dict[str, Cost | None]) -> Table:
+    """A row for each form, without the columns that would be empty."""
+    device, (unit, size) = DEVICES[group.device], group.unit
+    examples = f"{group.batch} examples{' for each chip' if device.chips > 1 else ''}"
+    made = Table("Norm", title=f"{device.title}, {WHAT[group.what].title}, {group.dtype}, {examples} ({unit})")
+    found = [list(costs)]
+    for column in COLUMNS:
+        pairs = list(cells(column, costs, size))
+        if any(text != "-" for text, _ in pairs):
+            made.add_column(column.title, justify="right", no_wrap=True)
+            made.add_column("x", justify="right", no_wrap=True)
+            found += zip(*pairs, strict=True)
+    for op in hlo_cost.COLLECTIVES:
+        counts = [cost.collectives.get(op, 0) if cost else "-" for cost in costs.values()]
+        if any(count not in (0, "-") for count in counts):
+            made.add_column(op, justify="right", no_wrap=True)
+            found.append([str(count) for count in counts])
+    for row in zip(*found, strict=True):
+        made.add_row(*row)
+    return made
+
+
+def records(group: Group, costs: dict[str, Cost | None]) -> list[dict[str, Any]]:
+    """The same as JSON has it, bytes as bytes."""
+    return [group._asdict() | {"norm": name, "cost": cost and cost._asdict()} for name, cost in costs.items()]
+
+
+def show(made: Table, console: Console) -> None:
+    """Prints a table whole, if need be wider than the screen."""
+    whole = console.options.update(max_width=1000)
+    console.width = max(console.width, Measurement.get(console, whole, made).maximum)
+    console.print(made)
+
+
+def versions() -> dict[str, str]:
+    """Of what the numbers depend on."""
+    found = {}
+    for package in ("jax", "jaxlib", "flax", "jax-cuda12-plugin", "libtpu"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Reads and checks the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    several: dict[str, Any] = {"nargs": "+", "metavar": "NAME"}
+    parser.add_argument("--device", choices=DEVICES, default=list(DEVICES), **several, help=", ".join(DEVICES))
+    parser.add_argument("--what", choices=WHAT, default=list(WHAT), **several, help=", ".join(WHAT))
+    parser.add_argument("--norms", choices=FORMS, default=list(FORMS), **several, help=", ".join(FORMS))
+    dtypes = ["bfloat16", "float32"]
+    parser.add_argument("--dtype", choices=dtypes, default=dtypes[:1], **several, help="bfloat16 (default), float32")
+    parser.add_argument(
+        "--batch", type=int, nargs="+", metavar="N", help="examples for each chip; several, if you like"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there")
+    parser.add_argument("--no-progress", action="store_true", help="show no progress bars")
+    args = parser.parse_args(argv)
+    if args.batch and min(args.batch) < 1:
+        parser.error("a batch has 1 example or more")
+    screen = Console(stderr=True)
+    no_bars = args.no_progress or not screen.is_terminal
+    args.bar = functools.partial(track, console=screen, transient=True, disable=no_bars)
+    return args
+
+
+def groups(args: argparse.Namespace) -> Iterator[Group]:
+    """The tables that are asked for and can be made."""
+    for device in filter(chips.is_installed, args.device):
+        for what in args.what:
+            for dtype in args.dtype:
+                for batch in args.batch or [WHAT[what].batch or DEVICES[device].batch]:
+                    yield Group(device, what, dtype, batch)
+
+
+def main(argv: Sequence[str] | None = None) -> dict[Group, dict[str, Cost | None]]:
+    """Runs the program; returns what it counted."""
+    args, console = parse(argv), Console(highlight=False, markup=False)
+    jax.config.update("jax_platforms", "cpu")  # a device that is there has nothing to do
+    found = {}
+    for group in groups(args):
+        forms = [name for name in args.norms if WHAT[group.what].forms(FORMS[name])]
+        found[group] = {name: cost_of(group, name) for name in args.bar(forms, f"{group.device} {group.what}")}
+        show(table(group, found[group]), console)
+    for device in args.device:
+        if not chips.is_installed(device):
+            console.print(f"{device} is skipped: {DEVICES[device].package} is not installed.")
+    used = versions()
+    console.print(", ".join(f"{package} {version}" for package, version in used.items()))
+    if args.json:
+        costs = [record for group, costs in found.items() for record in records(group, costs)]
+        args.json.write_text(json.dumps({"versions": used, "costs": costs}, indent=2))
+    return found
+
+
+if __name__ == "__main__":
+    main()
