@@ -33,6 +33,8 @@ from jaxbn.population.estimators import Estimator as Estimator
 from jaxbn.population.estimators import mean_of_batches as mean_of_batches
 from jaxbn.population.estimators import moving_average as moving_average
 from jaxbn.population.estimators import pooled as pooled
+from jaxbn.population.fold_report import FoldReport as FoldReport
+from jaxbn.population.fold_report import LayerFold as LayerFold
 from jaxbn.population.frozen import Frozen as Frozen
 from jaxbn.population.frozen import Info as Info
 from jaxbn.population.frozen import LayerInfo as LayerInfo

@@ -58,8 +58,8 @@ def harvest(fun: Callable[..., _Output]) -> Callable[..., tuple[_Output, list[Re
     """
 
     def harvested(*args: Any) -> tuple[_Output, list[Record]]:
-        inputs = _over_arrays(args)
-        traced = jax.make_jaxpr(lambda inputs: _over_arrays(fun(*inputs())), return_shape=True)
+        inputs = over_arrays(args)
+        traced = jax.make_jaxpr(lambda inputs: over_arrays(fun(*inputs())), return_shape=True)
         closed, shapes = traced(inputs)
         outputs, records = _evaluate(closed, jax.tree.leaves(inputs))
         return jax.tree.unflatten(jax.tree.structure(shapes), outputs)(), records
@@ -113,7 +113,7 @@ def _pool_by_index(records: Sequence[Record], size: int) -> _moments.Moments:
     return _moments.Moments(count_total, origin + correction, total(m2 + count * jnp.square(deviation)))
 
 
-def _over_arrays(tree: Any) -> Any:
+def over_arrays(tree: Any) -> Any:
     """The tree as a `Partial` of its arrays: a pytree that keeps other leaves (numbers, strings) out of the trace."""
     leaves, structure = jax.tree.flatten(tree)
     positions = [i for i, leaf in enumerate(leaves) if hasattr(leaf, "dtype") and core.valid_jaxtype(leaf)]

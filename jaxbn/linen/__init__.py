@@ -5,6 +5,7 @@ from jaxbn.linen.backward import update_backward as update_backward
 from jaxbn.linen.capture import capture_moments as capture_moments
 from jaxbn.linen.convert import convert_norms as convert_norms
 from jaxbn.linen.diagnose import diagnose as diagnose
+from jaxbn.linen.fold import fold as fold
 from jaxbn.linen.freeze import affine_mask as affine_mask
 from jaxbn.linen.freeze import freeze as freeze
 from jaxbn.linen.freeze import freeze_layers as freeze_layers

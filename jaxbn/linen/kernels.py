@@ -29,11 +29,11 @@ def map_kernel(function: Callable[[jax.Array], jax.Array]) -> Callable[..., Any]
         >>> bool(jnp.abs(y[:, 1:-1, 1:-1]).max() < 1e-6)
         True
     """
-    return _MapKernel(function)
+    return MapKernel(function)
 
 
 @dataclasses.dataclass(frozen=True)
-class _MapKernel:
+class MapKernel:
     function: Callable[[jax.Array], jax.Array]
 
     def __call__(self, inputs: Any, kernel: Any, bias: Any, **options: Any) -> Any:

@@ -28,11 +28,11 @@ def map_kernel(function: Callable[[jax.Array], jax.Array]) -> Callable[..., Any]
         >>> bool(jnp.abs(conv(x)[:, 1:-1, 1:-1]).max() < 1e-6)
         True
     """
-    return _MapKernel(function)
+    return MapKernel(function)
 
 
 @dataclasses.dataclass(frozen=True)
-class _MapKernel:
+class MapKernel:
     function: Callable[[jax.Array], jax.Array]
 
     def __call__(self, arrays: Any, /, **options: Any) -> Any:

@@ -1,0 +1,56 @@
+"""What `fold` did with every normalization of a model."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+from jaxbn.population.tables import names_of, short
+
+
+class LayerFold(NamedTuple):
+    """What became of one normalization layer."""
+
+    folded: bool
+    into: str | None  # the path of the layer into which it was folded
+    reason: str  # where it went, or why it stays
+
+
+_HEAD = ("layer", "folded", "where to, or why not")
+_WIDEST_PATH = 44
+
+
+@dataclasses.dataclass(frozen=True)
+class FoldReport:
+    """What `fold` did. Prints as a table with a line for each normalization layer.
+
+    Example:
+        >>> layers = {"norm": jaxbn.LayerFold(True, "conv", "behind 'conv'")}
+        >>> print(jaxbn.FoldReport(layers, error=2.5e-7, tolerance=1e-4))
+        1 of 1 normalization layers folded; outputs on the example differ by 2.5e-7
+        layer  folded  where to, or why not
+        norm   yes     behind 'conv'
+    """
+
+    layers: dict[str, LayerFold]
+    error: float  # the largest difference of outputs on the example, relative to the largest of them
+    tolerance: float
+
+    @property
+    def folded(self) -> tuple[str, ...]:
+        """The layers that are gone."""
+        return tuple(path for path, layer in self.layers.items() if layer.folded)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as dicts, numbers, strings and None, for `json.dumps`."""
+        layers = {path: layer._asdict() for path, layer in self.layers.items()}
+        return {"layers": layers, "error": self.error, "tolerance": self.tolerance}
+
+    def __str__(self) -> str:
+        names = names_of(self.layers, _WIDEST_PATH)
+        rows = [_HEAD, *((names[p], "yes" if one.folded else "no", one.reason) for p, one in self.layers.items())]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        head = (
+            f"{len(self.folded)} of {len(self.layers)} normalization layers folded; outputs on the example differ by "
+            f"{short(self.error)}"
+        )
+        lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+        return "\n".join([head, *(line.rstrip() for line in lines)])
