@@ -133,7 +133,7 @@ def test_every_factory_has_rows():
 
 
 def test_top_level():
-    left_by_tools = {"build", "dist", "digits.png", "digits.jaxbn", "input_distributions.png"}
+    left_by_tools = {"build", "dist", "digits.png", "digits.jaxbn", "digits.program", "input_distributions.png"}
     top = {path.name for path in ROOT.iterdir() if not re.match(r"\.|.*\.egg-info$|__pycache__", path.name)}
     assert top - left_by_tools == {"pyproject.toml", "README.md", "LICENSE", "jaxbn", "tests", "examples"}
 

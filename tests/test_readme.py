@@ -140,6 +140,11 @@ def load_cut_off():
         jaxbn.serving.load(path)
 
 
+def export(call):
+    with tempfile.TemporaryDirectory() as folder:
+        jaxbn.serving.export(Path(folder, "program"), call, variables(), X)
+
+
 # For each row of the table, by the start of its message: the type, and calls that raise it.
 ERRORS = {
     "Cannot update variable": (flax.errors.ModifyScopeVariableError, [lambda: LAYER.apply(variables(), X)]),
@@ -205,6 +210,11 @@ ERRORS = {
     "would keep running averages": (ValueError, [steps_on_devices]),
     "does not take train": (TypeError, [lambda: make_steps(EVALUATION)]),
     "is damaged or cut off": (ValueError, [load_cut_off]),
+    "normalizes with the statistics": (
+        ValueError,
+        [lambda: export(lambda variables, x: LAYER.apply(variables, x, mutable=["batch_stats"])[0])],
+    ),
+    "needs the number of examples": (ValueError, [lambda: export(lambda variables, x: x.reshape(-1, 6))]),
     "can't apply forward-mode": (
         TypeError,
         [

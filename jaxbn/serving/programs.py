@@ -87,9 +87,9 @@ def export(path: str | os.PathLike[str], call: Callable[..., Any], network: Any,
         >>> jaxbn.serving.export(path, net.apply, jaxbn.linen.freeze(variables, report), data)
     """
     run, variables = _as_function(call, network)
-    arrays = jax.tree.leaves(jax.tree.map_with_path(to_host, variables))
-    structure = jax.tree.structure(variables)
-    specs = [jax.ShapeDtypeStruct(array.shape, jax.dtypes.canonicalize_dtype(array.dtype)) for array in arrays]
+    given, structure = jax.tree.flatten(jax.tree.map_with_path(to_host, variables))
+    arrays = [array.astype(jax.dtypes.canonicalize_dtype(array.dtype)) for array in given]
+    specs = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in arrays]
     function = jax.jit(lambda leaves, batch: run(jax.tree.unflatten(structure, leaves), batch))
     try:
         exported = jax_export.export(function, platforms=PLATFORMS)(specs, _open(example))
@@ -135,15 +135,17 @@ def load_program(path: str | os.PathLike[str]) -> Program:
         -1.57
     """
     header, body = sealed.read(path, KIND)
-    split = header["program"]
+    program, packed = body[: header["program"]], body[header["program"] :]
     try:
-        exported = jax_export.deserialize(bytearray(body[:split]))
+        exported = jax_export.deserialize(bytearray(program))
+    except ImportError:  # of what JAX reads programs with
+        raise
     except Exception as error:  # the bytes are those that were written, so that it is the versions
         raise ValueError(
             f"{path} was written with {header['versions']}, whose programs JAX {jax.__version__} does not read: export "
             f"the network anew. {error}"
         ) from error
-    restored = serialization.msgpack_restore(body[split:])
+    restored = serialization.msgpack_restore(packed)
     arrays = [to_device((jax.tree_util.DictKey(str(i)),), restored[str(i)]) for i in range(len(restored))]
     (_, inputs), _ = jax.tree.unflatten(exported.in_tree, map(_shape, exported.in_avals))
     outputs = jax.tree.unflatten(exported.out_tree, map(_shape, exported.out_avals))

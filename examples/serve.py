@@ -1,0 +1,173 @@
+"""From the trained network to the one that answers: fold batch normalization away, export, and compare.
+
+    python examples/digits.py
+    python examples/serve.py
+
+takes the network that `digits.py` saved, folds its ten normalizations into its convolutions, and says of each layer
+where it went. It writes the folded network as a program, a file that any process with jaxbn can run: no code of the
+model, any number of images, CPU, CUDA or TPU. A fresh process, which has only that file and the held-out digits,
+answers. Then it prints what folding changed: how many numbers the networks hold, how many bytes they move when they are
+compiled, and how long they take. They are timed in turns, so that what else the machine does hits both; intervals are
+those of the median.
+"""
+
+import argparse
+import math
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from digits import DigitNet
+from digits import load as load_digits
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+import jaxbn
+import jaxbn.linen
+import jaxbn.serving
+
+SIZES = (1, 64)  # images at a time
+WARM_UP = 5  # runs that are not counted
+
+# All that a server does.
+SERVER = """
+import sys
+import jaxbn.serving
+import numpy as np
+
+program, images, answers = sys.argv[1:]
+np.save(answers, jaxbn.serving.load_program(program)(np.load(images)))
+assert "digits" not in sys.modules  # where the model is written
+"""
+
+
+class Network(NamedTuple):
+    """A network in evaluation: what to export, and a pure function of its arrays and images to compile and to time."""
+
+    call: Callable[[Any, Any], jax.Array]
+    variables: Any  # what `call` takes: a Frozen
+    predict: Callable[[Any, Any], jax.Array]
+    arrays: Any
+
+
+class Cost(NamedTuple):
+    """What a network costs with one number of images."""
+
+    bytes: float  # that the compiled program reads and writes, as XLA counts them
+    seconds: np.ndarray  # of each run
+
+
+def load(path: Path, example: np.ndarray) -> tuple[Network, Network, Any]:
+    """The network in the file, the folded one, and what was folded."""
+    like = jax.eval_shape(lambda: DigitNet().init(jax.random.key(0), example, train=False))
+    frozen = jaxbn.serving.load(path, like=like)
+
+    def call(variables: Any, images: Any) -> jax.Array:
+        return DigitNet().apply(variables, images, train=False)
+
+    folded_call, folded, report = jaxbn.linen.fold(call, frozen, example)
+    before = Network(call, frozen, call, frozen.variables)
+    return before, Network(folded_call, folded, folded_call, folded.variables), report
+
+
+def answer(program: Path, images: np.ndarray) -> np.ndarray:
+    """The answers of a fresh process, which has nothing but the program and the images."""
+    with tempfile.TemporaryDirectory() as folder:
+        asked, answered = Path(folder, "images.npy"), Path(folder, "answers.npy")
+        np.save(asked, images)
+        subprocess.run([sys.executable, "-c", SERVER, program, asked, answered], check=True)
+        return np.load(answered)
+
+
+def measure(networks: Sequence[Network], inputs: np.ndarray, *, rounds: int, progress: bool) -> list[Cost]:
+    """Compiles the networks for these images, and times them in turns."""
+    inputs = jax.device_put(inputs)
+    compiled = [jax.jit(network.predict).lower(network.arrays, inputs).compile() for network in networks]
+    seconds = np.empty((WARM_UP + rounds, len(networks)))
+    screen, title = Console(stderr=True), f"Timing, {len(inputs)} at a time"
+    for i in track(range(len(seconds)), title, console=screen, transient=True, disable=not progress):
+        for j in np.roll(range(len(networks)), i):
+            start = time.perf_counter()
+            jax.block_until_ready(compiled[j](networks[j].arrays, inputs))
+            seconds[i, j] = time.perf_counter() - start
+    costs = zip(compiled, seconds[WARM_UP:].T, strict=True)
+    return [Cost(one.cost_analysis()["bytes accessed"], times) for one, times in costs]
+
+
+def tabulate(networks: Sequence[Network], costs: dict[int, list[Cost]]) -> Table:
+    """A row per quantity, with the network before and after, and the ratio."""
+    table = Table("", title="The trained network and the folded one, in evaluation")
+    for name in ("Trained", "Folded", "Ratio"):
+        table.add_column(name, justify="right")
+    count = [sum(leaf.size for leaf in jax.tree.leaves(network.arrays)) for network in networks]
+    table.add_row("Numbers in it", *(f"{n:,}" for n in count), f"{count[1] / count[0]:.3f}")
+    for size, (before, after) in costs.items():
+        cells = [f"{one.bytes:,.0f}" for one in (before, after)]
+        table.add_row(f"Bytes, {images(size)}", *cells, f"{after.bytes / before.bytes:.3f}")
+    for size, (before, after) in costs.items():
+        cells = [median(1e6 * one.seconds, 0) for one in (before, after)]
+        table.add_row(f"µs, {images(size)}", *cells, median(after.seconds / before.seconds, 2))
+    return table
+
+
+def images(count: int) -> str:
+    """The number of images as text."""
+    return "1 image" if count == 1 else f"{count} images"
+
+
+def median(values: np.ndarray, digits: int) -> str:
+    """The median, and two of the values between which it is in 95 % of cases, as text.
+
+    The number of values below the true median is binomial, with standard deviation sqrt(n) / 2.
+    """
+    ordered, middle, reach = np.sort(values), len(values) / 2, 0.98 * math.sqrt(len(values))
+    low, high = ordered[max(0, math.floor(middle - reach))], ordered[min(len(values) - 1, math.ceil(middle + reach))]
+    return f"{np.median(values):.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Reads and checks the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--network", type=Path, default="digits.jaxbn", metavar="PATH", help="to load (digits.jaxbn)")
+    parser.add_argument("--program", type=Path, default="digits.program", metavar="PATH", help="to write (.program)")
+    parser.add_argument("--seed", type=int, default=0, help="with which it was trained, for the held-out digits (0)")
+    parser.add_argument("--rounds", type=int, default=300, help="runs of each network to time (300)")
+    parser.add_argument("--no-progress", action="store_true", help="show no progress bars")
+    args = parser.parse_args(argv)
+    if not args.network.is_file():
+        parser.error(f"there is no {args.network}: python examples/digits.py saves it")
+    if not args.program.parent.is_dir() or args.rounds < 1:
+        parser.error("the folder of --program must exist, and --rounds be 1 or more")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> dict[int, list[Cost]]:
+    """Runs the program; returns what the networks cost, by the number of images."""
+    args, console = parse(argv), Console(highlight=False, markup=False)
+    progress = not args.no_progress and Console(stderr=True).is_terminal
+    _, (digits, labels) = load_digits(args.seed)
+    before, after, report = load(args.network, digits[: max(SIZES)])
+    console.print(f"{report}\n", soft_wrap=True)
+    jaxbn.serving.export(args.program, after.call, after.variables, digits)
+
+    trained = np.asarray(jax.jit(before.predict)(before.arrays, digits))
+    served = answer(args.program, digits)
+    same, off = trained.argmax(-1) == served.argmax(-1), np.abs(served - trained).max()
+    costs = {size: measure([before, after], digits[:size], rounds=args.rounds, progress=progress) for size in SIZES}
+    console.print(tabulate([before, after], costs))
+    kilobytes, right = args.program.stat().st_size / 1e3, np.mean(served.argmax(-1) == labels)
+    console.print(f"Saved {args.program}, {kilobytes:.0f} kB. A fresh process that has it alone:", soft_wrap=True)
+    console.print(f"{same.sum()} of {same.size} answers are those of the trained network, {right:.3f} are right;")
+    console.print(f"outputs, of up to {np.abs(trained).max():.1f}, differ by at most {off:.1e}.")
+    return costs
+
+
+if __name__ == "__main__":
+    main()
