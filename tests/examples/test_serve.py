@@ -10,6 +10,8 @@ from programs import EXAMPLES, load_program
 import jaxbn.linen
 import jaxbn.serving
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def serve():
@@ -26,7 +28,6 @@ def network(serve):
     return jaxbn.linen.freeze(jax.tree.map(lambda leaf: rng.uniform(0.1, 0.2, leaf.shape).astype("f4"), shapes))
 
 
-@pytest.mark.slow
 def test_it_folds_exports_and_compares(serve, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "100")
