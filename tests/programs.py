@@ -6,15 +6,19 @@ from types import ModuleType
 from typing import Any
 
 import jax
+import pytest
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
 def load_program(name: str) -> ModuleType:
-    """A file of the examples as a module."""
-    spec = importlib.util.spec_from_file_location(f"{Path(name).stem}_example", EXAMPLES / name)
+    """A file of the examples as a module; it imports from its folder, as a program does."""
+    file = EXAMPLES / name
+    spec = importlib.util.spec_from_file_location(f"{file.stem}_example", file)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(file.parent))
+        spec.loader.exec_module(module)
     return module
 
 

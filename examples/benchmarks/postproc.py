@@ -24,7 +24,6 @@ of a pass the step `postproc_step`; that is the same in every run.
 import argparse
 import functools
 import os
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -35,8 +34,7 @@ import numpy as np
 import optax
 from flax import nnx
 from rich.console import Console
-from rich.progress import track
-from rich.table import Table
+from timing import Times, add_progress_option, bars, clock, interleave, table
 
 import jaxbn
 import jaxbn.linen
@@ -60,12 +58,11 @@ class Program(NamedTuple):
     lower: Callable[[], Any] | None = None  # the step of a batch, to be compiled
 
 
-class Times(NamedTuple):
-    """Seconds of a program."""
+class Found(NamedTuple):
+    """What was measured of a program."""
 
-    first: float  # for its first batch, compilation included
-    wall: np.ndarray  # [rounds], for all batches
-    cpu: np.ndarray  # [rounds]
+    first: float  # seconds for its first batch, compilation included
+    times: Times  # for all batches
 
 
 class Ratio(NamedTuple):
@@ -278,62 +275,41 @@ def make_programs(args: argparse.Namespace) -> dict[Key, Program]:
     return {(network, name): program for network, found in networks.items() for name, program in found.items()}
 
 
-def measure(programs: dict[Key, Program], args: argparse.Namespace) -> dict[Key, Times]:
+def measure(programs: dict[Key, Program], args: argparse.Namespace) -> dict[Key, Found]:
     """Runs every program for its first batch, once to warm up, and once in each round."""
-    keys, first = list(programs), {}
-    for key in args.bar(keys, "Compiling"):
-        first[key] = clock(programs[key], 1)[0]
-        clock(programs[key], args.batches)
-    rounds = []
-    for turn in args.bar(range(args.repeats), "Measuring"):
-        order = keys[::-1] if turn % 2 else keys
-        rounds.append({key: clock(programs[key], args.batches) for key in order})
-    return {key: Times(first[key], *np.array([times[key] for times in rounds]).T) for key in keys}
+    runs = {key: functools.partial(program.run, args.batches) for key, program in programs.items()}
+    first = {}
+    for key in args.bar(list(runs), "Compiling"):
+        first[key] = clock(functools.partial(programs[key].run, 1))[0]
+        clock(runs[key])
+    times = interleave(runs, args.bar(range(args.repeats), "Measuring"))
+    return {key: Found(first[key], times[key]) for key in runs}
 
 
-def clock(program: Program, count: int) -> tuple[float, float]:
-    """Seconds until the program is done, and seconds of CPU time."""
-    wall, cpu = time.perf_counter(), time.process_time()
-    jax.block_until_ready(program.run(count))
-    return time.perf_counter() - wall, time.process_time() - cpu
-
-
-def compare(times: dict[Key, Times]) -> list[Ratio]:
+def compare(found: dict[Key, Found]) -> list[Ratio]:
     """Each pass over what it is compared with, where that was measured."""
     ratios = []
-    for network, name in times:
+    for network, name in found:
         if name == POSTPROC:
             unders: dict[Key, float | None] = {(network, n): g for n, g in GOALS[network.split()[-1]].items()}
             unders |= dict.fromkeys([(TORCH, UPDATE_BN), (TORCH, FVCORE)])
         else:
             unders = {(TORCH, FORWARD): None} if name in (UPDATE_BN, FVCORE) else {}
-        over = times[network, name]
+        over = found[network, name].times
         for key, goal in unders.items():
-            if under := times.get(key):
+            if key in found:
+                under = found[key].times
                 ratios.append(Ratio((network, name), key, over.wall / under.wall, over.cpu / under.cpu, goal))
     return ratios
 
 
-def table(title: str, names: Sequence[str], numbers: Sequence[str], rows: Iterator[Sequence[str]]) -> Table:
-    """Names on the left, numbers on the right; a line where the first name changes."""
-    made, last = Table(*names, title=title), None
-    for number in numbers:
-        made.add_column(number, justify="right")
-    for row in rows:
-        if last not in (None, row[0]):
-            made.add_section()
-        made.add_row(*row)
-        last = row[0]
-    return made
-
-
-def time_rows(times: dict[Key, Times], args: argparse.Namespace) -> Iterator[Sequence[str]]:
+def time_rows(found: dict[Key, Found], args: argparse.Namespace) -> Iterator[Sequence[str]]:
     """Milliseconds for a batch."""
-    for (network, name), (first, wall, cpu) in times.items():
-        wall, cpu = (1000 * seconds / args.batches for seconds in (wall, cpu))
+    for (network, name), (first, times) in found.items():
+        wall, cpu = (1000 * seconds / args.batches for seconds in times)
         yield network, name, f"{first:.1f}", f"{np.median(wall):.2f}", f"{np.median(cpu):.2f}"
     for name in (UPDATE_BN, FVCORE):
-        if (TORCH, name) not in times:
+        if (TORCH, name) not in found:
             yield TORCH, name, "skipped"
 
 
@@ -365,34 +341,32 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=10, help="rounds, in which every program runs once (10)")
     parser.add_argument("--api", choices=HOSTS, default="both", help="of Flax (both)")
     parser.add_argument("--compiled", action="store_true", help="show the compiled cost of a batch too")
-    parser.add_argument("--no-progress", action="store_true", help="show no progress bars")
+    add_progress_option(parser)
     args = parser.parse_args(argv)
     if min(args.batches, args.batch_size, args.width, args.blocks, args.repeats) < 1:
         parser.error("all numbers must be 1 or more")
-    screen = Console(stderr=True)
-    no_bars = args.no_progress or not screen.is_terminal
-    args.bar = functools.partial(track, console=screen, transient=True, disable=no_bars)
+    args.bar = bars(args)
     return args
 
 
-def main(argv: Sequence[str] | None = None) -> tuple[dict[Key, Times], list[Ratio]]:
+def main(argv: Sequence[str] | None = None) -> tuple[dict[Key, Found], list[Ratio]]:
     """Runs the program; returns what it measured."""
     args, console = parse(argv), Console(highlight=False, markup=False)
     programs = make_programs(args)
-    times = measure(programs, args)
-    ratios = compare(times)
+    found = measure(programs, args)
+    ratios = compare(found)
     size = f"{args.batches} batches of {args.batch_size} images, width {args.width}, {1 + 3 * args.blocks} norms"
     numbers = ["First batch (s)", "Per batch (ms)", "CPU (ms)"]
-    console.print(table(size, ["Network", "Program"], numbers, time_rows(times, args)))
+    console.print(table(size, ["Network", "Program"], numbers, time_rows(found, args)))
     title, numbers = f"A pass over another program, {args.repeats} rounds", ["Ratio", "Min", "Max", "CPU", "Goal"]
     console.print(table(title, ["Pass", "Over"], numbers, ratio_rows(ratios)))
     if args.compiled:
         title, numbers = "What XLA says of a batch", ["MFLOP", "MB accessed", "MB temporary"]
         console.print(table(title, ["Network", "Program"], numbers, cost_rows(programs)))
     for name, package in ((UPDATE_BN, "torch"), (FVCORE, "fvcore")):
-        if (TORCH, name) not in times:
+        if (TORCH, name) not in found:
             console.print(f"{name} is skipped: {package} for the {jax.default_backend()} is not installed.")
-    return times, ratios
+    return found, ratios
 
 
 if __name__ == "__main__":

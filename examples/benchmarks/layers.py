@@ -1,0 +1,206 @@
+"""What one batch normalization layer takes, beside those of other libraries, on the device that is there.
+
+    pip install ".[bench]" && python examples/benchmarks/layers.py
+
+times Flax's layers (linen with the fast and with the safe variance, and NNX), jaxbn's, and those of Haiku, Equinox,
+Keras on JAX and PyTorch, if they are installed, on inputs as ResNet-50 and a perceptron have them:
+
+    train        forward and backward, with the statistics of the batch
+    train-relu   the same with a ReLU behind the layer; "fused" is jaxbn's layer with `activation=jax.nn.relu`
+    eval-relu    with the running averages, and a ReLU behind
+
+All layers take turns on one input, each as often as it takes to run for a while (`--seconds`), for `--rounds` rounds;
+`timing.py` says what the ratios and their 95 % intervals are, `peers.py` how each library is called. A ratio below 1 is
+faster than Flax. The last rows of a table are the geometric means over its inputs. On a GPU the bytes that have to
+be moved at least, eight times the input in training and two times in evaluation, are also shown as the share of what
+the device would have copied in the time; a share above 1 is possible where the input fits into a cache.
+"""
+
+import argparse
+import functools
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from peers import FLAX_FAST, FLAX_SAFE, NAMES, Case, program_of
+from rich.console import Console
+from timing import (
+    Times,
+    add_progress_option,
+    bars,
+    copy_bandwidth,
+    geometric_mean,
+    interleave,
+    machine_line,
+    ratio,
+    repeats_for,
+    table,
+    write_json,
+)
+
+# Inputs: [..., features] of an example, and how many rows an example of the perceptron stands for.
+INPUTS = {
+    "112x112x64": (112, 112, 64),
+    "56x56x256": (56, 56, 256),
+    "28x28x128": (28, 28, 128),
+    "14x14x1024": (14, 14, 1024),
+    "7x7x512": (7, 7, 512),
+    "mlp 1024": (1024,),
+}
+MLP_ROWS = 64
+WHAT = {"train": (False, True), "train-relu": (True, True), "eval-relu": (True, False)}  # whether with ReLU, backward
+MOVES = {True: 8, False: 2}  # at least, in sizes of the input: 3 forward and 5 backward; in evaluation
+BATCH = {"cpu": 4}
+ALL = "mean"
+
+
+class Group(NamedTuple):
+    """What a table is about."""
+
+    what: str
+    dtype: str
+
+
+Seconds = dict[str, np.ndarray]  # of one call, [rounds], by the name of the layer
+Found = dict[Group, dict[str, Seconds]]  # by the name of the input
+
+
+def case_of(group: Group, name: str, batch: int) -> Case:
+    """What the layers have to do with an input."""
+    shape, (relu, train) = INPUTS[name], WHAT[group.what]
+    rows = batch if len(shape) > 1 else MLP_ROWS * batch
+    return Case((rows, *shape), group.dtype, relu, train)
+
+
+def measure(case: Case, args: argparse.Namespace) -> Seconds:
+    """Seconds of a call of each layer, by the round."""
+    rng = np.random.default_rng(0)
+    x, dy = rng.standard_normal((2, *case.shape), np.float32)
+    runs, counts = {}, {}
+    for name in args.norms:
+        program = program_of(name, case, x, dy)
+        if program:
+            counts[name] = repeats_for(program.run, args.seconds)
+            runs[name] = functools.partial(program.run, counts[name])
+    times: dict[str, Times] = interleave(runs, range(args.rounds))
+    return {name: times[name].wall / counts[name] for name in runs}
+
+
+def ratios_to(under: str, inputs: dict[str, Seconds], name: str) -> dict[str, np.ndarray]:
+    """Of a layer on each input, [rounds]."""
+    return {key: s[name] / s[under] for key, s in inputs.items() if name in s and under in s}
+
+
+def rows(group: Group, inputs: dict[str, Seconds], args: argparse.Namespace) -> Iterator[Sequence[str]]:
+    """Times and ratios on each input, and the means over them."""
+    unders = [under for under in (FLAX_FAST, FLAX_SAFE) if under in args.norms]
+    for key, seconds in inputs.items():
+        case = case_of(group, key, args.batch)
+        size = math.prod(case.shape) * np.dtype(jax.numpy.dtype(case.dtype)).itemsize
+        for name, taken in seconds.items():
+            ratios = [str(ratio(taken, seconds[under])) for under in unders]
+            share = MOVES[case.train] * size / np.median(taken) / args.bandwidth if args.bandwidth else 0
+            yield key, name, f"{1000 * np.median(taken):.3f}", *ratios, *([f"{share:.2f}"] if share else [])
+    for name in args.norms:
+        means = [ratios_to(under, inputs, name) for under in unders]
+        if all(means):
+            numbers = [str(geometric_mean(list(found.values()))) for found in means]
+            yield ALL, name, "", *numbers, *([""] if args.bandwidth else [])
+
+
+def records(found: Found) -> Iterator[dict[str, Any]]:
+    """The same as JSON has it: seconds of every round."""
+    for group, inputs in found.items():
+        for key, seconds in inputs.items():
+            for name, taken in seconds.items():
+                yield group._asdict() | {"input": key, "norm": name, "seconds": taken.tolist()}
+
+
+def plot(found: Found, args: argparse.Namespace, file: Path) -> None:
+    """Draws how long each layer takes in multiples of Flax's, with the intervals, one panel for each table."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise SystemExit("--plot needs matplotlib: pip install matplotlib") from error
+    figure = Figure(figsize=(10, 3.2 * len(found)), layout="constrained")
+    for axes, (group, inputs) in zip(figure.subplots(len(found), squeeze=False)[:, 0], found.items(), strict=True):
+        names = [name for name in args.norms if ratios_to(FLAX_FAST, inputs, name)]
+        for i, name in enumerate(names):
+            ratios = ratios_to(FLAX_FAST, inputs, name)
+            shown = [geometric_mean([r]) for r in ratios.values()] + [geometric_mean(list(ratios.values()))]
+            value, low, high = np.array(shown).T
+            places = np.arange(len(shown)) + 0.8 * (i / len(names) - 0.5)
+            axes.errorbar(places, value, [value - low, high - value], fmt="o", markersize=4, label=name)
+        axes.axhline(1, color="grey", linewidth=0.8)
+        axes.set(yscale="log", title=f"{group.what}, {group.dtype}", ylabel=f"time / time of {FLAX_FAST}")
+        axes.set_xticks(range(len(inputs) + 1), [*inputs, ALL])
+        axes.set_xlabel(f"input (height x width x features), batch {args.batch}")
+        axes.legend(fontsize="small", ncols=2, loc="upper left", bbox_to_anchor=(1, 1))
+    figure.savefig(file)
+
+
+def installed(args: argparse.Namespace, console: Console) -> list[str]:
+    """The layers that can run; a line about each other."""
+    found, nothing = [], np.zeros((2, 2), np.float32)
+    for name in args.norms:
+        try:
+            program_of(name, Case(nothing.shape, "float32", relu=True, train=False), nothing, nothing)
+        except ImportError as error:
+            console.print(f"{name} is skipped: {error}")
+        else:
+            found.append(name)
+    return found
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Reads and checks the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    several: dict[str, Any] = {"nargs": "+", "metavar": "NAME"}
+    dtypes = ["float32", "bfloat16"]
+    parser.add_argument("--what", choices=WHAT, default=list(WHAT), **several, help=", ".join(WHAT))
+    parser.add_argument("--dtype", choices=dtypes, default=dtypes, **several, help=", ".join(dtypes))
+    parser.add_argument("--inputs", choices=INPUTS, default=list(INPUTS), **several, help=", ".join(INPUTS))
+    parser.add_argument("--norms", choices=NAMES, default=NAMES, **several, help=", ".join(NAMES))
+    batch = BATCH.get(jax.default_backend(), 256)
+    parser.add_argument("--batch", type=int, default=batch, help=f"images in a batch ({batch})")
+    parser.add_argument("--rounds", type=int, default=20, help="in which every layer runs once (20)")
+    parser.add_argument("--seconds", type=float, default=0.01, help="that a layer runs for in a round, at least (0.01)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all times there")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the ratios there")
+    add_progress_option(parser)
+    args = parser.parse_args(argv)
+    if min(args.batch, args.rounds) < 1:
+        parser.error("all numbers must be 1 or more")
+    if args.plot and FLAX_FAST not in args.norms:
+        parser.error(f"--plot shows multiples of {FLAX_FAST}, which is not among the norms")
+    args.bar = bars(args)
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> Found:
+    """Runs the program; returns seconds."""
+    args, console = parse(argv), Console(highlight=False, markup=False)
+    args.norms = installed(args, console)
+    args.bandwidth = copy_bandwidth() if jax.default_backend() == "gpu" else 0.0
+    found: Found = {Group(what, dtype): {} for what in args.what for dtype in args.dtype}
+    for group, key in args.bar([(group, key) for group in found for key in args.inputs], "Measuring"):
+        found[group][key] = measure(case_of(group, key, args.batch), args)
+    for group, inputs in found.items():
+        unders = [f"/ {under}" for under in (FLAX_FAST, FLAX_SAFE) if under in args.norms]
+        numbers = ["ms", *unders, *(["of copy"] if args.bandwidth else [])]
+        title = f"{group.what}, {group.dtype}, batch {args.batch}, {args.rounds} rounds"
+        console.print(table(title, ["Input", "Layer"], numbers, rows(group, inputs, args)))
+    console.print(machine_line())
+    if args.bandwidth:
+        console.print(f"A copy moves {args.bandwidth / 1e9:.0f} GB/s.")
+    write_json(args.json, list(records(found)))
+    if args.plot:
+        plot(found, args, args.plot)
+    return found
+
+
+if __name__ == "__main__":
+    main()
