@@ -338,9 +338,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--norms", choices=FORMS, default=list(FORMS), **several, help=", ".join(FORMS))
     dtypes = ["bfloat16", "float32"]
     parser.add_argument("--dtype", choices=dtypes, default=dtypes[:1], **several, help="bfloat16 (default), float32")
-    parser.add_argument(
-        "--batch", type=int, nargs="+", metavar="N", help="examples for each chip; several, if you like"
-    )
+    parser.add_argument("--batch", type=int, nargs="+", metavar="N", help="examples for each chip")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there")
     parser.add_argument("--no-progress", action="store_true", help="show no progress bars")
     args = parser.parse_args(argv)
@@ -370,6 +368,8 @@ def main(argv: Sequence[str] | None = None) -> dict[Group, dict[str, Cost | None
         forms = [name for name in args.norms if WHAT[group.what].forms(FORMS[name])]
         found[group] = {name: cost_of(group, name) for name in args.bar(forms, f"{group.device} {group.what}")}
         show(table(group, found[group]), console)
+        for name in [name for name, cost in found[group].items() if cost is None]:
+            console.print(f"{name} does not fit into the memory of the device.")
     for device in args.device:
         if not chips.is_installed(device):
             console.print(f"{device} is skipped: {DEVICES[device].package} is not installed.")

@@ -69,7 +69,9 @@ def test_compilers_that_are_not_installed_are_named(benchmark, monkeypatch, caps
 def test_tables_are_printed_whole_and_written(benchmark, monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("COLUMNS", "40")
     monkeypatch.setattr(benchmark.chips, "is_installed", lambda device: device == "h100")
-    monkeypatch.setattr(benchmark, "cost_of", lambda group, form: costs_of(benchmark, any=len(form) * 10**9)["any"])
+    monkeypatch.setattr(
+        benchmark, "cost_of", lambda group, form: costs_of(benchmark, any=len(form) * 10**9 % (9 * 10**9))["any"]
+    )
 
     found = benchmark.main(["--what", "eval", "layer", "--batch", "2", "8", "--json", str(tmp_path / "costs.json")])
 
@@ -80,6 +82,7 @@ def test_tables_are_printed_whole_and_written(benchmark, monkeypatch, capsys, tm
     ]
     out = capsys.readouterr().out
     assert "H100, ResNet-50 evaluation, bfloat16, 8 examples (GB)" in out and "…" not in out
+    assert out.count("flax-safe does not fit into the memory of the device.") == 4
     written = json.loads((tmp_path / "costs.json").read_text())["costs"]
     assert written[0] == {
         **{"device": "h100", "what": "eval", "dtype": "bfloat16", "batch": 2, "norm": "none"},
