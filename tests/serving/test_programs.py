@@ -1,5 +1,6 @@
 """A network as a program: what it answers in a process without its code, and what is refused."""
 
+import dataclasses
 import functools
 import json
 import subprocess
@@ -88,31 +89,31 @@ def random_variables():
 
 
 def test_a_fresh_process_answers_batches_of_any_size(tmp_path):
-    """As the formulas do in float64, a batch of one too; of a Frozen and of an NNX model."""
+    """As the formulas do in float64, a batch of one too; of a Frozen, folded or not, and of an NNX model."""
     variables, x = random_variables(), np.random.default_rng(1).normal(2, 3, (7, 3)).astype("f4")
-    known = jaxbn.Info(tuple(KINDS.items()), ())
-    jaxbn.serving.export(
-        tmp_path / "linen",
-        lambda variables, x: LINEN.net().apply(variables, x, train=False),
-        jaxbn.Frozen(variables, known),
-        x,
-    )
+    known = jaxbn.Frozen(variables, jaxbn.Info(tuple(KINDS.items()), ()))
+    call = lambda variables, x: LINEN.net().apply(variables, x, train=False)
+    folded_call, folded, _ = jaxbn.linen.fold(call, known, x)
     merged = {name: leaves | variables["batch_stats"].get(name, {}) for name, leaves in variables["params"].items()}
-    model = jaxbn.nnx.install_frozen(nnx.eval_shape(lambda: NNX.net(rate=0.5)), jaxbn.Frozen(merged, known))
-    jaxbn.serving.export(tmp_path / "nnx", lambda model, x: model(x), model, jax.ShapeDtypeStruct((2, 3), jnp.float32))
-    sent = {"all": x, "one": x[:1], "two": x[3:5]}
-    np.savez(tmp_path / "sent.npz", **sent)
-    command = [sys.executable, "-W", "error", "-c", SERVER, tmp_path / "sent.npz", tmp_path / "back.npz"]
-    done = subprocess.run([*command, tmp_path / "linen", tmp_path / "nnx"], capture_output=True, text=True)
+    abstract = nnx.eval_shape(lambda: NNX.net(rate=0.5))
+    model = jaxbn.nnx.install_frozen(abstract, dataclasses.replace(known, variables=merged))
+    paths = [tmp_path / name for name in ("linen", "folded", "nnx")]
+    jaxbn.serving.export(paths[0], call, known, x)
+    jaxbn.serving.export(paths[1], folded_call, folded, x)
+    jaxbn.serving.export(paths[2], lambda model, x: model(x), model, jax.ShapeDtypeStruct((2, 3), jnp.float32))
+    sent = {"all": slice(7), "one": slice(1)}
+    np.savez(tmp_path / "sent.npz", **{name: x[rows] for name, rows in sent.items()})
+    command = [sys.executable, "-W", "error", "-c", SERVER, tmp_path / "sent.npz", tmp_path / "back.npz", *paths]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     signature = "Program(float32[b, 3] -> float32[b, 1])"
-    assert done.stdout == f"{signature} {known.layers}\n{signature} ()\n"
+    assert done.stdout.splitlines() == [f"{signature} {known.info.layers}", f"{signature} ()", f"{signature} ()"]
     compute = in_float64(lambda variables, x: forward(variables["params"], x, variables["batch_stats"])[0])
     expected = compute(variables, x)
     with np.load(tmp_path / "back.npz") as answers:
-        for host in ("linen", "nnx"):
-            for name, rows in {"all": slice(7), "one": slice(1), "two": slice(3, 5)}.items():
-                np.testing.assert_allclose(answers[f"{tmp_path / host} {name}"], expected[rows], rtol=1e-5)
+        for path in paths:
+            for name, rows in sent.items():
+                np.testing.assert_allclose(answers[f"{path} {name}"], expected[rows], rtol=1e-5)
 
 
 METHODS = {case.factory: case for case in CASES}.values()
