@@ -13,7 +13,7 @@ def moved(variables):
     rng = np.random.default_rng(1)
 
     def value(path, leaf):
-        positive = str(getattr(path[-1], "key", path[-1])) in ("var", "square_window")
+        positive = {"['var']", "['square_window']"} & {str(key) for key in path}
         drawn = rng.uniform(0.5, 2, leaf.shape) if positive else rng.standard_normal(leaf.shape)
         return jnp.asarray(drawn, leaf.dtype)
 

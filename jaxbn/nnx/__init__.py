@@ -5,6 +5,7 @@ from jaxbn.nnx.backward import update_backward as update_backward
 from jaxbn.nnx.capture import capture_moments as capture_moments
 from jaxbn.nnx.convert import convert_norms as convert_norms
 from jaxbn.nnx.diagnose import diagnose as diagnose
+from jaxbn.nnx.fold import fold as fold
 from jaxbn.nnx.freeze import affine_mask as affine_mask
 from jaxbn.nnx.freeze import freeze as freeze
 from jaxbn.nnx.freeze import freeze_layers as freeze_layers

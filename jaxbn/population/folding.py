@@ -7,7 +7,7 @@ output, and nobody else does. Every doubt is a reason not to fold.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +18,6 @@ from jaxbn.core import axes as _axes
 from jaxbn.core import dataflow as _dataflow
 from jaxbn.core import dtypes as _dtypes
 from jaxbn.core import fold as _fold
-from jaxbn.core.harvest import over_arrays
 from jaxbn.methods.base import NormParams, NormTransform, State
 from jaxbn.population.fold_report import LayerFold
 
@@ -84,7 +83,7 @@ def make_plan(
     flow: _dataflow.Flow,
     norms: Mapping[str, Norm],
     layers: Mapping[str, Layer],
-    values: Mapping[str, list[_dataflow.Value]],
+    values: Mapping[str, Sequence[_dataflow.Value | None]],
     paths: list[str],
 ) -> Plan:
     """Decides for each normalization.
@@ -93,7 +92,7 @@ def make_plan(
         flow: The program.
         norms: The normalizations that it calls, by path.
         layers: The linear layers that it calls, by path.
-        values: The inputs of the program that are variables of a layer, by its path.
+        values: The inputs of the program that are variables of a layer, by its path; None: of others too.
         paths: Of all normalizations that the model has.
 
     Returns:
@@ -132,7 +131,7 @@ class _Planner:
         flow: _dataflow.Flow,
         norms: Mapping[str, Norm],
         layers: Mapping[str, Layer],
-        values: Mapping[str, list[_dataflow.Value]],
+        values: Mapping[str, Sequence[_dataflow.Value | None]],
     ) -> None:
         self.flow, self.norms, self.layers, self.values = flow, norms, layers, values
         self.folds: list[Fold] = []
@@ -164,7 +163,8 @@ class _Planner:
             raise _No("the call does not reach it, or its output is not used")
         if calls > 1:
             raise _No(f"{name} is called {calls} times")
-        if not all(self.flow.leaves_by(value, Tag(path, "output")) for value in self.values.get(path, ())):
+        values = self.values.get(path, ())
+        if not all(value is not None and self.flow.leaves_by(value, Tag(path, "output")) for value in values):
             raise _No(f"the variables of {name} are used elsewhere too")
 
     def _affine(self, path: str) -> _fold.Affine:
@@ -271,48 +271,3 @@ _ACTIVATIONS = set(
     "relu relu6 sigmoid softplus sparse_plus soft_sign silu swish log_sigmoid leaky_relu hard_sigmoid hard_silu "
     "hard_swish hard_tanh tanh elu celu selu gelu glu squareplus mish logistic max".split()
 )
-
-# How far outputs may differ, relative to the largest: float32 in a deep network, and a few times the rounding of one
-# value for the short dtypes, in which every layer rounds its output.
-_TOLERANCES = {"float64": 1e-9, "float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
-
-
-def tolerance_of(plan: Plan, norms: Mapping[str, Norm], layers: Mapping[str, Layer]) -> float:
-    """What the least precise of the dtypes at hand allows."""
-    found = [_TOLERANCES["float64"]]
-    for one in plan.folds:
-        dtypes = (*norms[one.norm].dtypes, layers[one.layer].weights.kernel.dtype)
-        found += [_TOLERANCES[jnp.finfo(dtype).dtype.name] for dtype in dtypes]
-    return max(found)
-
-
-def difference(expected: Any, found: Any) -> float:
-    """The largest difference of two trees of outputs, relative to the largest value of each array of the first."""
-    worst = 0.0
-    for old, new in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
-        if jnp.issubdtype(old.dtype, jnp.inexact) and old.size:
-            wide = np.complex128 if jnp.iscomplexobj(old) else np.float64
-            old, new = np.asarray(old).astype(wide), np.asarray(new).astype(wide)
-            size, distance = np.abs(old).max(), np.abs(new - old).max()
-            worst = max(worst, float(distance / size) if size else np.inf if distance else 0.0, key=_nan_as_inf)
-    return worst
-
-
-def _nan_as_inf(error: float) -> float:
-    return np.inf if np.isnan(error) else error
-
-
-def check(error: float, tolerance: float) -> None:
-    """Raises a ValueError if folding changed the outputs."""
-    if not error <= tolerance:  # NaN too
-        raise ValueError(
-            f"The folded model differs from the one given by {error:.2g} of its largest output on the example, and "
-            f"tolerance={tolerance:g}; nothing was folded. Means that are large next to their standard deviations do "
-            f"this, or an example on which outputs are not finite, or a call that is random: look at it in float32, "
-            f"and give tolerance= if the difference is fine."
-        )
-
-
-def run(call: Callable[..., Any], *arguments: Any) -> Any:
-    """The arrays that a call gives, compiled; other outputs are left out."""
-    return jax.jit(lambda inputs: over_arrays(call(*inputs())))(over_arrays(arguments))

@@ -1,0 +1,276 @@
+"""Folding for NNX: the model is run with tags on a copy, and the layers that are folded change theirs in another."""
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+from flax import nnx
+from flax.nnx.nn.dtypes import promote_dtype
+
+from jaxbn.core import dataflow as _dataflow
+from jaxbn.core import fold as _fold
+from jaxbn.core.harvest import over_arrays
+from jaxbn.methods.base import NormParams, NormTransform
+from jaxbn.nnx.capture import (
+    Call,
+    find_layers,
+    is_frozen,
+    run_model,
+    set_class,
+    state_of,
+    transform_of,
+    with_call_of,
+)
+from jaxbn.nnx.kernels import MapKernel
+from jaxbn.nnx.modules import Norm
+from jaxbn.population import fold_check as _check
+from jaxbn.population import folding as _folding
+from jaxbn.population.fold_report import FoldReport
+from jaxbn.population.folding import Layer, Tag
+from jaxbn.population.layers import call_arguments
+
+Model = TypeVar("Model")
+
+_LINEAR = (nnx.Conv, nnx.ConvTranspose, nnx.Linear, nnx.LinearGeneral, nnx.Einsum)
+# Arguments by which a layer may compute with something else than Flax does.
+_OWN = "conv_general_dilated dot_general dot_general_cls einsum_op promote_dtype".split()
+
+
+def fold(
+    model: Model, example: Any, *, call: Call | None = None, tolerance: float | None = None
+) -> tuple[Model, FoldReport]:
+    """Folds normalizations into the linear layers beside them, so that in evaluation they cost nothing.
+
+    What is folded, what stays, and in which precision, is said in :func:`jaxbn.linen.fold`. Layers are `Conv`,
+    `ConvTranspose`, `Linear`, `LinearGeneral` and `Einsum`; normalizations those of jaxbn, of any method, and
+    `flax.nnx.BatchNorm`. A `Frozen` goes into a model by `install_frozen` first.
+
+    Args:
+        model: The model; it is left untouched.
+        example: What `call` takes, to follow the model and to compare outputs.
+        call: Runs the model in evaluation; None: `lambda model, batch: model(batch)`.
+        tolerance: How far outputs may differ on the example, relative to the largest; None: by the dtypes, 1e-4 where
+            all is float32.
+
+    Returns:
+        A new model, in evaluation mode, in which a folded layer only passes its input on, with its residual and its
+        activation; and a :class:`jaxbn.FoldReport`.
+
+    Raises:
+        ValueError: If there is no normalization layer, or outputs on the example differ by more than the tolerance.
+
+    Example:
+        >>> rngs = nnx.Rngs(0)
+        >>> conv = nnx.Conv(3, 4, (3, 3), use_bias=False, rngs=rngs)
+        >>> model = nnx.Sequential(conv, jaxbn.nnx.BatchNorm(4, activation=jax.nn.relu, rngs=rngs))
+        >>> folded, report = jaxbn.nnx.fold(model, jnp.ones((1, 8, 8, 3)))
+        >>> print(report)
+        1 of 1 normalization layers folded; outputs on the example differ by 0
+        layer     folded  where to, or why not
+        layers/1  yes     behind 'layers/0'
+        >>> jax.tree.map(jnp.shape, nnx.to_pure_dict(nnx.state(folded)))
+        {'layers': {0: {'bias': (4,), 'kernel': (3, 3, 3, 4)}}}
+    """
+    call = run_model if call is None else call
+    given, folded = nnx.clone(model), nnx.clone(model)
+    for copy in (given, folded):
+        copy.eval()  # type: ignore[attr-defined]  # as all models have
+    found = _follow(call, given, example)
+    plan = _folding.make_plan(found.flow, found.norms, found.layers, found.values, list(find_layers(given)))
+    _edit(folded, plan, found)
+    tolerance = _check.tolerance_of(plan, found.norms, found.layers) if tolerance is None else tolerance
+    error = _check.difference(_run(call, given, example), _run(call, folded, example))
+    _check.check(error, tolerance)
+    return folded, FoldReport(plan.layers, error, tolerance)
+
+
+class Folded(nnx.Module):
+    """What is left of a normalization whose statistics, scale and bias went into a layer beside it."""
+
+    def __init__(self, dtype: Any, activation: Callable[[jax.Array], jax.Array] | None):
+        self.dtype = dtype
+        self.activation = activation
+
+    def __call__(self, *args: Any, **kwargs: Any) -> jax.Array:
+        x, _, residual, _ = call_arguments(*args, **kwargs)
+        return _fold.finish(x, residual, self.dtype, self.activation)
+
+
+class _Found:
+    """What the call of a model runs; the copy with tags fills it in. Equal to itself alone, as programs are to be."""
+
+    flow: _dataflow.Flow
+    values: dict[str, list[_dataflow.Value | None]]  # the variables of each layer in the program
+
+    def __init__(self, model: Any) -> None:
+        self.modules = _modules_of(model)
+        self.norms: dict[str, _folding.Norm] = {}
+        self.layers: dict[str, Layer] = {}
+
+    def record(self, path: str, y: jax.Array, *args: Any, **kwargs: Any) -> None:
+        module = self.modules[path]
+        if isinstance(module, _LINEAR):
+            self.layers[path] = _layer(module, *args, **kwargs)
+        else:
+            self.norms[path] = _norm(module, y, *args, **kwargs)
+
+
+def _modules_of(model: Any) -> dict[str, Any]:
+    """The normalizations and linear layers by path."""
+    return {
+        _joined(path): module
+        for path, module in nnx.iter_modules(model)
+        if isinstance(module, (nnx.BatchNorm, Norm, *_LINEAR))
+    }
+
+
+def _joined(path: Any) -> str:
+    return "/".join(map(str, path))
+
+
+def _follow(call: Call, model: Any, example: Any) -> _Found:
+    """Runs a copy of the model with tags, for shapes alone."""
+    found, copy = _Found(model), nnx.clone(model)
+    for path, module in _modules_of(copy).items():
+        cls: Any = type(module)
+        is_linear = isinstance(module, _LINEAR)
+        set_class(module, _tagged_linear(cls) if is_linear else with_call_of(cls, _OurTagged, _StockTagged))
+        module.jaxbn_fold = nnx.static((path, found))
+    graphdef, state = nnx.split(copy)
+
+    def run(state: Any, inputs: Any) -> Any:
+        return over_arrays(call(nnx.merge(graphdef, state), inputs()))
+
+    found.flow = _dataflow.follow(jax.make_jaxpr(run)(state, over_arrays(example)))
+    places = (_joined(path) for path, _ in nnx.to_flat_state(state))
+    found.values = _values_of(model, dict(zip(places, found.flow.inputs, strict=False)))
+    return found
+
+
+def _values_of(model: Any, by_place: dict[str, _dataflow.Value]) -> dict[str, list[_dataflow.Value | None]]:
+    """The variables of each module in the program; one that several hold is in the state once, at its first place."""
+    held = [
+        (_joined(path), _joined((*path, name)), variable)
+        for path, module in nnx.iter_modules(model)
+        for name, variable in vars(module).items()
+        if isinstance(variable, nnx.Variable)
+    ]
+    known = {id(variable): by_place[place] for _, place, variable in held if place in by_place}
+    values: dict[str, list[_dataflow.Value | None]] = {}
+    for path, _, variable in held:
+        values.setdefault(path, []).append(known.get(id(variable)))
+    return values
+
+
+def _tagged(module: Any, call: Callable[..., Any], name: str, *args: Any, **kwargs: Any) -> Any:
+    """The call of a module of the copy."""
+    path, found = module.jaxbn_fold
+    tagged = _dataflow.tag(args[0] if args else kwargs[name], Tag(path, "input"))
+    args, kwargs = ((tagged, *args[1:]), kwargs) if args else ((), kwargs | {name: tagged})
+    y = call(*args, **kwargs)
+    found.record(path, y, *args, **kwargs)
+    return _dataflow.tag(y, Tag(path, "output"))
+
+
+class _OurTagged(Norm):
+    def __call__(self, *args: Any, **kwargs: Any) -> jax.Array:
+        return _tagged(self, super().__call__, "x", *args, **kwargs)
+
+
+class _StockTagged(nnx.BatchNorm):
+    def __call__(self, *args: Any, **kwargs: Any) -> jax.Array:
+        return _tagged(self, super().__call__, "x", *args, **kwargs)
+
+
+@functools.cache
+def _tagged_linear(cls: Any) -> type:
+    """The class with a call that tags all of its own."""
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return _tagged(self, functools.partial(cls.__call__, self), "inputs", *args, **kwargs)
+
+    return type(cls.__name__, (cls,), {"__call__": call})
+
+
+def _norm(layer: Any, y: jax.Array, *args: Any, **kwargs: Any) -> _folding.Norm:
+    x, _, residual, where = call_arguments(*args, **kwargs)
+    given = (*args[1:2], kwargs.get("use_running_average"))
+    flags = [flag for flag in (*given, layer.use_running_average) if flag is not None]
+    frozen = is_frozen(layer)
+    refusal = _folding.MOVES if not (frozen or flags[0]) else _folding.DOMAINS if where else None
+    return _folding.Norm(
+        _transform(layer),
+        NormParams(*(None if p is None else p[...] for p in (layer.scale, layer.bias))),
+        state_of(layer),
+        axis=layer.axis,
+        ndim=x.ndim,
+        dtypes=(x.dtype, y.dtype),
+        bare=residual is None and getattr(layer, "activation", None) is None,
+        refusal=refusal,
+    )
+
+
+def _transform(layer: Any) -> NormTransform:
+    """The pure functions of a layer, as an affine map in full precision; a stock one is a batch_norm."""
+    if isinstance(layer, Norm):
+        layer = nnx.clone(layer)
+        layer.activation, layer.dtype = None, None
+    return transform_of(layer)
+
+
+def _layer(module: Any, inputs: Any, *args: Any, **kwargs: Any) -> Layer:
+    defaults = inspect.signature(type(module).__init__).parameters
+    mapped = isinstance(module.promote_dtype, MapKernel)
+    own = [n for n in _OWN if n in defaults and getattr(module, n) is not defaults[n].default]
+    linear = _linear(module, inputs.ndim, *args, **kwargs)
+    refusal = None if linear else f"is a {type(module).__name__}, which fold does not know"
+    if linear and own != ["promote_dtype"] * mapped:
+        refusal = f"computes with a {own[0]} of its own"
+    bias = None if module.bias is None else module.bias[...]
+    map_kernel = module.promote_dtype.function if mapped else None
+    return Layer(linear, _fold.Weights(module.kernel[...], bias), refusal, map_kernel)
+
+
+def _linear(module: Any, ndim: int, equation: str | None = None, *, einsum_str: str | None = None, **_: Any) -> Any:
+    """How the layer lies; None for subclasses, which may do anything."""
+    if type(module) is nnx.Conv:
+        groups, masked = module.feature_group_count, module.mask is not None
+        options = {"padding": module.padding, "input_dilation": module.input_dilation}
+        return _fold.of_conv(ndim, module.kernel_size, groups=groups, masked=masked, **options)
+    if type(module) is nnx.ConvTranspose:
+        return _fold.of_conv_transpose(ndim, module.kernel_size, transpose_kernel=module.transpose_kernel)
+    if type(module) is nnx.Linear:
+        return _fold.of_dense(ndim, -1, (), module.out_features)
+    if type(module) is nnx.LinearGeneral:
+        return _fold.of_dense(ndim, module.axis, tuple(module.batch_axis), module.out_features)
+    if type(module) is nnx.Einsum:
+        return _fold.of_einsum(ndim, equation or einsum_str or module.einsum_str)
+    return None
+
+
+def _edit(model: Any, plan: _folding.Plan, found: _Found) -> None:
+    """Folds in place, in the objects themselves, so that whoever holds a layer holds the new one."""
+    modules = _modules_of(model)
+    for one in plan.folds:
+        norm = modules[one.norm]
+        left = Folded(found.norms[one.norm].dtypes[1], getattr(norm, "activation", None))
+        set_class(norm, Folded)
+        vars(norm).clear()
+        vars(norm).update(vars(left))
+    for path, weights in _folding.fold_weights(plan, found.layers).items():
+        layer = modules[path]
+        layer.kernel = layer.kernel.replace(weights.kernel)
+        layer.bias = nnx.Param(weights.bias) if layer.bias is None else layer.bias.replace(weights.bias)
+        if isinstance(layer, nnx.Einsum):
+            layer.bias_shape = layer.bias.shape
+        else:
+            layer.use_bias = True
+        if isinstance(layer.promote_dtype, MapKernel):
+            layer.promote_dtype = promote_dtype
+
+
+def _run(call: Call, model: Any, example: Any) -> Any:
+    graphdef, state = nnx.split(model)
+    return _check.run(lambda state, example: call(nnx.merge(graphdef, state), example), state, example)
