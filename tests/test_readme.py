@@ -145,6 +145,11 @@ def export(call):
         jaxbn.serving.export(Path(folder, "program"), call, variables(), X)
 
 
+def fold(x):
+    net = flax.linen.Sequential([flax.linen.Dense(3), EVALUATION])
+    jaxbn.linen.fold(net.apply, net.init(jax.random.key(0), X), x)
+
+
 # For each row of the table, by the start of its message: the type, and calls that raise it.
 ERRORS = {
     "Cannot update variable": (flax.errors.ModifyScopeVariableError, [lambda: LAYER.apply(variables(), X)]),
@@ -194,6 +199,7 @@ ERRORS = {
         ValueError,
         [lambda: jaxbn.linen.diagnose(EVALUATION.apply, variables(), [X])],
     ),
+    "The folded model differs from the one given": (ValueError, [lambda: fold(X * jnp.nan)]),
     "stop_when needs standard errors": (
         ValueError,
         [lambda: postproc([X], stop_when=0.1, estimator=jaxbn.moving_average())],

@@ -88,7 +88,9 @@ def fold_before(weights: Weights, affine: Affine, layer: Linear) -> Weights:
 def finish(y: jax.Array, residual: Any, dtype: Any, activation: Callable[[jax.Array], jax.Array] | None) -> jax.Array:
     """What is left of a folded normalization: its residual, its dtype, its activation."""
     if residual is not None:
-        y = y.astype(_dtypes.compute(y)) + jnp.asarray(residual).astype(_dtypes.compute(y))
+        # Not wider than it need be: XLA makes the sum a part of the convolution where all have one dtype.
+        wide = _dtypes.promote(y.dtype, jnp.asarray(residual).dtype, dtype)
+        y = y.astype(wide) + jnp.asarray(residual).astype(wide)
     y = y.astype(dtype)
     return y if activation is None else activation(y)
 

@@ -18,8 +18,8 @@ from jaxbn.linen.kernels import MapKernel
 from jaxbn.linen.modules import STATISTICS, Norm
 from jaxbn.methods.base import NormParams, NormTransform
 from jaxbn.methods.batch_norm import batch_norm
-from jaxbn.population import fold_check as _check
 from jaxbn.population import folding as _folding
+from jaxbn.population.fold_check import checked_report
 from jaxbn.population.fold_report import FoldReport
 from jaxbn.population.folding import Layer, Tag
 from jaxbn.population.frozen import Frozen
@@ -98,10 +98,8 @@ def fold(call: Call, variables: Any, example: Any, *, tolerance: float | None = 
     found = _follow(call, given, example)
     plan = _folding.make_plan(found.flow, found.norms, found.layers, found.values, list(find_states(given)))
     folded, new = _folded_call(call, plan, found), _write(given, plan, found.layers)
-    tolerance = _check.tolerance_of(plan, found.norms, found.layers) if tolerance is None else tolerance
-    error = _check.difference(_check.run(call, given, example), _check.run(folded, new, example))
-    _check.check(error, tolerance)
-    report = FoldReport(plan.layers, error, tolerance)
+    before, after = (call, given, example), (folded, new, example)
+    report = checked_report(plan, found.norms, found.layers, tolerance, before, after)
     if not isinstance(variables, Frozen):
         return folded, new, report
     left = tuple((path, layer) for path, layer in variables.info.layers if path not in report.folded)

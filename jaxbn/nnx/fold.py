@@ -25,8 +25,8 @@ from jaxbn.nnx.capture import (
 )
 from jaxbn.nnx.kernels import MapKernel
 from jaxbn.nnx.modules import Norm
-from jaxbn.population import fold_check as _check
 from jaxbn.population import folding as _folding
+from jaxbn.population.fold_check import checked_report
 from jaxbn.population.fold_report import FoldReport
 from jaxbn.population.folding import Layer, Tag
 from jaxbn.population.layers import call_arguments
@@ -66,10 +66,8 @@ def fold(
         >>> conv = nnx.Conv(3, 4, (3, 3), use_bias=False, rngs=rngs)
         >>> model = nnx.Sequential(conv, jaxbn.nnx.BatchNorm(4, activation=jax.nn.relu, rngs=rngs))
         >>> folded, report = jaxbn.nnx.fold(model, jnp.ones((1, 8, 8, 3)))
-        >>> print(report)
-        1 of 1 normalization layers folded; outputs on the example differ by 0
-        layer     folded  where to, or why not
-        layers/1  yes     behind 'layers/0'
+        >>> report.layers["layers/1"]
+        LayerFold(folded=True, into='layers/0', reason="behind 'layers/0'")
         >>> jax.tree.map(jnp.shape, nnx.to_pure_dict(nnx.state(folded)))
         {'layers': {0: {'bias': (4,), 'kernel': (3, 3, 3, 4)}}}
     """
@@ -80,10 +78,8 @@ def fold(
     found = _follow(call, given, example)
     plan = _folding.make_plan(found.flow, found.norms, found.layers, found.values, list(find_layers(given)))
     _edit(folded, plan, found)
-    tolerance = _check.tolerance_of(plan, found.norms, found.layers) if tolerance is None else tolerance
-    error = _check.difference(_run(call, given, example), _run(call, folded, example))
-    _check.check(error, tolerance)
-    return folded, FoldReport(plan.layers, error, tolerance)
+    before, after = (_as_function(call, copy, example) for copy in (given, folded))
+    return folded, checked_report(plan, found.norms, found.layers, tolerance, before, after)
 
 
 class Folded(nnx.Module):
@@ -271,6 +267,7 @@ def _edit(model: Any, plan: _folding.Plan, found: _Found) -> None:
             layer.promote_dtype = promote_dtype
 
 
-def _run(call: Call, model: Any, example: Any) -> Any:
+def _as_function(call: Call, model: Any, example: Any) -> tuple[Any, ...]:
+    """A function of the state of the model, and its arguments."""
     graphdef, state = nnx.split(model)
-    return _check.run(lambda state, example: call(nnx.merge(graphdef, state), example), state, example)
+    return lambda state, example: call(nnx.merge(graphdef, state), example), state, example
