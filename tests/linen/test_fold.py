@@ -100,6 +100,7 @@ class Before(nn.Module):
         ]
 
 
+@pytest.mark.slow
 def test_layers_take_what_is_before_them_unless_they_pad():
     x = images(2, 5, 6, 4)
     variables = started(Before(), x)
