@@ -9,6 +9,8 @@ model, any number of images, CPU, CUDA or TPU. A fresh process, which has only t
 answers. Then it prints what folding changed: how many numbers the networks hold, how many bytes they move when they are
 compiled, and how long they take. They are timed in turns, so that what else the machine does hits both; intervals are
 those of the median.
+
+`--api nnx` does it with a network that `digits.py --api nnx` has saved.
 """
 
 import argparse
@@ -23,14 +25,16 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from digits import DigitNet
+from digits import DigitNet, NNXDigitNet
 from digits import load as load_digits
+from flax import nnx
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 import jaxbn
 import jaxbn.linen
+import jaxbn.nnx
 import jaxbn.serving
 
 SIZES = (1, 64)  # images at a time
@@ -52,7 +56,7 @@ class Network(NamedTuple):
     """A network in evaluation: what to export, and a pure function of its arrays and images to compile and to time."""
 
     call: Callable[[Any, Any], jax.Array]
-    variables: Any  # what `call` takes: a Frozen
+    variables: Any  # what `call` takes: a Frozen of linen, or an NNX model
     predict: Callable[[Any, Any], jax.Array]
     arrays: Any
 
@@ -64,8 +68,8 @@ class Cost(NamedTuple):
     seconds: np.ndarray  # of each run
 
 
-def load(path: Path, example: np.ndarray) -> tuple[Network, Network, Any]:
-    """The network in the file, the folded one, and what was folded."""
+def load_linen(path: Path, example: np.ndarray) -> tuple[Network, Network, Any]:
+    """The network in the file, the folded one, and what was folded; of linen."""
     like = jax.eval_shape(lambda: DigitNet().init(jax.random.key(0), example, train=False))
     frozen = jaxbn.serving.load(path, like=like)
 
@@ -75,6 +79,23 @@ def load(path: Path, example: np.ndarray) -> tuple[Network, Network, Any]:
     folded_call, folded, report = jaxbn.linen.fold(call, frozen, example)
     before = Network(call, frozen, call, frozen.variables)
     return before, Network(folded_call, folded, folded_call, folded.variables), report
+
+
+def load_nnx(path: Path, example: np.ndarray) -> tuple[Network, Network, Any]:
+    """The same in NNX."""
+    model = jaxbn.nnx.install_frozen(nnx.eval_shape(lambda: NNXDigitNet(nnx.Rngs(0))), jaxbn.serving.load(path))
+    folded, report = jaxbn.nnx.fold(model, example)
+
+    def network(model: nnx.Module) -> Network:
+        graph, state = nnx.split(model)
+        return Network(
+            lambda model, images: model(images),
+            model,
+            lambda state, images: nnx.merge(graph, state)(images),
+            state,
+        )
+
+    return network(model), network(folded), report
 
 
 def answer(program: Path, images: np.ndarray) -> np.ndarray:
@@ -135,6 +156,7 @@ def median(values: np.ndarray, digits: int) -> str:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Reads and checks the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--api", choices=("linen", "nnx"), default="linen", help="with which it was trained (linen)")
     parser.add_argument("--network", type=Path, default="digits.jaxbn", metavar="PATH", help="to load (digits.jaxbn)")
     parser.add_argument("--program", type=Path, default="digits.program", metavar="PATH", help="to write (.program)")
     parser.add_argument("--seed", type=int, default=0, help="with which it was trained, for the held-out digits (0)")
@@ -142,7 +164,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--no-progress", action="store_true", help="show no progress bars")
     args = parser.parse_args(argv)
     if not args.network.is_file():
-        parser.error(f"there is no {args.network}: python examples/digits.py saves it")
+        parser.error(f"there is no {args.network}: python examples/digits.py --api {args.api} saves it")
     if not args.program.parent.is_dir() or args.rounds < 1:
         parser.error("the folder of --program must exist, and --rounds be 1 or more")
     return args
@@ -153,6 +175,7 @@ def main(argv: Sequence[str] | None = None) -> dict[int, list[Cost]]:
     args, console = parse(argv), Console(highlight=False, markup=False)
     progress = not args.no_progress and Console(stderr=True).is_terminal
     _, (digits, labels) = load_digits(args.seed)
+    load = load_linen if args.api == "linen" else load_nnx
     before, after, report = load(args.network, digits[: max(SIZES)])
     console.print(f"{report}\n", soft_wrap=True)
     jaxbn.serving.export(args.program, after.call, after.variables, digits)

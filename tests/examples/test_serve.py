@@ -5,9 +5,12 @@ import re
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 from programs import EXAMPLES, load_program
 
+import jaxbn
 import jaxbn.linen
+import jaxbn.nnx
 import jaxbn.serving
 
 pytestmark = pytest.mark.slow
@@ -21,18 +24,24 @@ def serve():
         yield load_program("serve.py")
 
 
-def network(serve):
+def network(serve, api):
     """As digits.py saves it, with random numbers."""
     rng, image = np.random.default_rng(0), np.ones((1, 8, 8, 1), np.float32)
-    shapes = jax.eval_shape(lambda: serve.DigitNet().init(jax.random.key(0), image, train=False))
-    return jaxbn.linen.freeze(jax.tree.map(lambda leaf: rng.uniform(0.1, 0.2, leaf.shape).astype("f4"), shapes))
+    numbers = lambda leaf: rng.uniform(0.1, 0.2, leaf.shape).astype(np.float32)
+    if api == "linen":
+        shapes = jax.eval_shape(lambda: serve.DigitNet().init(jax.random.key(0), image, train=False))
+        return jaxbn.linen.freeze(jax.tree.map(numbers, shapes))
+    model = nnx.eval_shape(lambda: serve.NNXDigitNet(nnx.Rngs(0)))
+    nnx.update(model, jax.tree.map(numbers, nnx.state(model)))
+    return jaxbn.nnx.freeze(model)
 
 
-def test_it_folds_exports_and_compares(serve, capsys, monkeypatch, tmp_path):
+@pytest.mark.parametrize("api", ["linen", "nnx"])
+def test_it_folds_exports_and_compares(api, serve, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "100")
-    jaxbn.serving.save("digits.jaxbn", network(serve))
-    costs = serve.main(["--rounds", "10", "--no-progress"])
+    jaxbn.serving.save("digits.jaxbn", network(serve, api))
+    costs = serve.main(["--api", api, "--rounds", "10", "--no-progress"])
     out, err = capsys.readouterr()
     assert not err.strip()
     lines = out.splitlines()
@@ -62,5 +71,5 @@ def test_medians_come_with_their_interval(serve):
 def test_a_network_that_is_not_there(serve, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit):
-        serve.main([])
-    assert "there is no digits.jaxbn: python examples/digits.py saves it" in capsys.readouterr().err
+        serve.main(["--api", "nnx"])
+    assert "there is no digits.jaxbn: python examples/digits.py --api nnx saves it" in capsys.readouterr().err
