@@ -134,24 +134,44 @@ class Block(nn.Module):
         return self.normed(scale_init=nn.initializers.zeros)(y, x)
 
 
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions, beside a shortcut."""
+
+    width: int
+    stride: int
+    normed: Callable[..., Normed]
+    conv: Callable[..., nn.Conv]
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = self.normed()(self.conv(self.width, (3, 3), self.stride)(x))
+        y = self.conv(self.width, (3, 3))(y)
+        if x.shape != y.shape:
+            x = self.normed(activation=None)(self.conv(self.width, (1, 1), self.stride)(x))
+        return self.normed(scale_init=nn.initializers.zeros)(y, x)
+
+
 class ResNet(nn.Module):
-    """ResNet-50, with the stride in the 3x3 convolutions."""
+    """ResNet-50 unless told otherwise, with the stride in the 3x3 convolutions."""
 
     form: Form
     train: bool
     dtype: DTypeLike
+    stages: Sequence[int] = STAGES
+    block: type[nn.Module] = Block
+    width: int = 64
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         normed = functools.partial(Normed, self.form, self.train, self.dtype)
         conv = functools.partial(nn.Conv, use_bias=False, dtype=self.dtype)
         policy = self.form.policy
-        block = Block if policy is None else nn.remat(Block, policy=policy)
-        x = normed()(conv(64, (7, 7), 2, padding=3)(x))
+        block = self.block if policy is None else nn.remat(self.block, policy=policy)
+        x = normed()(conv(self.width, (7, 7), 2, padding=3)(x))
         x = nn.max_pool(x, (3, 3), (2, 2), padding="SAME")
-        for stage, blocks in enumerate(STAGES):
+        for stage, blocks in enumerate(self.stages):
             for i in range(blocks):
-                x = block(64 << stage, 2 if stage and not i else 1, normed, conv)(x)
+                x = block(self.width << stage, 2 if stage and not i else 1, normed, conv)(x)
         return nn.Dense(CLASSES, dtype=self.dtype)(x.mean((1, 2))).astype(jnp.float32)
 
 
@@ -180,10 +200,10 @@ def layer_program(
     return Program(run, shapes_of(layer, *inputs), (x, *inputs))
 
 
-def train_program(form: Form, dtype: DTypeLike, batch: int) -> Program:
+def train_program(form: Form, dtype: DTypeLike, batch: int, *, size: int = IMAGE[0], **network: Any) -> Program:
     """A step of stochastic gradient descent."""
-    net = ResNet(form, True, dtype)
-    images = jax.ShapeDtypeStruct((batch, *IMAGE), dtype)
+    net = ResNet(form, True, dtype, **network)
+    images = jax.ShapeDtypeStruct((batch, size, size, IMAGE[-1]), dtype)
     labels = jax.ShapeDtypeStruct((batch,), jnp.int32)
 
     def step(variables: Any, images: jax.Array, labels: jax.Array) -> Any:

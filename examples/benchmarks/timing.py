@@ -107,12 +107,12 @@ def copy_bandwidth(size: int = 1 << 28) -> float:
 
 
 def table(title: str, names: Sequence[str], numbers: Sequence[str], rows: Iterator[Sequence[str]]) -> Table:
-    """Names on the left, numbers on the right; a line where the first name changes."""
+    """Names on the left, numbers on the right; where there are several names, a line where the first changes."""
     made, last = Table(*names, title=title), None
     for number in numbers:
         made.add_column(number, justify="right")
     for row in rows:
-        if last not in (None, row[0]):
+        if len(names) > 1 and last not in (None, row[0]):
             made.add_section()
         made.add_row(*row)
         last = row[0]
