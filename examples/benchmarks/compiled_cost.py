@@ -41,8 +41,8 @@ from hlo_cost import Cost
 from jax.typing import DTypeLike
 from rich.console import Console
 from rich.measure import Measurement
-from rich.progress import track
 from rich.table import Table
+from timing import add_progress_option, bars
 
 import jaxbn.linen
 import jaxbn.nnx
@@ -360,13 +360,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=dtypes, default=dtypes[:1], **several, help="bfloat16 (default), float32")
     parser.add_argument("--batch", type=int, nargs="+", metavar="N", help="examples for each chip")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there")
-    parser.add_argument("--no-progress", action="store_true", help="show no progress bars")
+    add_progress_option(parser)
     args = parser.parse_args(argv)
     if args.batch and min(args.batch) < 1:
         parser.error("a batch has 1 example or more")
-    screen = Console(stderr=True)
-    no_bars = args.no_progress or not screen.is_terminal
-    args.bar = functools.partial(track, console=screen, transient=True, disable=no_bars)
     return args
 
 
@@ -383,10 +380,10 @@ def main(argv: Sequence[str] | None = None) -> dict[Group, dict[str, Cost | None
     """Runs the program; returns what it counted."""
     args, console = parse(argv), Console(highlight=False, markup=False)
     jax.config.update("jax_platforms", "cpu")  # a device that is there has nothing to do
-    found = {}
+    found, bar = {}, bars(args)
     for group in groups(args):
         forms = [name for name in args.norms if WHAT[group.what].forms(FORMS[name])]
-        found[group] = {name: cost_of(group, name) for name in args.bar(forms, f"{group.device} {group.what}")}
+        found[group] = {name: cost_of(group, name) for name in bar(forms, f"{group.device} {group.what}")}
         show(table(group, found[group]), console)
         for name in [name for name, cost in found[group].items() if cost is None]:
             console.print(f"{name} does not fit into the memory of the device.")
