@@ -5,8 +5,9 @@
 
 compiles, for a machine that need not be there, one layer forward and backward (alone, with a ReLU behind it, and with a
 residual and a ReLU), a training step of ResNet-50 (He et al., 2015; SGD, the last scale of a block starts at zero), and
-its evaluation; for no normalization, Flax's layers, and jaxbn's. Of each program it prints, in all and as multiples of
-those of Flax's layer as it comes (`use_fast_variance=True`):
+its evaluation; for no normalization, Flax's layers, and jaxbn's, which may have activation and residual inside (fused),
+be recomputed for the backward pass, or be folded. Of each program it prints, in all and as multiples of those of Flax's
+layer as it comes (`use_fast_variance=True`):
 
     moved        bytes that the kernels read and write; `hlo_cost.py` says how they are counted, and what they miss
     by norm      what of it is due to the norm: the difference to the program without one
@@ -58,6 +59,12 @@ class Form(NamedTuple):
     layer: Callable[..., Callable[..., jax.Array]]  # its fields -> what is called with x, and a residual if it is fused
     fused: bool = False  # activation and residual go into the layer
     policy: Callable[..., Any] | None = None  # what of a block is kept for the backward pass; the rest is done again
+    fold: Callable[..., Any] | None = None  # what is done to the network before it is evaluated
+
+    @property
+    def in_layers(self) -> bool:
+        """Whether it is a layer of its own, and no way to run a network."""
+        return self.policy is None and self.fold is None
 
 
 def no_norm(**fields: Any) -> Callable[..., jax.Array]:
@@ -87,6 +94,8 @@ FORMS = {
     "fused": Form(jaxbn.linen.BatchNorm, fused=True),
     "fused-nnx": Form(in_linen(jaxbn.nnx.BatchNorm), fused=True),
     "fused-remat": Form(jaxbn.linen.BatchNorm, fused=True, policy=_NOTHING),
+    "flax-fold": Form(nn.BatchNorm, fold=jaxbn.linen.fold),
+    "fused-fold": Form(jaxbn.linen.BatchNorm, fused=True, fold=jaxbn.linen.fold),
 }
 
 
@@ -225,7 +234,11 @@ def eval_program(form: Form, dtype: DTypeLike, batch: int) -> Program:
     """The logits of a batch."""
     net = ResNet(form, False, dtype)
     images = jax.ShapeDtypeStruct((batch, *IMAGE), dtype)
-    return Program(net.apply, shapes_of(net, images), (images,))
+    if form.fold is None:
+        return Program(net.apply, shapes_of(net, images), (images,))
+    small = jnp.ones((1, 32, 32, 3), dtype)
+    run, variables, _ = form.fold(net.apply, jax.jit(net.init)(jax.random.key(0), small), small)
+    return Program(run, jax.eval_shape(lambda: variables), (images,))
 
 
 class What(NamedTuple):
@@ -240,14 +253,14 @@ class What(NamedTuple):
 def _layer(title: str, *, activation: Callable[..., Any] | None = None, residual: bool = False) -> What:
     program = functools.partial(layer_program, activation=activation, residual=residual)
     fuses = activation is not None
-    return What(title, program, 256, lambda form: form.policy is None and (fuses or not form.fused))
+    return What(title, program, 256, lambda form: form.in_layers and (fuses or not form.fused))
 
 
 WHAT = {
     "layer": _layer("layer"),
     "layer-relu": _layer("layer, ReLU", activation=jax.nn.relu),
     "layer-residual": _layer("layer, residual, ReLU", activation=jax.nn.relu, residual=True),
-    "train": What("ResNet-50 training", train_program),
+    "train": What("ResNet-50 training", train_program, forms=lambda form: form.fold is None),
     "eval": What("ResNet-50 evaluation", eval_program, 64, lambda form: form.policy is None),
 }
 

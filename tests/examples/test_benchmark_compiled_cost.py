@@ -77,9 +77,8 @@ def test_tables_are_printed_whole_and_written(benchmark, monkeypatch, capsys, tm
 
     assert [(group.what, group.batch) for group in found] == [("eval", 2), ("eval", 8), ("layer", 2), ("layer", 8)]
     differ = [name for name, form in benchmark.FORMS.items() if not form.policy]
-    assert [list(costs) for costs in found.values()] == 2 * [differ] + 2 * [
-        [name for name in differ if not benchmark.FORMS[name].fused]
-    ]
+    layers = ["none", "flax", "flax-safe", "flax-nnx", "jaxbn", "jaxbn-nnx"]
+    assert [list(costs) for costs in found.values()] == 2 * [differ] + 2 * [layers]
     out = capsys.readouterr().out
     assert "H100, ResNet-50 evaluation, bfloat16, 8 examples (GB)" in out and "…" not in out
     assert out.count("flax-safe does not fit into the memory of the device.") == 4

@@ -100,6 +100,14 @@ def test_evaluation_costs_no_more_than_with_flax(h100):
     assert h100("eval", "fused").moved <= flax.moved
 
 
+@pytest.mark.parametrize("norm", ["flax-fold", "fused-fold"])
+def test_a_folded_network_costs_what_one_without_norms_costs(h100, norm):
+    flax, bare, folded = h100("eval", "flax"), h100("eval", "none"), h100("eval", norm)
+
+    assert folded.moved <= 0.67 * flax.moved
+    assert folded.moved <= 1.005 * bare.moved
+
+
 LAYERS = ["layer", "layer-relu", "layer-residual"]
 
 
