@@ -194,8 +194,12 @@ def _norm(layer: Any, y: jax.Array, *args: Any, **kwargs: Any) -> _folding.Norm:
     x, _, residual, where = call_arguments(*args, **kwargs)
     given = (*args[1:2], kwargs.get("use_running_average"))
     flags = [flag for flag in (*given, layer.use_running_average) if flag is not None]
-    frozen = is_frozen(layer)
-    refusal = _folding.MOVES if not (frozen or flags[0]) else _folding.DOMAINS if where else None
+    cls: Any = type(layer).__bases__[0] if is_frozen(layer) else type(layer)
+    refusal = _folding.DOMAINS if where else None
+    if not (is_frozen(layer) or flags[0]):
+        refusal = _folding.MOVES
+    elif cls.__call__ not in (nnx.BatchNorm.__call__, Norm.__call__):
+        refusal = f"it is a {cls.__name__}, whose call is its own"
     return _folding.Norm(
         _transform(layer),
         NormParams(*(None if p is None else p[...] for p in (layer.scale, layer.bias))),

@@ -1,6 +1,7 @@
 """What `fold` did with every normalization of a model."""
 
 import dataclasses
+import textwrap
 from typing import Any, NamedTuple
 
 from jaxbn.population.tables import names_of, short
@@ -15,6 +16,7 @@ class LayerFold(NamedTuple):
 
 
 _HEAD = ("layer", "folded", "where to, or why not")
+_WIDTH = 100  # of the table
 _WIDEST_PATH = 44
 
 
@@ -46,11 +48,16 @@ class FoldReport:
 
     def __str__(self) -> str:
         names = names_of(self.layers, _WIDEST_PATH)
-        rows = [_HEAD, *((names[p], "yes" if one.folded else "no", one.reason) for p, one in self.layers.items())]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        head = (
+        widest = max(map(len, ("layer", *names.values())))
+        lines = [
             f"{len(self.folded)} of {len(self.layers)} normalization layers folded; outputs on the example differ by "
             f"{short(self.error)}"
-        )
-        lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
-        return "\n".join([head, *(line.rstrip() for line in lines)])
+        ]
+        for first, second, third in (_HEAD, *(_cells(names[path], layer) for path, layer in self.layers.items())):
+            start = f"{first:{widest}}  {second:6}  "
+            lines += textwrap.wrap(third, _WIDTH, initial_indent=start, subsequent_indent=" " * len(start))
+        return "\n".join(lines)
+
+
+def _cells(name: str, layer: LayerFold) -> tuple[str, str, str]:
+    return name, "yes" if layer.folded else "no", layer.reason

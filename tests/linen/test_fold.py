@@ -56,7 +56,7 @@ class Layers(nn.Module):
             STOCK(name="flipped_norm")(nn.ConvTranspose(6, (3, 3), transpose_kernel=True, use_bias=False)(x)),
             OURS(name="dense_norm", use_scale=False)(nn.Dense(5)(flat)),
             STOCK(name="dense_general_norm", use_bias=False)(nn.DenseGeneral((2, 3), axis=(2, 1), use_bias=False)(x)),
-            OURS(name="batch_norm", axis=(1, -1))(nn.DenseGeneral(3, axis=-1, batch_dims=(0,))(flat)[None, :, 0]),
+            OURS(name="batch_norm", axis=(0, -1))(nn.DenseGeneral(3, axis=-1, batch_dims=(0,))(flat)),
             OURS(name="heads_norm", axis=(-2, -1))(nn.DenseGeneral((2, 3))(flat)),
             OURS(name="einsum_norm", axis=(1, 3))(nn.Einsum((4, 2, 3), "...nc,chd->...hnd")(flat)),
         ]
@@ -66,13 +66,9 @@ class Layers(nn.Module):
 def test_every_kind_of_layer_takes_what_is_behind_it():
     x = images(2, 4, 4, 4)
     call, variables, folded, new, report = fold(Layers(), x)
-    into = {path: layer.into for path, layer in report.layers.items()}
-    assert into.pop("batch_norm") is None  # its input is not the output as it is
-    assert set(into.values()) == {
-        "Conv_0", "Conv_1", "ConvTranspose_0", "ConvTranspose_1", "Dense_0", "DenseGeneral_0", "DenseGeneral_2",
-        "Einsum_0",
-    }  # fmt: skip
-    assert set(new["batch_stats"]) == {"batch_norm"}
+    assert len(set(rows_of(report).values())) == len(report.folded) == len(report.layers) == 9
+    assert_same_outputs(call, variables, folded, new, x)
+    assert set(new) == {"params"}
 
 
 class Before(nn.Module):
@@ -427,6 +423,38 @@ def test_the_kernel_is_that_of_the_formula_rounded_once(dtype):
 
 
 @pytest.mark.slow
+def test_kernels_are_those_of_pytorch():
+    """Of `fuse_conv_bn_eval`, for a plain, a grouped and a transposed convolution."""
+    torch = pytest.importorskip("torch")
+    from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+    nets = {
+        "plain": (nn.Conv(6, (3, 3)), torch.nn.Conv2d(4, 6, 3), (3, 2, 0, 1)),
+        "grouped": (nn.Conv(6, (3, 3), feature_group_count=2), torch.nn.Conv2d(4, 6, 3, groups=2), (3, 2, 0, 1)),
+        # PyTorch has the input first, and the kernel flipped in space.
+        "transposed": (nn.ConvTranspose(6, (3, 3)), torch.nn.ConvTranspose2d(4, 6, 3), (2, 3, 0, 1)),
+    }
+    for conv, theirs, order in nets.values():
+        _, variables, _, new, _ = fold(nn.Sequential([conv, OURS()]), images(2, 5, 5, 4))
+        params, statistics = variables["params"], variables["batch_stats"]["layers_1"]
+        norm = torch.nn.BatchNorm2d(6)
+        with torch.no_grad():
+            for theirs_, ours in (
+                (theirs.weight, params["layers_0"]["kernel"].transpose(order)),
+                (theirs.bias, params["layers_0"]["bias"]),
+                (norm.weight, params["layers_1"]["scale"]),
+                (norm.bias, params["layers_1"]["bias"]),
+                (norm.running_mean, statistics["mean"]),
+                (norm.running_var, statistics["var"]),
+            ):
+                theirs_.copy_(torch.tensor(np.array(ours)))
+            fused = fuse_conv_bn_eval(theirs.eval(), norm.eval(), transpose=theirs.transposed)
+        kernel, bias = (new["params"]["layers_0"][name] for name in ("kernel", "bias"))
+        np.testing.assert_allclose(kernel.transpose(order), fused.weight.detach().numpy(), rtol=1e-6, atol=1e-6)
+        np.testing.assert_allclose(bias, fused.bias.detach().numpy(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
 def test_a_bfloat16_network_gives_what_it_gave_but_for_the_rounding():
     norm = functools.partial(OURS, dtype=jnp.bfloat16, activation=nn.relu)
     net = nn.Sequential([nn.Dense(6, dtype=jnp.bfloat16), norm(), nn.Dense(3, dtype=jnp.bfloat16), norm()])
@@ -495,8 +523,8 @@ def test_the_report_is_a_table_and_a_dict():
         "1 of 2 normalization layers folded; outputs on the example differ by 1.2e-7",
         "layer     folded  where to, or why not",
         "layers_1  yes     behind 'layers_0'",
-        "layers_3  no      its input is made by an activation (relu); its output goes into the outputs of the model, "
-        "not straight into a layer",
+        "layers_3  no      its input is made by an activation (relu); its output goes into the outputs of the",
+        "                  model, not straight into a layer",
     ]
     assert report.to_dict() == {
         "layers": {path: layer._asdict() for path, layer in report.layers.items()}, "error": 1.25e-7, "tolerance": 1e-4,

@@ -178,6 +178,13 @@ class Standardized(nnx.Conv):
     """A layer that may do anything."""
 
 
+class Centred(jaxbn.nnx.BatchNorm):
+    """A normalization that does something else besides."""
+
+    def __call__(self, x):
+        return super().__call__(x) - 1
+
+
 class Stays(nnx.Module):
     """Reasons to fold nothing; the name of each normalization says which."""
 
@@ -191,6 +198,7 @@ class Stays(nnx.Module):
             OURS(4),
             Linear(4, 4, dot_general=lambda *a, **k: jax.lax.dot_general(*a, **k)),
         )
+        self.centred, self.linear_centred = Centred(4, rngs=RNGS), Linear(4, 4)
         self.other_variable = Linear(4, 4)
         self.other_variable.kernel = self.linear_variable.kernel
 
@@ -206,6 +214,7 @@ class Stays(nnx.Module):
             self.tied(self.linear_tied(x)) @ self.linear_tied.kernel.T,
             self.variable(self.linear_variable(x)), self.other_variable(x),
             self.activated(x), self.subclass(self.standardized(x[:, None])), self.product(self.linear_product(x)),
+            self.centred(self.linear_centred(x)),
         ]  # fmt: skip
 
 
@@ -220,6 +229,7 @@ REASONS = {
     "variable": "the variables of 'linear_variable' are used elsewhere too",
     "activated": "its own activation or residual comes before the next layer",
     "subclass": "'standardized' is a Standardized, which fold does not know",
+    "centred": "it is a Centred, whose call is its own",
     "product": "'linear_product' computes with a dot_general of its own",
 }
 
