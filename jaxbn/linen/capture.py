@@ -49,7 +49,9 @@ OUR_CALL = inspect.unwrap(Norm.__call__)
 _SLOT = "jaxbn_slot"
 _WEIGHTS = "jaxbn_weights"
 FROZEN = "jaxbn_frozen"  # beside the statistics of a layer that is to keep and to use them
-REPLACED = "jaxbn_replaced"  # in the flags of scopes: what takes the place of the layers in them
+REPLACED = (
+    "jaxbn_replaced"  # in the flags of scopes: what takes the place of layers, and of how deep a model it was said
+)
 # Fields of the stock layer that matter once its statistics are given.
 _STOCK_FIELDS = (
     "axis epsilon dtype param_dtype use_bias use_scale bias_init scale_init force_float32_reductions".split()
@@ -213,19 +215,19 @@ def meets_layer(context: nn.module.InterceptorContext) -> bool:
     return getattr(context.orig_method, "func", None) in (STOCK_CALL, OUR_CALL)
 
 
-def replacement(scope: Any) -> tuple[Any, int]:
-    """What takes the place of layers in a scope, and how deep the model is for which that was said; or None and 0."""
-    while scope is not None and REPLACED not in scope.flags:
-        scope = scope.parent
-    found: tuple[Any, int] = (None, 0) if scope is None else scope.flags[REPLACED]
-    return found
-
-
 def successor_of(layer: Any) -> Callable[[], Any] | None:
     """What makes the layer that takes the place of another in this call; None if nothing does."""
-    successor, depth = replacement(layer.scope)
+    successor, depth = layer.scope.flags.get(REPLACED, (None, 0))
     path = "/".join(layer.path[depth:])
     return functools.partial(successor.make, layer, path) if successor is not None and successor.covers(path) else None
+
+
+def set_flags(module: Any, flags: Mapping[str, Any]) -> None:
+    """Puts flags into the scope of a module and of its parts, those that are bound already and those that will be."""
+    module.scope.flags = module.scope.flags.copy(flags)
+    for part in module._state.children.values():
+        if isinstance(part, nn.Module) and part.scope is not None:
+            set_flags(part, flags)
 
 
 def kind_of(layer: Any) -> LayerKind:

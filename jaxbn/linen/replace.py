@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import flax.linen as nn
 
-from jaxbn.linen.capture import REPLACED, find_states, meets_layer, replacement, successor_of
+from jaxbn.linen.capture import REPLACED, find_states, meets_layer, set_flags, successor_of
 from jaxbn.linen.modules import STATISTICS, Norm
 from jaxbn.population.layers import as_partial, carried, is_at_or_below, select
 
@@ -112,7 +112,7 @@ def _class_with(successor: _Successor, cls: Any) -> Any:
     def bound(self: Any) -> None:
         cls.__post_init__(self)
         if self.scope is not None:
-            self.scope.flags = self.scope.flags.copy({REPLACED: (successor, len(self.path))})
+            set_flags(self, {REPLACED: (successor, len(self.path))})
 
     fields = {field.name for field in dataclasses.fields(cls)}
     own = {name for name in dir(cls) if not hasattr(nn.Module, name) or name == "__call__"} - fields
@@ -136,11 +136,5 @@ def _intercepted(successor: _Successor, method: Any) -> Any:
 
 
 def _intercept(next_call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
-    module: Any = context.module
-    if module.scope is None:
-        return next_call(*args, **kwargs)
-    flag = replacement(module.scope)
-    if REPLACED not in module.scope.flags:  # a part that was bound before the call of the whole
-        module.scope.flags = module.scope.flags.copy({REPLACED: flag})
-    found = successor_of(module) if meets_layer(context) else None
-    return next_call(*args, **kwargs) if found is None else found()(*args, **kwargs)
+    made = successor_of(context.module) if meets_layer(context) else None
+    return next_call(*args, **kwargs) if made is None else made()(*args, **kwargs)

@@ -2,6 +2,8 @@
 
 from jaxbn.serving.files import load as load
 from jaxbn.serving.files import save as save
+from jaxbn.serving.match import Match as Match
+from jaxbn.serving.match import match as match
 from jaxbn.serving.programs import Program as Program
 from jaxbn.serving.programs import export as export
 from jaxbn.serving.programs import load_program as load_program

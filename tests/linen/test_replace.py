@@ -77,8 +77,10 @@ def test_the_model_is_the_one_that_is_written_with_the_layer(x):
     assert isinstance(replaced, Net) and replaced.norm is nn.BatchNorm
 
 
-def test_two_replacements_are_not_mistaken_for_each_other(x):
+@pytest.mark.parametrize("in_field", [False, True])
+def test_two_replacements_are_not_mistaken_for_each_other(x, in_field):
     net = nn.jit(Block, static_argnames=("train",))()
+    net = nn.Sequential([net]) if in_field else net
     sizes = [replace(net, functools.partial(GhostBatchNorm, ghost_size=size)) for size in (2, 4)]
     variables = net.init(KEY, x, train=False)
     one, other = (net.apply(variables, x, train=True, mutable=["batch_stats"])[0][0] for net in sizes)
