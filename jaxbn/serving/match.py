@@ -1,18 +1,20 @@
 """Arrays of one model for another of the same architecture: which layer is which, and the conversion both ways.
 
-The proposal is by equal names; else by order, one kind of layers after the other, where the shapes agree all along.
-What remains and has a shape of its own is paired by that. Anything else is an error, which says what to write.
+The proposal is by equal names; else by order, where the shapes come in the same order in both. Where the orders differ,
+as far as shapes show, layers are paired that have a shape of their own in that part of the model, or names that differ
+by numbers alone. Anything else is an error, which says what to write.
 """
 
 import dataclasses
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from jaxbn.population.layers import takes_over
+from jaxbn.population.layers import natural, takes_over
 from jaxbn.serving.layouts import CONV, CONV_TRANSPOSE, CONV_TRANSPOSE_FLIPPED, DENSE, Layer, Model, layout
 
 _SHOWN = 8  # layers in an error
@@ -129,29 +131,62 @@ def match(
 def _propose(source: Sequence[Layer], target: Sequence[Layer], given: Mapping[str, str]) -> dict[str, str]:
     """{path in the target: path in the source} of all layers."""
     pairs = _checked(source, target, given)
-    names = {layer.path.replace("/", "."): layer for layer in source if layer.path not in pairs.values()}
+    names = {_dotted(layer): layer for layer in source if layer.path not in pairs.values()}
     for layer in target:
-        same = names.get(layer.path.replace("/", "."))
+        same = names.get(_dotted(layer))
         if layer.path not in pairs and same is not None and same.signature == layer.signature:
             pairs[layer.path] = same.path
     olds = [layer for layer in source if layer.path not in pairs.values()]
     news = [layer for layer in target if layer.path not in pairs]
     _check_complete(olds, news)
     open_layers: dict[str, list[str]] = {}
-    for kind in dict.fromkeys(map(_kind, news)):
-        of_old, of_new = ([layer for layer in layers if _kind(layer) == kind] for layers in (olds, news))
-        if [layer.signature for layer in of_old] == [layer.signature for layer in of_new]:
-            pairs |= {new.path: old.path for new, old in zip(of_new, of_old, strict=True)}
-            continue
-        for new in of_new:
-            candidates = [old.path for old in of_old if old.signature == new.signature]
-            if len(candidates) == 1:
-                pairs[new.path] = candidates[0]
+    for of_old, of_new in _segments(olds, news):
+        for signature in dict.fromkeys(layer.signature for layer in of_new):
+            alike = [[layer.path for layer in part if layer.signature == signature] for part in (of_old, of_new)]
+            if len(alike[0]) == 1 or all(map(_is_numbered, alike)):
+                pairs |= dict(zip(alike[1], alike[0], strict=True))
             else:
-                open_layers[new.path] = candidates
+                open_layers |= dict.fromkeys(alike[1], alike[0])
     if open_layers:
         raise ValueError(_question(open_layers))
     return {layer.path: pairs[layer.path] for layer in target}
+
+
+def _segments(olds: Sequence[Layer], news: Sequence[Layer]) -> list[tuple[list[Layer], list[Layer]]]:
+    """Both orders cut into the shortest parts of the same shapes: single layers, where the orders agree.
+
+    Where they do not, all that stands beside these layers in one module is part of it: a branch that one model calls
+    first, and the other last, exchanges layers of equal shape with those around it.
+    """
+    parts: list[tuple[list[Layer], list[Layer]]] = [([], [])]
+    balance = Counter[Any]()
+    for old, new in zip(olds, news, strict=True):
+        parts[-1][0].append(old)
+        parts[-1][1].append(new)
+        balance[old.signature] += 1
+        balance[new.signature] -= 1
+        if not any(balance.values()):
+            parts.append(([], []))
+    merged: list[tuple[list[Layer], list[Layer]]] = []
+    for part in parts[:-1]:
+        merged.append(part)
+        while len(merged) > 1 and _belong_together(*merged[-2:]):
+            last = merged.pop()
+            merged[-1] = (merged[-1][0] + last[0], merged[-1][1] + last[1])
+    return merged
+
+
+def _belong_together(one: tuple[list[Layer], list[Layer]], other: tuple[list[Layer], list[Layer]]) -> bool:
+    """Whether the orders differ in one part, and layers of the other stand in the same modules."""
+    modules = [
+        [{re.split(r"[./](?=[^./]*$)", layer.path)[0] for layer in side} for side in part] for part in (one, other)
+    ]
+    return max(len(one[0]), len(other[0])) > 1 and any(mine & others for mine, others in zip(*modules, strict=True))
+
+
+def _is_numbered(paths: Sequence[str]) -> bool:
+    """Whether the names are the same but for numbers, which grow."""
+    return len({re.sub(r"\d+", "#", path) for path in paths}) == 1 and sorted(paths, key=natural) == list(paths)
 
 
 def _checked(source: Sequence[Layer], target: Sequence[Layer], given: Mapping[str, str]) -> dict[str, str]:
@@ -221,20 +256,15 @@ def _flatten_first(weight: np.ndarray, shape: tuple[int, ...], *, to_flax: bool)
     return moved.reshape(weight.shape)
 
 
-def _kind(layer: Layer) -> tuple[int, bool]:
-    """What tells convolutions, dense layers and normalizations apart in PyTorch too."""
-    return len(layer.shapes.get("weight", layer.shapes.get("", ()))), "running_var" in layer.shapes
+def _dotted(layer: Layer) -> str:
+    return layer.path.replace("/", ".")
 
 
 def _question(open_layers: Mapping[str, list[str]]) -> str:
-    proposal, taken = {}, set()
-    for new, candidates in open_layers.items():
-        proposal[new] = next(old for old in candidates if old not in taken)
-        taken.add(proposal[new])
+    choices = [f"{new!r}: {' or '.join(map(repr, candidates))}" for new, candidates in open_layers.items()]
     return (
-        f"Layers of equal shape do not come in the same order in both models, so that these may be any of several: "
-        f"{_some([f'{new!r} of {candidates}' for new, candidates in open_layers.items()])}. Say which they are, for "
-        f"one names={proposal}."
+        f"Layers of equal shape do not come in the same order in both models. Say which is which, of each shape all "
+        f"but the last: names={{{_some(choices)}}}"
     )
 
 

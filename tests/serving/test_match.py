@@ -202,10 +202,31 @@ TORCH = {"first.weight": conv(3, 2, 1, 1), "x.weight": conv(2, 2, 1, 1), "y.weig
 def test_what_order_and_names_do_not_tell_is_asked_for():
     """There the layer of another shape comes first, here last: the others may be in any order."""
     target = linen_of("c", "b")
-    with pytest.raises(ValueError, match=r"'c' of \['x', 'y'\], .* for one names=\{'c': 'x', 'b': 'y'\}"):
+    with pytest.raises(ValueError, match=r"which is which, .* names=\{'c': 'x' or 'y', 'b': 'x' or 'y'\}"):
         match(TORCH, target)
     assert match(TORCH, target, names={"b": "x"}).names == {"c": "y", "b": "x", "a": "first"}
     assert match(TORCH, linen_of("x", "y")).names == {"x": "x", "y": "y", "a": "first"}  # by their names
+
+
+def test_a_branch_that_is_called_first_is_asked_for():
+    """By order alone the norm of the branch would be taken for the last one of the block."""
+
+    class Residual(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            y = nn.Conv(4, (3, 3), name="conv1")(x)
+            x = nn.LayerNorm(name="shortcut_norm")(nn.Conv(4, (1, 1), name="shortcut")(x))
+            return nn.LayerNorm(name="norm1")(y) + x
+
+    net = nn.Sequential([Residual(), nn.Dense(2)])
+    target = lambda: net.init(KEY, jnp.ones((1, 1, 1, 2)))
+    shapes = {"0.conv": (4, 2, 3, 3), "0.bn": (4,), "0.down.0": (4, 2, 1, 1), "0.down.1": (4,), "head": (2, 4)}
+    values = {f"{path}.weight": conv(*shape) for path, shape in shapes.items()}
+    values |= {f"{path}.bias": conv(shape[0]) for path, shape in shapes.items()}
+    with pytest.raises(ValueError, match=r"=\{'layers_0/shortcut_norm': '0.bn' or '0.down.1', 'layers_0/norm1'"):
+        match(values, target)
+    found = match(values, target, names={"layers_0/norm1": "0.bn"})
+    assert found.names["layers_0/shortcut_norm"] == "0.down.1" and found.names["layers_0/shortcut"] == "0.down.0"
 
 
 def test_what_does_not_fit_is_named(file):

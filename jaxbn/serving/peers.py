@@ -1,0 +1,201 @@
+"""One batch normalization layer of Keras, dm-haiku or equinox as variables of the layer in Flax, and back.
+
+All have the same affine map; they differ in names, in shapes, and in what they keep of the running averages. None of
+the three is imported: their objects are only asked for what they hold. PyTorch has `match`, for whole models.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# A number of steps after which no average is debiased any more, and which may still be counted on.
+_LONG = 2**30
+
+
+def from_keras(layer: Any) -> dict[str, Any]:
+    """The variables of a Keras `BatchNormalization` for the layer in Flax; see :func:`to_keras` for the way back.
+
+    Args:
+        layer: The layer, built. Momentum and epsilon mean the same in Flax, with 1e-3 for the default epsilon.
+
+    Returns:
+        `{"params": ..., "batch_stats": ...}` as linen's layer has them; NNX's has attributes of these names.
+
+    Example:
+        >>> import types
+        >>> layer = types.SimpleNamespace(gamma=None, beta=[1.0], moving_mean=[2.0], moving_variance=[4.0])
+        >>> variables = jaxbn.serving.from_keras(layer)
+        >>> norm = jaxbn.linen.BatchNorm(use_running_average=True, use_scale=False, epsilon=1e-3)
+        >>> norm.apply(variables, jnp.array([[4.0]])).round(3)
+        Array([[2.]], dtype=float32)
+
+    References:
+        Keras, `BatchNormalization <https://keras.io/api/layers/normalization_layers/batch_normalization/>`_.
+    """
+    return _variables(layer.gamma, layer.beta, layer.moving_mean, layer.moving_variance)
+
+
+def to_keras(variables: Any) -> list[np.ndarray]:
+    """What `set_weights` of a Keras `BatchNormalization` takes.
+
+    Args:
+        variables: Those of one layer of linen: `{"params": {...}, "batch_stats": {...}}`.
+
+    Returns:
+        gamma and beta, as far as there are, the moving mean and the moving variance, float32 `[C]`.
+
+    Example:
+        >>> norm = jaxbn.linen.BatchNorm(use_running_average=True, use_bias=False)
+        >>> [a.tolist() for a in jaxbn.serving.to_keras(norm.init(jax.random.key(0), jnp.ones((4, 1))))]
+        [[1.0], [0.0], [1.0]]
+    """
+    params, stats = variables.get("params", {}), variables["batch_stats"]
+    arrays = [params.get("scale"), params.get("bias"), stats["mean"], stats["var"]]
+    return [np.asarray(array) for array in arrays if array is not None]
+
+
+def from_haiku(params: Any, state: Any, name: str = "batch_norm") -> dict[str, Any]:
+    """The variables of a Haiku `BatchNorm` for the layer in Flax; see :func:`to_haiku` for the way back.
+
+    Haiku evaluates with averages that are debiased for their start at zero, which are taken. To go on debiasing, give
+    the layer `momentum=jaxbn.constant(decay_rate, debias=True)`, and its `count` the counter.
+
+    Args:
+        params: The parameters of the model.
+        state: Its state.
+        name: Of the layer in them, such as `"res_net/~/initial_batchnorm"`.
+
+    Returns:
+        `{"params": ..., "batch_stats": ...}` as linen's layer has them; NNX's has attributes of these names.
+
+    Example:
+        >>> ema = {"hidden": np.full((1, 1), 0.2), "average": np.full((1, 1), 2.0), "counter": np.int32(1)}
+        >>> state = {"batch_norm/~/mean_ema": ema, "batch_norm/~/var_ema": ema}
+        >>> jaxbn.serving.from_haiku({}, state)["batch_stats"]["mean"]
+        Array([2.], dtype=float32)
+
+    References:
+        Haiku, `BatchNorm <https://dm-haiku.readthedocs.io/en/latest/api.html#batchnorm>`_.
+    """
+    own, mean, var = params.get(name, {}), *(state[f"{name}/~/{part}_ema"]["average"] for part in ("mean", "var"))
+    return _variables(own.get("scale"), own.get("offset"), mean, var)
+
+
+def to_haiku(
+    variables: Any, params: Any, state: Any, name: str = "batch_norm"
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Haiku parameters and state with the variables of a Flax layer in the place of one `BatchNorm`.
+
+    Args:
+        variables: Those of one layer of linen: `{"params": {...}, "batch_stats": {...}}`.
+        params: The parameters of the Haiku model.
+        state: Its state. The counters of the layer go to a large number, so that its averages go on as Flax's.
+        name: Of the layer in them.
+
+    Returns:
+        New `(params, state)`.
+
+    Example:
+        >>> ema = {"hidden": np.zeros((1, 1)), "average": np.zeros((1, 1)), "counter": np.int32(0)}
+        >>> state = {"batch_norm/~/mean_ema": ema, "batch_norm/~/var_ema": ema}
+        >>> norm = jaxbn.linen.BatchNorm(use_running_average=True, use_scale=False, use_bias=False)
+        >>> params, state = jaxbn.serving.to_haiku(norm.init(jax.random.key(0), jnp.ones((4, 1))), {}, state)
+        >>> state["batch_norm/~/var_ema"]["average"]
+        Array([[1.]], dtype=float32)
+    """
+    given, stats = variables.get("params", {}), variables["batch_stats"]
+    params, state = dict(params), dict(state)
+    if name in params:
+        names = {"scale": "scale", "offset": "bias"}
+        params[name] = {own: _shaped(given[names[own]], old) for own, old in params[name].items()}
+    for part in ("mean", "var"):
+        old = state[f"{name}/~/{part}_ema"]
+        value = _shaped(stats[part], old["average"])
+        state[f"{name}/~/{part}_ema"] = {
+            "hidden": value,
+            "average": value,
+            "counter": jnp.full_like(old["counter"], _LONG),
+        }
+    return params, state
+
+
+def from_equinox(layer: Any, state: Any) -> dict[str, Any]:
+    """The variables of an Equinox `BatchNorm` for the layer in Flax; see :func:`to_equinox` for the way back.
+
+    The statistics are those with which Equinox evaluates: in its mode `"batch"`, whose variance starts at 1 and is
+    debiased as if it started at 0, these are too large in the first steps.
+
+    Args:
+        layer: The layer, in mode `"ema"` or `"batch"`.
+        state: The `State` of the model.
+
+    Returns:
+        `{"params": ..., "batch_stats": ...}` as linen's layer has them; NNX's has attributes of these names.
+
+    Example:
+        >>> import types
+        >>> layer = types.SimpleNamespace(weight=None, bias=None, mode="ema", ema_state_index="averages")
+        >>> state = {"averages": ([2.0], [4.0])}
+        >>> jaxbn.serving.from_equinox(layer, state)["batch_stats"]["var"]
+        Array([4.], dtype=float32)
+
+    References:
+        Equinox, `BatchNorm <https://docs.kidger.site/equinox/api/nn/normalisation/#equinox.nn.BatchNorm>`_.
+    """
+    if layer.mode == "ema":
+        mean, var = state.get(layer.ema_state_index)
+        return _variables(layer.weight, layer.bias, mean, var)
+    count = int(state.get(layer.batch_counter))
+    weight = 1 - layer.momentum**count if count else 1
+    mean, var = (np.asarray(hidden) / weight for hidden in state.get(layer.batch_state_index))
+    return _variables(layer.weight, layer.bias, mean, var)
+
+
+def to_equinox(variables: Any, layer: Any, state: Any) -> tuple[Any, Any]:
+    """An Equinox `BatchNorm`, and the state of its model, with the variables of a Flax layer.
+
+    Args:
+        variables: Those of one layer of linen: `{"params": {...}, "batch_stats": {...}}`.
+        layer: The Equinox layer; `equinox.tree_at` puts the new one into the model.
+        state: The `State` of the model. As Equinox wants it, it cannot be used again after this. In the mode `"batch"`
+            the counter goes to a large number, so that the averages go on as Flax's.
+
+    Returns:
+        `(layer, state)`.
+
+    Example:
+        >>> import types
+        >>> layer = types.SimpleNamespace(weight=None, bias=None, mode="ema", ema_state_index=0, ema_first_time_index=1)
+        >>> class State(dict):
+        ...     def set(self, index, value):
+        ...         return State({**self, index: value})
+        >>> norm = jaxbn.linen.BatchNorm(use_running_average=True, use_scale=False, use_bias=False)
+        >>> variables = norm.init(jax.random.key(0), jnp.ones((4, 1)))
+        >>> jaxbn.serving.to_equinox(variables, layer, State())[1][0]
+        (Array([0.], dtype=float32), Array([1.], dtype=float32))
+    """
+    params, stats = variables.get("params", {}), variables["batch_stats"]
+    new = {id(layer.weight): params.get("scale"), id(layer.bias): params.get("bias")}
+    if layer.weight is not None:
+        layer = jax.tree.map(lambda leaf: new.get(id(leaf), leaf), layer)
+    averages = (stats["mean"], stats["var"])
+    if layer.mode == "ema":
+        return layer, state.set(layer.ema_first_time_index, jnp.array(False)).set(layer.ema_state_index, averages)
+    return layer, state.set(layer.batch_counter, jnp.array(_LONG)).set(layer.batch_state_index, averages)
+
+
+def _variables(scale: Any, bias: Any, mean: Any, var: Any) -> dict[str, Any]:
+    params = {"scale": scale, "bias": bias}
+    flat = {name: _flat(array) for name, array in params.items() if array is not None}
+    return ({"params": flat} if flat else {}) | {"batch_stats": {"mean": _flat(mean), "var": _flat(var)}}
+
+
+def _flat(array: Any) -> jax.Array:
+    """Of the shape of the features alone; a variable of Keras says its value to NumPy."""
+    return jnp.asarray(np.asarray(array, np.float32).ravel())
+
+
+def _shaped(array: Any, old: Any) -> jax.Array:
+    return jnp.asarray(array).reshape(old.shape)
