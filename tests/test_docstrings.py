@@ -57,6 +57,7 @@ SUMMARY_ONLY = {
     "jaxbn.NormTransform": "a protocol, a tuple of functions whose signatures stand beside its fields",
     "jaxbn.Report": "made by postproc; its example shows it",
     "jaxbn.serving.Program": "made by load_program, whose example shows it; its fields say what it holds",
+    "jaxbn.serving.Match": "made by match, whose example shows it; its methods say what they take",
     "jaxbn.testing.Step": "a NamedTuple in a Vector; its docstring says what is in it",
     "jaxbn.testing.Vector": "a NamedTuple that load makes; its fields say what they are",
 }

@@ -1,4 +1,4 @@
-"""The frozen network on disk, and as a program that answers."""
+"""The frozen network on disk, and as a program that answers; arrays from and to other libraries."""
 
 from jaxbn.serving.files import load as load
 from jaxbn.serving.files import save as save
