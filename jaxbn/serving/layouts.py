@@ -10,7 +10,7 @@ these is a layer by itself. All arrays are compared and carried in PyTorch's nam
 """
 
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -163,8 +163,9 @@ def _of_linen(init: Callable[[], Any]) -> Model:
     def update(variables: Any, updates: Mapping[Key, Any]) -> Any:
         flat = traverse_util.flatten_dict(core.unfreeze(variables))
         flat |= {key: meta.replace_boxed(flat[key], _like(flat[key], array)) for key, array in updates.items()}
-        if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(flat)):  # what one side alone has
-            flat = traverse_util.flatten_dict(core.unfreeze(init())) | {key: flat[key] for key in updates}
+        missing = [key for key, leaf in flat.items() if isinstance(meta.unbox(leaf), jax.ShapeDtypeStruct)]
+        if missing:  # what one side alone has; compiled, so that nothing else is computed
+            flat |= jax.jit(lambda: _chosen(init(), missing))()
         return traverse_util.unflatten_dict(flat)
 
     order = {path: position for position, path in enumerate(kinds)}
@@ -175,6 +176,11 @@ def _of_linen(init: Callable[[], Any]) -> Model:
     keys = sorted(flat, key=lambda key: order[key[1:-1]])
     layers = _layers({key: flat[key] for key in keys}, lambda key: key[1:-1], kinds.__getitem__)
     return Model("linen", layers, variables, flatten, update)
+
+
+def _chosen(variables: Any, keys: Iterable[Key]) -> dict[Key, Any]:
+    flat: dict[Key, Any] = traverse_util.flatten_dict(core.unfreeze(variables))
+    return {key: flat[key] for key in keys}
 
 
 def _of_nnx(model: Any) -> Model:

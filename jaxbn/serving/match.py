@@ -89,8 +89,8 @@ def match(
 
     Args:
         source: `lambda: net.init(key, x)` for linen, a model for NNX, `model.state_dict()` for PyTorch, whose tensors
-            may be NumPy arrays. PyTorch's and NNX's layers come in the order in which they were set, linen's in that of
-            their calls.
+            may be NumPy arrays. PyTorch's and NNX's layers come in the order in which they were set, which `nnx.clone`
+            and `nnx.merge` forget, linen's in that of their calls.
         target: Likewise.
         names: Layers of the target, and which of the source each is, such as `{"Block_0/Conv_1":
             "layer1.0.conv2"}`; those that are wrong in the proposal, or all. A parameter outside of a layer has a name

@@ -57,7 +57,7 @@ def test_the_model_is_the_one_that_is_made_with_the_layer():
     np.testing.assert_allclose(back(x), replaced(x), rtol=1e-6)
 
 
-ONE_OF_EACH = {case.nnx: case.arguments for case in CASES}
+ONE_OF_EACH = {case.nnx: case.arguments for case in CASES if "domain" not in case.name}
 
 
 @pytest.mark.parametrize(("layer", "arguments"), ONE_OF_EACH.items(), ids=lambda value: getattr(value, "__name__", ""))
@@ -65,9 +65,8 @@ def test_evaluation_stays_as_it_is_with_every_method(layer, arguments):
     """The window of MovingAverageBatchNorm starts anew with its counters, whatever the old layer has counted."""
     x, old = normal(6, 4), BatchRenorm(4, use_running_average=True, rngs=nnx.Rngs(0))
     old.mean[...], old.var[...], old.step[...] = jnp.arange(4.0), 1 + jnp.arange(4.0), jnp.float32(7)
-    where = {"domain": np.zeros(6, int)} if layer is jaxbn.nnx.DomainBatchNorm else {}
     new = replace(old, functools.partial(layer, **arguments))
-    np.testing.assert_allclose(new(x, **where), old(x), rtol=1e-5)
+    np.testing.assert_allclose(new(x), old(x), rtol=1e-5)
     assert new.epsilon == old.epsilon
     if hasattr(new, "step"):
         assert new.step[...] == (7 if layer is BatchRenorm else 0)
