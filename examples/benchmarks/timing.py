@@ -55,12 +55,16 @@ def clock(run: Callable[[], Any]) -> tuple[float, float]:
     return time.perf_counter() - wall, time.process_time() - cpu
 
 
+def take_turns(keys: Sequence[_Key], rounds: Iterable[int], measure: Callable[[_Key], Any]) -> dict[_Key, np.ndarray]:
+    """Measures everything once in each round, forwards and backwards in turn; what was found, [rounds, ...]."""
+    found = [{key: measure(key) for key in (keys[::-1] if turn % 2 else keys)} for turn in rounds]
+    return {key: np.array([measured[key] for measured in found]) for key in keys}
+
+
 def interleave(programs: Mapping[_Key, Callable[[], Any]], rounds: Iterable[int]) -> dict[_Key, Times]:
-    """Runs every program once in each round, forwards and backwards in turn."""
-    keys, found = list(programs), []
-    for turn in rounds:
-        found.append({key: clock(programs[key]) for key in (keys[::-1] if turn % 2 else keys)})
-    return {key: Times(*np.array([times[key] for times in found]).T) for key in keys}
+    """Runs every program once in each round."""
+    found = take_turns(list(programs), rounds, lambda key: clock(programs[key]))
+    return {key: Times(*seconds.T) for key, seconds in found.items()}
 
 
 def repeat(call: Callable[[], Any], count: int) -> Any:
