@@ -10,7 +10,7 @@ these is a layer by itself. All arrays are compared and carried in PyTorch's nam
 """
 
 import secrets
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -40,10 +40,10 @@ _CLASSES: dict[str, tuple[type, ...]] = {
         *(nnx.BatchNorm, Norm, nnx.LayerNorm, nnx.GroupNorm, nnx.RMSNorm, nnx.InstanceNorm),
     ),
 }
-# Names in PyTorch; what else a layer holds, such as counters, has no part in telling it from others.
+# Names in PyTorch. What else a layer holds, such as counters, has no part in telling it from others.
 _TORCH = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}
 _TORCH |= {"mean": "running_mean", "var": "running_var"}
-_IGNORED = "num_batches_tracked"
+_COUNTS = {"count": "num_batches_tracked"}
 
 
 class Layer(NamedTuple):
@@ -125,25 +125,52 @@ def layout(model: Any) -> Model:
 
 
 def _of_torch(state_dict: Mapping[str, Any]) -> Model:
-    names: dict[str, dict[str, Key]] = {}
-    for key in state_dict:
-        path, _, name = key.rpartition(".")
-        if name in _TORCH.values():
-            names.setdefault(path, {})[name] = (key,)
-        elif name != _IGNORED:
-            names[key] = {"": (key,)}
-    layers = []
-    for path, keys in names.items():
-        shapes = {slot: tuple(state_dict[key].shape) for slot, (key,) in keys.items()}
-        layers.append(Layer(path, ARRAY, keys, shapes))
+    layers: dict[str, Layer] = {}
+    for key, array in state_dict.items():
+        path, _, slot = key.rpartition(".")
+        if slot not in (*_TORCH.values(), *_COUNTS.values()):
+            path, slot = key, ""
+        layer = layers.setdefault(path, Layer(path, ARRAY, {}, {}))
+        layer.keys[slot] = (key,)
+        if slot not in _COUNTS.values():
+            layer.shapes[slot] = tuple(array.shape)
+
+    def flatten(values: Any) -> dict[Key, Any]:
+        return {(name,): array for name, array in values.items()}
 
     def update(values: Any, updates: Mapping[Key, Any]) -> dict[str, np.ndarray]:
-        return {name: np.array(updates.get((name,), _as_array(array))) for name, array in values.items()}
+        olds = {name: _as_array(array) for name, array in values.items()}
+        return {name: np.array(updates.get((name,), old), old.dtype) for name, old in olds.items()}
 
-    return Model("torch", layers, state_dict, lambda values: {(name,): array for name, array in values.items()}, update)
+    return Model("torch", list(layers.values()), state_dict, flatten, update)
 
 
 def _of_linen(init: Callable[[], Any]) -> Model:
+    variables, kinds = _followed(init)
+    flat = {key: leaf for key, leaf in _flat(variables).items() if key[0] in ("params", STATISTICS)}
+    lost = ["/".join(key) for key in flat if key[1:-1] not in kinds]
+    if lost:
+        raise ValueError(f"{lost[0]!r} comes from a call that cannot be followed: give the init itself, not jitted.")
+    order = {path: position for position, path in enumerate(kinds)}
+    keys = sorted(flat, key=lambda key: order[key[1:-1]])
+
+    def flatten(variables: Any) -> dict[Key, Any]:
+        return {key: meta.unbox(leaf) for key, leaf in _flat(variables).items()}
+
+    def update(variables: Any, updates: Mapping[Key, Any]) -> Any:
+        flat = _flat(variables)
+        flat |= {key: meta.replace_boxed(flat[key], _like(key, flat[key], array)) for key, array in updates.items()}
+        missing = [key for key, leaf in flat.items() if isinstance(meta.unbox(leaf), jax.ShapeDtypeStruct)]
+        if missing:  # what one side alone has; compiled, so that nothing else is computed
+            flat |= jax.jit(lambda: {key: leaf for key, leaf in _flat(init()).items() if key in missing})()
+        return traverse_util.unflatten_dict(flat)
+
+    layers = _layers({key: meta.unbox(flat[key]) for key in keys}, lambda key: key[1:-1], kinds)
+    return Model("linen", layers, variables, flatten, update)
+
+
+def _followed(init: Callable[[], Any]) -> tuple[Any, dict[Key, str]]:
+    """The shapes of the variables that are made, and the kinds of the modules in the order of their calls, by path."""
     kinds: dict[Key, str] = {}
     anew = {"jaxbn_followed": secrets.token_hex()}  # so that nn.jit does not go by what it has compiled before
 
@@ -154,37 +181,16 @@ def _of_linen(init: Callable[[], Any]) -> Model:
         return next_call(*args, **kwargs)
 
     with nn.intercept_methods(follow):
-        variables = core.unfreeze(jax.eval_shape(lambda: init()))  # a new function, so that it is traced again
-
-    def flatten(variables: Any) -> dict[Key, Any]:
-        flat: dict[Key, Any] = traverse_util.flatten_dict(core.unfreeze(variables))
-        return {key: meta.unbox(leaf) for key, leaf in flat.items()}
-
-    def update(variables: Any, updates: Mapping[Key, Any]) -> Any:
-        flat = traverse_util.flatten_dict(core.unfreeze(variables))
-        flat |= {key: meta.replace_boxed(flat[key], _like(flat[key], array)) for key, array in updates.items()}
-        missing = [key for key, leaf in flat.items() if isinstance(meta.unbox(leaf), jax.ShapeDtypeStruct)]
-        if missing:  # what one side alone has; compiled, so that nothing else is computed
-            flat |= jax.jit(lambda: _chosen(init(), missing))()
-        return traverse_util.unflatten_dict(flat)
-
-    order = {path: position for position, path in enumerate(kinds)}
-    flat = {key: leaf for key, leaf in flatten(variables).items() if key[0] in ("params", STATISTICS)}
-    lost = ["/".join(key) for key in flat if key[1:-1] not in kinds]
-    if lost:
-        raise ValueError(f"{lost[0]!r} comes from a call that cannot be followed: give the init itself, not jitted.")
-    keys = sorted(flat, key=lambda key: order[key[1:-1]])
-    layers = _layers({key: flat[key] for key in keys}, lambda key: key[1:-1], kinds.__getitem__)
-    return Model("linen", layers, variables, flatten, update)
+        return jax.eval_shape(lambda: init()), kinds  # a function of its own, so that it is traced again
 
 
-def _chosen(variables: Any, keys: Iterable[Key]) -> dict[Key, Any]:
+def _flat(variables: Any) -> dict[Key, Any]:
     flat: dict[Key, Any] = traverse_util.flatten_dict(core.unfreeze(variables))
-    return {key: flat[key] for key in keys}
+    return flat
 
 
 def _of_nnx(model: Any) -> Model:
-    modules = dict(nnx.iter_modules(model))
+    kinds = {path: _kind_of(module) for path, module in nnx.iter_modules(model)}
 
     def flatten(model: Any) -> dict[Key, Any]:
         return {path: variable.get_value() for path, variable in nnx.to_flat_state(nnx.state(model, SAVED))}
@@ -193,29 +199,26 @@ def _of_nnx(model: Any) -> Model:
         copy = nnx.clone(model)
         for path, variable in nnx.to_flat_state(nnx.state(copy, SAVED)):
             if path in updates:
-                variable.set_value(_like(variable.get_value(), updates[path]))
+                variable.set_value(_like(path, variable.get_value(), updates[path]))
         return copy
 
     flat = flatten(model)
     keys = sorted(flat, key=lambda path: _position(model, path))
-    kind_of = lambda path: _kind_of(modules.get(path))  # noqa: E731
-    return Model(
-        "nnx", _layers({key: flat[key] for key in keys}, lambda path: path[:-1], kind_of), model, flatten, update
-    )
+    return Model("nnx", _layers({key: flat[key] for key in keys}, lambda key: key[:-1], kinds), model, flatten, update)
 
 
-def _layers(flat: Mapping[Key, Any], module_of: Callable[[Key], Key], kind_of: Callable[[Key], str]) -> list[Layer]:
+def _layers(flat: Mapping[Key, Any], module_of: Callable[[Key], Key], kinds: Mapping[Key, str]) -> list[Layer]:
     """The arrays of a Flax model, in their order, as layers."""
     layers: dict[str, Layer] = {}
     for key, leaf in flat.items():
-        kind, parts = kind_of(module_of(key)), module_of(key)
-        slot = _TORCH.get(str(key[-1]), str(key[-1]))
+        parts, name = module_of(key), str(key[-1])
+        kind, slot = kinds.get(parts, ARRAY), (_TORCH | _COUNTS).get(name, name)
         if kind == ARRAY:
-            slot, parts = "", (*parts, key[-1])
+            parts, slot = (*parts, key[-1]), ""
         path = "/".join(map(str, parts))
         layer = layers.setdefault(path, Layer(path, kind, {}, {}))
         layer.keys[slot] = key
-        if slot in _TORCH.values() or not slot:
+        if slot in ("", *_TORCH.values()):
             layer.shapes[slot] = to_torch(kind, slot, np.broadcast_to(np.zeros(()), leaf.shape)).shape
     return list(layers.values())
 
@@ -229,18 +232,20 @@ def _position(model: Any, path: Key) -> list[int]:
     """Where a variable stands in the order in which attributes were set."""
     node, found = model, []
     for part in path[:-1]:
-        children = (
-            node if isinstance(node, Mapping) else vars(node) if hasattr(node, "__dict__") else dict(enumerate(node))
-        )
-        name = part if part in children else str(part)
-        found.append(list(children).index(name))
-        node = children[name]
+        if not isinstance(node, Mapping):
+            node = vars(node) if hasattr(node, "__dict__") else dict(enumerate(node))
+        name = part if part in node else str(part)  # nnx.List has the numbers of its parts for attributes
+        found.append(list(node).index(name))
+        node = node[name]
     return found
 
 
-def _like(old: Any, array: np.ndarray) -> jax.Array:
+def _like(key: Key, old: Any, array: np.ndarray) -> jax.Array:
     """The array in the dtype of the one in whose place it comes."""
-    return jax.numpy.asarray(np.ascontiguousarray(array), meta.unbox(old).dtype)
+    old = meta.unbox(old)
+    if array.shape != old.shape:
+        raise ValueError(f"{'/'.join(map(str, key))!r} is {array.shape} in one model and {old.shape} in the other.")
+    return jax.numpy.asarray(np.ascontiguousarray(array), old.dtype)
 
 
 def _as_array(value: Any) -> np.ndarray:

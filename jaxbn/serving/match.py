@@ -51,25 +51,44 @@ class Match:
         return "\n".join(f"{target:{widths[0]}}  {source:{widths[1]}}  {shapes}" for target, source, shapes in rows)
 
     def _convert(self, source: Model, target: Model, names: Mapping[str, str], values: Any, batch_values: Any) -> Any:
-        if batch_values is not None and "torch" not in (source.kind, target.kind):
-            raise ValueError("batch_values are for running variances of PyTorch, and neither model is PyTorch's.")
+        counts = self._counts(batch_values)
         known, flat, arrays = {layer.path: layer for layer in source.layers}, source.flatten(values), {}
+        to_flax = source.kind == "torch"
         for layer in target.layers:
             origin = known[names[layer.path]]
-            found = source.read(flat, origin)
-            flax = layer if source.kind == "torch" else origin
-            if flax.path in self.flattened:
-                shape = self.flattened[flax.path]
-                found["weight"] = _flatten_first(found["weight"], shape, to_flax=source.kind == "torch")
-            if "running_var" in found and batch_values is not None:
-                n = batch_values[flax.path] if isinstance(batch_values, Mapping) else batch_values
-                found["running_var"] = found["running_var"] * ((n - 1) / n if source.kind == "torch" else n / (n - 1))
+            found, path = source.read(flat, origin), (layer if to_flax else origin).path
+            if path in self.flattened:
+                found["weight"] = _flatten_first(found["weight"], self.flattened[path], to_flax=to_flax)
+            if path in counts:
+                biased = 1 - 1 / counts[path]
+                found["running_var"] = found["running_var"] * (biased if to_flax else 1 / biased)
             arrays[layer.path] = {
                 slot: array
                 for slot, array in found.items()
                 if slot in layer.keys and (slot in layer.shapes or takes_over(slot, origin.keys, layer.keys))
             }
         return target.write(target.given, arrays)
+
+    def _counts(self, batch_values: float | Mapping[str, float] | None) -> dict[str, float]:
+        """The values of a batch by the path of the Flax layer."""
+        if batch_values is None:
+            return {}
+        if self.flax is None:
+            raise ValueError("batch_values are for running variances of PyTorch, and neither model is PyTorch's.")
+        known = [layer.path for layer in self.flax.layers if "running_var" in layer.shapes]
+        counts = dict(batch_values if isinstance(batch_values, Mapping) else dict.fromkeys(known, batch_values))
+        for path, count in counts.items():
+            if path not in known:
+                raise ValueError(f"batch_values: {path!r} has no running variance; there are {_some(known)}.")
+            if not count > 1:
+                raise ValueError(f"batch_values: {count} for {path!r}; an unbiased variance is of 2 values or more.")
+        return counts
+
+    @property
+    def flax(self) -> Model | None:
+        """The model that is not PyTorch's; None if neither is."""
+        models = [model for model in (self.source, self.target) if model.kind != "torch"]
+        return models[0] if len(models) == 1 else None
 
 
 def match(
@@ -101,7 +120,8 @@ def match(
 
     Returns:
         A `Match`: `match.convert(values)` makes values of the target from those of the source, `match.convert_back` the
-        way round. What one side alone has, such as counters, stays as the other was given.
+        way round. What one side alone has, such as counters, stays as the other was given. PyTorch's
+        `num_batches_tracked` is the `count` of those averages of jaxbn that have one.
 
     Raises:
         TypeError: If one of them is none of these.
@@ -123,8 +143,8 @@ def match(
     one, other = layout(source), layout(target)
     proposed = _propose(one.layers, other.layers, dict(names or {}))
     found = Match(proposed, one, other, dict(flattened or {}))
-    if (one.kind == "torch") != (other.kind == "torch"):
-        _check_flattened(one if other.kind == "torch" else other, found.flattened)
+    if found.flax is not None:
+        _check_flattened(found.flax, found.flattened)
     return dataclasses.replace(found, flattened={path: shape for path, shape in found.flattened.items() if shape})
 
 
@@ -178,9 +198,7 @@ def _segments(olds: Sequence[Layer], news: Sequence[Layer]) -> list[tuple[list[L
 
 def _belong_together(one: tuple[list[Layer], list[Layer]], other: tuple[list[Layer], list[Layer]]) -> bool:
     """Whether the orders differ in one part, and layers of the other stand in the same modules."""
-    modules = [
-        [{re.split(r"[./](?=[^./]*$)", layer.path)[0] for layer in side} for side in part] for part in (one, other)
-    ]
+    modules = [[{_dotted(layer).rpartition(".")[0] for layer in side} for side in part] for part in (one, other)]
     return max(len(one[0]), len(other[0])) > 1 and any(mine & others for mine, others in zip(*modules, strict=True))
 
 

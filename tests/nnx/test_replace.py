@@ -3,7 +3,6 @@
 import functools
 
 import chex
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -27,8 +26,9 @@ class Net(nnx.Module):
         first = norm(4, **fields, scale_metadata={"column": 3}, rngs=rngs)
         self.layers = nnx.List([nnx.Linear(4, 4, rngs=rngs), first])
         self.again = first
-        keys = jax.random.split(rngs.params(), copies)
-        self.stack = nnx.vmap(lambda key: norm(4, **fields, rngs=nnx.Rngs(key)))(keys)
+        self.stack = norm(4, **fields, rngs=rngs)
+        for _, variable in nnx.to_flat_state(nnx.state(self.stack)):
+            variable.set_value(np.stack(copies * [variable[...]]))
 
     def __call__(self, x):
         for layer in (*self.layers, self.again):

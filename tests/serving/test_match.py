@@ -143,7 +143,7 @@ def test_nnx_gives_the_outputs_of_pytorch_and_the_way_back_the_same_arrays(file)
     assert not model.dense.kernel[...].any()  # the one given is as it was
 
 
-@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("turned", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_linen_and_nnx_and_jaxbn_and_stock(file, turned):
     """Between stock linen, in either form of the transposed convolution, and jaxbn's NNX, there and back."""
     net = Net(nn.BatchNorm, turned)
@@ -162,6 +162,22 @@ def test_counters_of_equal_methods_go_along():
     found = match(jaxbn.nnx.BatchRenorm(2, rngs=nnx.Rngs(0)), target)
     found.source.given.step[...] += 7
     assert found.convert(found.source.given)["batch_stats"]["step"] == 7
+    found.source.given.step.set_value(jnp.zeros(2))
+    with pytest.raises(ValueError, match=r"'batch_stats/step' is \(2,\) in one model and \(\) in the other"):
+        found.convert(found.source.given)
+
+
+def test_a_cumulative_average_goes_on():
+    """PyTorch's momentum of None; counters are whole numbers there."""
+    values = {"weight": conv(2), "bias": conv(2), "running_mean": conv(2), "running_var": conv(2) + 1}
+    values |= {"num_batches_tracked": np.array(9)}
+    net = jaxbn.linen.BatchNorm(use_running_average=False, momentum=jaxbn.cumulative())
+    found = match(values, lambda: net.init(KEY, jnp.ones((4, 2))))
+    variables = found.convert(values)
+    assert variables["batch_stats"]["count"] == 9
+    variables["batch_stats"]["count"] += 1
+    back = found.convert_back(variables)["num_batches_tracked"]
+    assert back == 10 and back.dtype == np.int64
 
 
 def test_unbiased_variances_by_the_values_of_a_batch(file):
@@ -174,6 +190,9 @@ def test_unbiased_variances_by_the_values_of_a_batch(file):
         np.testing.assert_allclose(other, one * 23 / 24, rtol=1e-6)
     back = found.convert_back(biased, batch_values=24)
     chex.assert_trees_all_close(back, file.before, rtol=1e-6)
+    for wrong, message in ((1, "of 2 values or more"), ({"Conv_0": 24}, "'Conv_0' has no running variance")):
+        with pytest.raises(ValueError, match=message):
+            found.convert(file.before, batch_values=wrong)
     with pytest.raises(ValueError, match="neither model is PyTorch's"):
         match(init(), NNXNet()).convert(plain, batch_values=24)
 
