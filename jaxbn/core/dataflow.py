@@ -72,6 +72,7 @@ class Flow:
     outputs: frozenset[Value]
     nodes: tuple[Node, ...]  # those that an output depends on, in order
     unreadable: tuple[Unreadable, ...]
+    given: dict[Hashable, set[Value | None]]  # what tags are given, those too that nothing depends on; None: literals
     makers: dict[Value, Node]
     users: dict[Value, list[Node]]
 
@@ -115,7 +116,8 @@ def follow(program: core.ClosedJaxpr) -> Flow:
     for node in nodes:
         for value in node.inputs:
             users.setdefault(value, []).append(node)
-    return Flow(tuple(inputs), frozenset(outputs), tuple(nodes), tuple(reader.unreadable), makers, users)
+    unreadable = tuple(reader.unreadable)
+    return Flow(tuple(inputs), frozenset(outputs), tuple(nodes), unreadable, reader.given, makers, users)
 
 
 class _Reader:
@@ -124,6 +126,7 @@ class _Reader:
     def __init__(self) -> None:
         self.nodes: list[Node] = []
         self.unreadable: list[Unreadable] = []
+        self.given: dict[Hashable, set[Value | None]] = {}
         self._count = 0
 
     def new(self) -> Value:
@@ -157,6 +160,8 @@ class _Reader:
         if name is not None and eqn.params["mapped"]:
             self.unreadable.append(Unreadable(name, "vmap"))
             name = None
+        if name is not None:
+            self.given.setdefault(name, set()).update(given)
         self.unreadable += [Unreadable(hidden, label) for hidden in _tags_in(eqn)]
         made = [self.new() for _ in eqn.outvars]
         known = tuple(value for value in given if value is not None)

@@ -25,7 +25,7 @@ from jaxbn.population.folding import Layer, Tag
 from jaxbn.population.frozen import Frozen
 from jaxbn.population.layers import call_arguments
 
-_MARK = "jaxbn_fold"
+_MARKS, _MARK = "jaxbn_fold", "mark"
 _LINEAR_CALLS = {
     inspect.unwrap(cls.__call__) for cls in (nn.Conv, nn.ConvTranspose, nn.Dense, nn.DenseGeneral, nn.Einsum)
 }
@@ -33,14 +33,16 @@ _LINEAR_CALLS = {
 _OWN = "conv_general_dilated conv_general_dilated_cls dot_general dot_general_cls".split()
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, eq=False)
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
 class _Mark:
-    """Stands beside the variables of a layer; it keeps programs apart that were compiled without it, or for another."""
+    """Says of a layer that its variables are those given; keeps apart what is compiled without it, or for another fold.
 
-    variable: jax.Array  # one of the layer, so that every transformation carries it in the same way
-    path: str = dataclasses.field(metadata={"static": True})
-    fold: Any = dataclasses.field(metadata={"static": True})
+    It has no array, so that no transformation of variables does anything to it.
+    """
+
+    path: str
+    fold: object
 
 
 class _Found(NamedTuple):
@@ -116,12 +118,14 @@ def _follow(call: Call, variables: dict[str, Any], example: Any) -> _Found:
         is_norm = is_call_of_layer(context)
         if not is_norm and not _is_call_of_linear(context):
             return next_call(*args, **kwargs)
-        mark = module.get_variable(STATISTICS if is_norm else "params", _MARK)
+        mark = module.get_variable(_MARKS, _MARK)
         path = "/".join(module.path) if mark is None else mark.path
         name = "x" if is_norm else "inputs"
         x = args[0] if args else kwargs[name]
         tagged = _dataflow.tag(x, Tag(path, "input", mark is not None))
         args, kwargs = ((tagged, *args[1:]), kwargs) if args else ((), kwargs | {name: tagged})
+        for variable in jax.tree.leaves([module.variables.get(part, {}) for part in ("params", STATISTICS)]):
+            _dataflow.tag(variable, Tag(path, "variable"))
         y = next_call(*args, **kwargs)
         if mark is not None and is_norm:
             norms[path] = _norm(module, _at(variables, path), y, *args, **kwargs)
@@ -136,7 +140,7 @@ def _follow(call: Call, variables: dict[str, Any], example: Any) -> _Found:
     inputs = _marked(variables)
     flow = _dataflow.follow(jax.make_jaxpr(run)(inputs, over_arrays(example)))
     values: dict[str, list[_dataflow.Value]] = {}
-    leaves, _ = jax.tree.flatten_with_path(inputs, is_leaf=lambda leaf: isinstance(leaf, _Mark))
+    leaves, _ = jax.tree.flatten_with_path(inputs)
     for (names, _), value in zip(leaves, flow.inputs, strict=False):
         values.setdefault("/".join(name.key for name in names[1:-1]), []).append(value)
     return _Found(flow, norms, layers, values)
@@ -147,12 +151,12 @@ def _is_call_of_linear(context: nn.module.InterceptorContext) -> bool:
 
 
 def _marked(variables: dict[str, Any]) -> dict[str, Any]:
-    """The variables with a mark beside the statistics of each normalization, and beside each kernel."""
+    """The variables with a mark for each normalization and each layer with a kernel, in a collection of its own."""
     flat, fold = flax.traverse_util.flatten_dict(variables), object()
     kernels = [path for path in flat if path[0] == "params" and path[-1] == "kernel"]
     means = [(STATISTICS, *keys(path), "mean") for path in find_states(variables)]
     for path in (*kernels, *means):
-        flat[(*path[:-1], _MARK)] = _Mark(flat[path], "/".join(path[1:-1]), fold)
+        flat[(_MARKS, *path[1:-1], _MARK)] = _Mark("/".join(path[1:-1]), fold)
     return flax.traverse_util.unflatten_dict(flat)
 
 

@@ -165,6 +165,9 @@ def _tagged(module: Any, call: Callable[..., Any], name: str, *args: Any, **kwar
     path, found = module.jaxbn_fold
     tagged = _dataflow.tag(args[0] if args else kwargs[name], Tag(path, "input"))
     args, kwargs = ((tagged, *args[1:]), kwargs) if args else ((), kwargs | {name: tagged})
+    for variable in vars(module).values():
+        if isinstance(variable, nnx.Variable):
+            _dataflow.tag(variable[...], Tag(path, "variable"))
     y = call(*args, **kwargs)
     found.record(path, y, *args, **kwargs)
     return _dataflow.tag(y, Tag(path, "output"))

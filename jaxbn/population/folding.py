@@ -29,7 +29,7 @@ class Tag(NamedTuple):
     """What a tagged value is."""
 
     path: str
-    role: str  # "input" or "output"
+    role: str  # "input", "output", or "variable": what it holds
     own: bool = True  # False: of a layer of this path that does not belong to the variables that were given
 
 
@@ -160,10 +160,12 @@ class _Planner:
         if self.flow.tagged(Tag(path, "output", own=False)):
             raise _No(f"another network, with variables of its own, has a layer of the path of {name}")
         if calls == 0:
-            raise _No("the call does not reach it, or its output is not used")
+            raise _No("the call does not reach it as a layer that fold knows, or its output is not used")
         if calls > 1:
             raise _No(f"{name} is called {calls} times")
         values = self.values.get(path, ())
+        if not self.flow.given.get(Tag(path, "variable"), {None}) <= set(values):
+            raise _No(f"{name} computes with something else than the variables that it is given")
         if not all(value is not None and self.flow.leaves_by(value, Tag(path, "output")) for value in values):
             raise _No(f"the variables of {name} are used elsewhere too")
 
@@ -229,6 +231,8 @@ class _Planner:
         if len(uses) > 1:
             raise _No(f"its output is used {len(uses)} times")
         behind = uses[0].tag
+        if not uses[0].inputs:
+            raise _No("its output is that of the model")
         if not isinstance(behind, Tag):
             raise _No(f"its output goes into {_what(uses[0])}, not straight into a layer")
         if behind.path not in self.layers:

@@ -197,13 +197,14 @@ class Stays(nn.Module):
             OURS(name="subclass")(Standardized(4, (1,), name="standardized")(x[:, None])),
             OURS(name="own_product")(own(x)),
             Tied(name="tied")(x),
+            OURS(name="mapped_1")(nn.SpectralNorm(dense("mapped_1"))(x, update_stats=False)),
+            OURS(name="mapped_2")(nn.WeightNorm(dense("mapped_2"))(x)),
             nn.BatchNorm(use_running_average=False, name="trains")(dense("trains")(x)),
         ]  # fmt: skip
 
 
 REASONS = {
-    "used_elsewhere": "the output of 'dense_used' goes into `reduce_sum` too; its output goes into the outputs of the "
-    "model, not straight into a layer",
+    "used_elsewhere": "the output of 'dense_used' goes into `reduce_sum` too; its output is that of the model",
     "reshaped": "its input is made by `reshape`",
     "activation": "its input is made by an activation (tanh)",
     "shared_layer": "'dense_shared' is called 2 times",
@@ -211,10 +212,12 @@ REASONS = {
     "relu_behind": "its input is made by `add`; its output goes into an activation (relu), not straight into a layer",
     "activation_inside": "its own activation or residual comes before the next layer",
     "wrong_axis": "it normalizes along axes (0,), the features of 'dense_wrong_axis' are (1,)",
-    "output": "its input is that of the model, or a constant; its output goes into the outputs of the model",
+    "output": "its input is that of the model, or a constant; its output is that of the model",
     "subclass": "'standardized' is a Standardized, which fold does not know",
     "own_product": "'dense_own' computes with a dot_general of its own",
     "tied/norm": "the variables of 'tied/dense' are used elsewhere too",
+    "mapped_1": "'dense_mapped_1' computes with something else than the variables that it is given",
+    "mapped_2": "'dense_mapped_2' computes with something else than the variables that it is given",
     "trains": "it normalizes with the statistics of its batch",
 }
 
@@ -523,8 +526,7 @@ def test_the_report_is_a_table_and_a_dict():
         "1 of 2 normalization layers folded; outputs on the example differ by 1.2e-7",
         "layer     folded  where to, or why not",
         "layers_1  yes     behind 'layers_0'",
-        "layers_3  no      its input is made by an activation (relu); its output goes into the outputs of the",
-        "                  model, not straight into a layer",
+        "layers_3  no      its input is made by an activation (relu); its output is that of the model",
     ]
     assert report.to_dict() == {
         "layers": {path: layer._asdict() for path, layer in report.layers.items()}, "error": 1.25e-7, "tolerance": 1e-4,

@@ -199,6 +199,7 @@ class Stays(nnx.Module):
             Linear(4, 4, dot_general=lambda *a, **k: jax.lax.dot_general(*a, **k)),
         )
         self.centred, self.linear_centred = Centred(4, rngs=RNGS), Linear(4, 4)
+        self.mapped, self.weight_norm = OURS(4), nnx.WeightNorm(Linear(4, 4), rngs=RNGS)
         self.other_variable = Linear(4, 4)
         self.other_variable.kernel = self.linear_variable.kernel
 
@@ -214,7 +215,7 @@ class Stays(nnx.Module):
             self.tied(self.linear_tied(x)) @ self.linear_tied.kernel.T,
             self.variable(self.linear_variable(x)), self.other_variable(x),
             self.activated(x), self.subclass(self.standardized(x[:, None])), self.product(self.linear_product(x)),
-            self.centred(self.linear_centred(x)),
+            self.mapped(self.weight_norm(x)), self.centred(self.linear_centred(x)),
         ]  # fmt: skip
 
 
@@ -229,6 +230,7 @@ REASONS = {
     "variable": "the variables of 'linear_variable' are used elsewhere too",
     "activated": "its own activation or residual comes before the next layer",
     "subclass": "'standardized' is a Standardized, which fold does not know",
+    "mapped": "'weight_norm/layer_instance' computes with something else than the variables that it is given",
     "centred": "it is a Centred, whose call is its own",
     "product": "'linear_product' computes with a dot_general of its own",
 }
