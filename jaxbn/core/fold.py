@@ -59,9 +59,9 @@ def affine_of(
     """
     zero = jnp.expand_dims(jnp.zeros_like(like), [axis for axis in range(ndim) if axis not in axes])
     shift, scale = jax.jvp(evaluate, (zero,), (jnp.ones_like(zero),))
-    _, slope = jax.jvp(evaluate, (zero - 3,), (jnp.ones_like(zero),))
-    same = (jnp.abs(slope - scale) <= 1e-5 * jnp.abs(scale)).all()
-    return Affine(scale.reshape(like.shape), shift.reshape(like.shape), axes), same
+    slopes = [jax.jvp(evaluate, (zero + probe,), (jnp.ones_like(zero),))[1] for probe in (-3, 3)]
+    same = [(jnp.abs(slope - scale) <= 1e-5 * jnp.abs(scale)).all() for slope in slopes]
+    return Affine(scale.reshape(like.shape), shift.reshape(like.shape), axes), same[0] & same[1]
 
 
 def fold_behind(weights: Weights, affine: Affine, layer: Linear) -> Weights:

@@ -69,7 +69,8 @@ def fold(call: Call, variables: Any, example: Any, *, tolerance: float | None = 
     Args:
         call: Runs the model in evaluation, for one `lambda variables, x: net.apply(variables, x, train=False)`.
         variables: All variables of the model, or a `Frozen`.
-        example: What `call` takes, to follow the model and to compare outputs.
+        example: What `call` takes, to follow the model and to compare outputs. Of another shape it may be later, but it
+            must go through the same layers.
         tolerance: How far outputs may differ on the example, relative to the largest; None: 1e-4 where all is float32,
             1e-9 in float64, 0.02 in float16, 0.1 in bfloat16.
 

@@ -22,7 +22,10 @@ def test_calls_are_inlined_and_what_nothing_needs_is_left_out():
     @jax.jit
     def inner(x):
         jnp.exp(x)  # of no use
-        return jax.checkpoint(jax.nn.relu)(checkpoint_name(x, "kept"))
+        x = jax.lax.with_sharding_constraint(
+            checkpoint_name(x, "kept"), jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        )
+        return jax.checkpoint(jax.nn.relu)(x)
 
     flow = flow_of(lambda x: tag(inner(tag(x, "in")), "out"), X)
     (given,), (back,) = flow.tagged("in"), flow.tagged("out")

@@ -159,6 +159,16 @@ class Standardized(nn.Conv):
         return jaxbn.standardize_kernel(value) if name == "kernel" else value
 
 
+def squashed_batch_norm(*, momentum=0.99, epsilon=1e-5):
+    """A method whose evaluation is no affine map."""
+    base = jaxbn.batch_norm(momentum=momentum, epsilon=epsilon)
+    return base._replace(eval=lambda *args, **kwargs: jnp.tanh(base.eval(*args, **kwargs)))
+
+
+class Squashed(jaxbn.linen.Norm):
+    factory = staticmethod(squashed_batch_norm)
+
+
 class Tied(nn.Module):
     """A kernel that serves twice."""
 
@@ -197,6 +207,7 @@ class Stays(nn.Module):
             OURS(name="subclass")(Standardized(4, (1,), name="standardized")(x[:, None])),
             OURS(name="own_product")(own(x)),
             Tied(name="tied")(x),
+            Squashed(**EVALUATION, name="squashed")(dense("squashed")(x)),
             OURS(name="mapped_1")(nn.SpectralNorm(dense("mapped_1"))(x, update_stats=False)),
             OURS(name="mapped_2")(nn.WeightNorm(dense("mapped_2"))(x)),
             nn.BatchNorm(use_running_average=False, name="trains")(dense("trains")(x)),
@@ -216,6 +227,7 @@ REASONS = {
     "subclass": "'standardized' is a Standardized, which fold does not know",
     "own_product": "'dense_own' computes with a dot_general of its own",
     "tied/norm": "the variables of 'tied/dense' are used elsewhere too",
+    "squashed": "its evaluation is no affine map of its input",
     "mapped_1": "'dense_mapped_1' computes with something else than the variables that it is given",
     "mapped_2": "'dense_mapped_2' computes with something else than the variables that it is given",
     "trains": "it normalizes with the statistics of its batch",

@@ -151,7 +151,8 @@ class MobileNet(nnx.Module):
         return self.head(x.mean((1, 2)))
 
 
-@pytest.mark.parametrize("norm", [OURS, pytest.param(STOCK, marks=pytest.mark.slow)], ids=["jaxbn", "stock"])
+@pytest.mark.slow
+@pytest.mark.parametrize("norm", [OURS, STOCK], ids=["jaxbn", "stock"])
 def test_all_of_a_mobile_net_is_folded_and_no_arithmetic_is_left(norm):
     """The program is, equation by equation, that of the network without normalizations whose layers have biases."""
     x = images(2, 8, 8, 3)
