@@ -111,8 +111,8 @@ def layout(model: Any) -> Model:
         return _of_nnx(model)
     if isinstance(model, Mapping) and all(isinstance(value, Mapping) for value in model.values()):
         raise TypeError(
-            "These are variables of a linen model, which do not say in which order and as what they are used. Pass "
-            "what makes them, not jitted: lambda: net.init(key, x)."
+            "Variables of a linen model do not say in which order and as what they are used: pass what makes them, not "
+            "jitted, lambda: net.init(key, x). Of a checkpoint of PyTorch pass the state dict alone."
         )
     if isinstance(model, Mapping):
         return _of_torch(model)
@@ -127,6 +127,8 @@ def layout(model: Any) -> Model:
 def _of_torch(state_dict: Mapping[str, Any]) -> Model:
     layers: dict[str, Layer] = {}
     for key, array in state_dict.items():
+        if not hasattr(array, "shape"):
+            raise TypeError(f"{key!r} of the state dict is no array. Of a checkpoint pass the state dict alone.")
         path, _, slot = key.rpartition(".")
         if slot not in (*_TORCH.values(), *_COUNTS.values()):
             path, slot = key, ""

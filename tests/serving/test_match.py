@@ -267,6 +267,9 @@ def test_what_does_not_fit_is_named(file):
         match(file.before, init(), flattened={"Conv_0": (2, 4, 4)})
     with pytest.raises(TypeError, match=r"lambda: net.init\(key, x\)"):
         match(file.before, jax.eval_shape(init()))
+    for checkpoint in ({"model": file.before}, {"model": file.before, "epoch": 3}):
+        with pytest.raises(TypeError, match="pass the state dict alone"):
+            match(checkpoint, init())
     with pytest.raises(TypeError, match="Net is no model that can be matched"):
         match(file.before, Net())
     jitted = jax.jit(lambda: nn.Dense(1).init(KEY, jnp.ones((1, 1))))
