@@ -5,10 +5,13 @@ from typing import Any
 
 import flax
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from jaxbn.linen.capture import (
     FROZEN,
+    Call,
+    capture,
     find_states,
     is_call_of_layer,
     keys,
@@ -143,11 +146,14 @@ def affine_mask(variables: Any, paths: str | Sequence[str]) -> Any:
     return flax.traverse_util.path_aware_map(lambda path, _: path[:-1] in layers, params)
 
 
-def summary(variables: Any) -> str:
+def summary(variables: Any, call: Call | None = None, batch: Any = None) -> str:
     """A table of what is normalized, how, and by what its statistics were estimated.
 
     Args:
         variables: All variables of a model, or a `Frozen`, which knows more.
+        call: Runs the model, as in `postproc`: for the method and the epsilon of each layer, of which variables do not
+            tell. It is traced, and nothing is computed.
+        batch: What it is called with, or its shapes.
 
     Returns:
         Text, with a line per layer.
@@ -157,15 +163,17 @@ def summary(variables: Any) -> str:
 
     Example:
         >>> net = flax.linen.Sequential([flax.linen.Dense(8), jaxbn.linen.BatchNorm(use_running_average=True)])
-        >>> print(jaxbn.linen.summary(net.init(jax.random.key(0), jnp.ones((4, 3)))))
+        >>> variables = net.init(jax.random.key(0), jnp.ones((4, 3)))
+        >>> print(jaxbn.linen.summary(variables, net.apply, jnp.ones((4, 3))))
         1 normalization layer, 8 channels
-        layer     channels  learns       method  epsilon  statistics      rows
-        layers_1         8  scale, bias  -       -        initial values     -
+        layer     channels  learns       method      epsilon  statistics      rows
+        layers_1         8  scale, bias  batch_norm  1e-05    initial values     -
     """
     info = variables.info if isinstance(variables, Frozen) else None
     variables = variables.variables if isinstance(variables, Frozen) else variables
+    kinds = {} if call is None else dict(jax.eval_shape(capture(call, mode="eval"), variables, batch)[1].kinds)
     params = flax.traverse_util.flatten_dict(flax.core.unfreeze(variables.get("params", {})), sep="/")
-    return tabulate(find_states(variables), params, info=info)
+    return tabulate(find_states(variables), params, info=info, kinds=kinds)
 
 
 def _hold(next_call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:

@@ -40,8 +40,8 @@ def replace(net: Net, layer: Callable[..., nn.Module], paths: str | Sequence[str
             several. `""` is the whole model.
 
     Returns:
-        A model of the same fields and methods, an instance of the class of `net`. `jaxbn.linen.summary` of its frozen
-        network says what each layer is.
+        A model of the same fields and methods, an instance of the class of `net`. `jaxbn.linen.summary(variables,
+        net.apply, x)` says what each layer is.
 
     Raises:
         TypeError: If `layer` is no normalization layer.

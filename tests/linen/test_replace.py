@@ -152,6 +152,7 @@ def test_captures_see_the_new_layers(x):
     for mode in ("batch", "eval", "as_called"):
         kinds = jax.eval_shape(capture(call, mode=mode), variables, x)[1].kinds
         assert kinds == (("BatchNorm_0", ("batch_renorm", 1e-3)),)
+    assert "batch_renorm" in jaxbn.linen.summary(net.init(KEY, x, False), call, x)
 
 
 class Named(nn.Module):
