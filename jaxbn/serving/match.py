@@ -145,6 +145,8 @@ def match(
     found = Match(proposed, one, other, dict(flattened or {}))
     if found.flax is not None:
         _check_flattened(found.flax, found.flattened)
+    elif flattened:
+        raise ValueError("flattened= is between PyTorch and Flax; these models flatten images alike.")
     return dataclasses.replace(found, flattened={path: shape for path, shape in found.flattened.items() if shape})
 
 

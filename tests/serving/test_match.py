@@ -263,6 +263,8 @@ def test_what_does_not_fit_is_named(file):
         match(file.before, init())
     with pytest.raises(ValueError, match="takes 64 features, and .* are 32"):
         match(file.before, init(), flattened={"Dense_1": (2, 4, 4)})
+    with pytest.raises(ValueError, match="flatten images alike"):
+        match(TORCH, TORCH, flattened={"x": (2, 1, 1)})
     with pytest.raises(ValueError, match="no Dense layer 'Conv_0'; there are Dense_1, Dense_0"):
         match(file.before, init(), flattened={"Conv_0": (2, 4, 4)})
     with pytest.raises(TypeError, match=r"lambda: net.init\(key, x\)"):
