@@ -88,7 +88,7 @@ class Norm(nn.Module):
         """
         use_running_average = nn.merge_param("use_running_average", self.use_running_average, use_running_average)
         x = jnp.asarray(x)
-        initial = self._initialize(x)
+        initial = jax.eval_shape(self._initialize, x)  # the values are for variables that are not there yet
         variables, state = self._load_state(x, initial.state)
         params = self._load_params(initial.params)
         arguments = {"mask": mask, "residual": residual} | ({} if domain is None else {"domain": domain})
@@ -113,7 +113,7 @@ class Norm(nn.Module):
     @nn.nowrap
     def _load_state(self, x: jax.Array, initial: State) -> tuple[dict[str, nn.Variable[jax.Array]], State]:
         variables = {
-            name: self.variable(STATISTICS, name, lambda leaf=leaf: leaf)
+            name: self.variable(STATISTICS, name, lambda name=name: getattr(self._initialize(x).state, name))
             for name, leaf in initial._asdict().items()
             if leaf is not None
         }

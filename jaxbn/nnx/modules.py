@@ -99,7 +99,7 @@ class Norm(nnx.Module):
     @property
     def state(self) -> State:
         """The statistics as the methods' functions take them."""
-        _, initial = self._initialize()
+        _, initial = jax.eval_shape(self._initialize)
         held = (name for name, leaf in initial._asdict().items() if leaf is not None)
         return initial._replace(**{name: getattr(self, name)[...] for name in held})
 
