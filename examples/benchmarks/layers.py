@@ -13,7 +13,8 @@ All layers take turns on one input, each as often as it takes to run for a while
 `timing.py` says what the ratios and their 95 % intervals are, `peers.py` how each library is called. A ratio below 1 is
 faster than Flax. The last rows of a table are the geometric means over its inputs. On a GPU the bytes that have to
 be moved at least, eight times the input in training and two times in evaluation, are also shown as the share of what
-the device would have copied in the time; a share above 1 is possible where the input fits into a cache.
+the device would have copied in the time; a share above 1 is possible where the input fits into a cache. What takes less
+than some 50 microseconds there says more about how fast programs are started: take a larger `--batch`.
 """
 
 import argparse

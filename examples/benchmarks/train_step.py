@@ -18,8 +18,10 @@ Images and networks are small on a CPU.
 
 import argparse
 import functools
+import itertools
 import multiprocessing
 import os
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -164,7 +166,7 @@ def apart(function: Callable[[str, Setting], int], norm: str, setting: Setting) 
 def measure(setting: Setting, args: argparse.Namespace) -> dict[str, Cost]:
     """Memory first, while this process holds none of it; then times, with all norms in turn."""
     stats, largest, memory = memory_stats(), {}, {}
-    for norm in args.norms if stats else ():
+    for norm in args.bar(args.norms if stats else [], f"Memory of {setting.network}"):
         memory[norm] = apart(peak_memory, norm, setting)
         if args.largest and "bytes_limit" in stats:
             largest[norm] = apart(largest_batch, norm, setting)
@@ -234,6 +236,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
+def share_compiled(folder: str) -> None:
+    """What one process has compiled the others read, unless they do already."""
+    if not jax.config.jax_compilation_cache_dir:
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
+        jax.config.update("jax_compilation_cache_dir", folder)
+
+
 def main(argv: Sequence[str] | None = None) -> dict[Setting, dict[str, Cost]]:
     """Runs the program; returns what it measured."""
     args, console = parse(argv), Console(highlight=False, markup=False)
@@ -241,14 +250,15 @@ def main(argv: Sequence[str] | None = None) -> dict[Setting, dict[str, Cost]]:
     if args.largest and "bytes_limit" not in stats:
         console.print("The largest batch is skipped: this device does not say how much memory it has.")
         args.largest = False
-    for network in args.networks:
-        for dtype in args.dtype:
+    with tempfile.TemporaryDirectory() as folder:
+        if stats:
+            share_compiled(folder)
+        for network, dtype in itertools.product(args.networks, args.dtype):
             setting = Setting(network, dtype, args.size, args.width, args.batch)
             found[setting] = measure(setting, args)
             title = f"{network}, width {args.width}, {dtype}, {args.batch} images {args.size} x {args.size}"
             numbers = ["ms", "/ flax", "norm's share", "GB", "/ flax"] + ["largest batch"] * args.largest
-            made = rows(found[setting], args)
-            console.print(table(title, ["Norm"], numbers, made))
+            console.print(table(title, ["Norm"], numbers, rows(found[setting], args)))
     console.print("Memory is " + ("what the device counted." if stats else "that of the compiled step."))
     console.print(machine_line())
     write_json(args.json, records(found))

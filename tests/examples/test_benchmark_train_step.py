@@ -57,6 +57,21 @@ def test_every_norm_is_measured(train_step, run, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_device_that_counts_its_memory_is_believed(train_step, run, monkeypatch):
+    monkeypatch.setattr(train_step, "memory_stats", lambda: {"bytes_limit": 10**10})
+    monkeypatch.setattr(
+        train_step, "apart", lambda what, *_: {"peak_memory": 3 * 10**9, "largest_batch": 96}[what.__name__]
+    )
+
+    found, lines = run("--largest", "--norms", "none", "flax")
+
+    ((_, costs),) = found.items()
+    assert [(cost.memory, cost.largest) for cost in costs.values()] == [(3 * 10**9, 96)] * 2
+    assert [row[4:] for row in cells(lines)] == [["3.00", "1.00", "96"]] * 2
+    assert "Memory is what the device counted." in lines
+
+
+@pytest.mark.slow
 def test_steps_go_on_from_where_they_were(train_step):
     step = train_step.Step("fused", train_step.Setting("tiny", "float32", 32, 2, 4))
 
