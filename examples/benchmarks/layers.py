@@ -123,12 +123,14 @@ def records(found: Found) -> Iterator[dict[str, Any]]:
 def plot(found: Found, args: argparse.Namespace, file: Path) -> None:
     """Draws how long each layer takes in multiples of Flax's, with the intervals, one panel for each table."""
     try:
+        from matplotlib import colormaps
         from matplotlib.figure import Figure
     except ImportError as error:
         raise SystemExit("--plot needs matplotlib: pip install matplotlib") from error
     figure = Figure(figsize=(10, 3.2 * len(found)), layout="constrained")
     for axes, (group, inputs) in zip(figure.subplots(len(found), squeeze=False)[:, 0], found.items(), strict=True):
         names = [name for name in args.norms if ratios_to(FLAX_FAST, inputs, name)]
+        axes.set_prop_cycle(color=colormaps["tab20"].colors)
         for i, name in enumerate(names):
             ratios = ratios_to(FLAX_FAST, inputs, name)
             shown = [geometric_mean([r]) for r in ratios.values()] + [geometric_mean(list(ratios.values()))]
@@ -137,6 +139,8 @@ def plot(found: Found, args: argparse.Namespace, file: Path) -> None:
             axes.errorbar(places, value, [value - low, high - value], fmt="o", markersize=4, label=name)
         axes.axhline(1, color="grey", linewidth=0.8)
         axes.set(yscale="log", title=f"{group.what}, {group.dtype}", ylabel=f"time / time of {FLAX_FAST}")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
         axes.set_xticks(range(len(inputs) + 1), [*inputs, ALL])
         axes.set_xlabel(f"input (height x width x features), batch {args.batch}")
         axes.legend(fontsize="small", ncols=2, loc="upper left", bbox_to_anchor=(1, 1))
