@@ -149,7 +149,7 @@ class Norm(nnx.Module):
         y, new_state = transform.train(self.params, state, x, **arguments)
         for name, leaf in new_state._asdict().items():
             if leaf is not getattr(state, name):  # without a running average nothing is
-                getattr(self, name)[...] = leaf
+                getattr(self, name).set_value(leaf)  # `[...] =` walks through all that is traced so far
         return y
 
     def _initialize(self) -> tuple[NormParams, State]:
