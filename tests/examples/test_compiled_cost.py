@@ -133,7 +133,7 @@ def test_a_training_step_on_a_tpu_costs_no_more_than_with_flax(cost, norm):
 
     assert ours.moved <= flax.moved
     assert ours.accessed <= flax.accessed
-    assert ours.temporary <= 1.01 * flax.temporary
+    assert ours.temporary <= flax.temporary
 
 
 @pytest.mark.parametrize("what", LAYERS)
