@@ -1,5 +1,6 @@
 """Batch normalization as pure functions: train, estimate the population statistics, evaluate with them."""
 
+from jaxbn.core import checkpoint_policies as checkpoint_policies
 from jaxbn.core.averaging import Averaging as Averaging
 from jaxbn.core.averaging import constant as constant
 from jaxbn.core.averaging import cumulative as cumulative

@@ -52,7 +52,9 @@ class _Constant(Averaging):
     counts: ClassVar[bool] = False
 
     def decay(self, count: jax.Array, samples: jax.Array) -> jax.Array:
-        return jnp.asarray(self.momentum, jnp.float32)
+        if isinstance(self.momentum, jax.Array):
+            return self.momentum.astype(jnp.float32)
+        return np.float32(self.momentum)  # type: ignore  # as a number, which is no operation of the program
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,6 +14,7 @@ from jaxbn.core import axes as _axes
 from jaxbn.core import devices as _devices
 from jaxbn.core import dtypes as _dtypes
 from jaxbn.core import moments as _moments
+from jaxbn.core import shift as _shift
 
 
 def domain_moments(
@@ -37,7 +38,7 @@ def domain_moments(
     def mean(values: jax.Array) -> jax.Array:
         return _collect(axes, members, values * weights.astype(values.dtype)) / divisor.astype(values.dtype)
 
-    shift = _moments.rounded(lax.stop_gradient(mean(x)))  # the result does not depend on it
+    shift = _shift.rounded(lax.stop_gradient(mean(x)))  # the result does not depend on it
     d = x - jnp.expand_dims(_select(members, shift[:, None]), axes.space_in_blocks)
     parts = count, shift, mean(d), mean(jnp.square(jnp.abs(d)) if jnp.iscomplexobj(d) else jnp.square(d))
     stacked = jnp.stack([part.astype(dtype) for part in parts], 1)

@@ -24,10 +24,7 @@ from jax.typing import ArrayLike
 from jaxbn.core import axes as _axes
 from jaxbn.core import devices as _devices
 from jaxbn.core import dtypes as _dtypes
-
-# A shift that is k standard deviations off costs 1e-7 k^2 in the variance: one image is a good shift, one row of a
-# matrix may be an outlier, the mean of so many values hardly is.
-_SHIFT_VALUES = 16
+from jaxbn.core import shift as _shift
 
 
 class Moments(NamedTuple):
@@ -50,7 +47,7 @@ class Moments(NamedTuple):
     @property
     def var(self) -> jax.Array:
         """The biased variance m2 / count, f32[C]; 0 where the count is 0."""
-        return self.m2 / jnp.where(self.count > 0, self.count, 1)
+        return self.m2 / jnp.maximum(self.count, jnp.finfo(self.count.dtype).tiny)
 
 
 class _Block(NamedTuple):
@@ -101,6 +98,10 @@ def batch_moments(
         Array([0.015625], dtype=float32)
     """
     groups = _devices.check_groups(axis_name, axis_index_groups)
+    x = jnp.asarray(x)
+    axes = _axes.split(x.ndim, axis)
+    if axis_name is None and mask is None and is_whole(x, axes):
+        return _moments_of_whole(x, axes, use_fast_variance)
     return merge_stacked(_devices.gather(_stacked_blocks(x, axis, mask, use_fast_variance), axis_name, groups))
 
 
@@ -211,6 +212,11 @@ def bessel(count: jax.Array) -> jax.Array:
     return jnp.where(count > 1, count / jnp.where(count > 1, count - 1, 1), 1)
 
 
+def is_whole(x: jax.Array, axes: _axes.Axes) -> bool:
+    """Whether x holds rows that are one block, so that there is nothing to merge."""
+    return x.size > 0 and axes.reduced != () and _devices.count_blocks(x, axes.rows) == 1
+
+
 def sum_in_blocks(axes: _axes.Axes, *values: jax.Array) -> jax.Array:
     """The sums of arrays of one shape over the rows of each block, stacked: [B, len(values), C]."""
     axes, values = _axes.with_rows(axes, *values)
@@ -239,6 +245,21 @@ def _blocks_to_front(sums: jax.Array, axes: _axes.Axes) -> jax.Array:
     return jnp.moveaxis(sums.squeeze(axes.reduced_in_blocks), sum(a < axes.rows for a in axes.features), 0)
 
 
+def _moments_of_whole(x: jax.Array, axes: _axes.Axes, fast: bool) -> Moments:
+    """The first formula at the top, where there is one block: most programs are of this kind, and this one is short."""
+    dtype, values = _dtypes.compute(x), math.prod(x.shape[a] for a in axes.reduced)
+
+    def mean(x: jax.Array) -> jax.Array:
+        return x.astype(dtype).sum(axes.reduced) / math.prod(x.shape[a] for a in axes.reduced)
+
+    near = _shift.first_samples(x, axes.rows, values) if fast else x
+    shift = _shift.rounded(lax.stop_gradient(mean(near)))  # the result does not depend on it
+    d = x.astype(dtype) - _axes.expand(shift, x.ndim, axes)
+    first, squares = mean(d), _abs_sq(d).sum(axes.reduced)
+    m2 = jnp.maximum(squares - values * _abs_sq(first), 0)
+    return Moments(jnp.full_like(m2, values), shift + first, m2)
+
+
 @functools.partial(jax.jit, static_argnames=("axes", "fast"))  # one program where there is no jit outside, as at init
 def _block_means(axes: _axes.Axes, fast: bool, x: jax.Array, weights: jax.Array | None = None) -> _Block:
     """Count, shift and means about the shift of each block of rows, [B, C]."""
@@ -252,8 +273,8 @@ def _block_means(axes: _axes.Axes, fast: bool, x: jax.Array, weights: jax.Array 
     def total(values: jax.Array) -> jax.Array:
         return values.sum(axes.reduced_in_blocks, keepdims=True)
 
+    values = math.prod(x.shape[a] for a in axes.reduced_in_blocks)
     if weights is None:  # as a number: float32 could not count beyond 2^24 one by one
-        values = math.prod(x.shape[a] for a in axes.reduced_in_blocks)
         count = jnp.full_like(total(x), values, jnp.float32)
     else:
         count = total(jnp.ones_like(x, jnp.float32) * weights)
@@ -264,19 +285,12 @@ def _block_means(axes: _axes.Axes, fast: bool, x: jax.Array, weights: jax.Array 
         return total(weighted) / divisor.astype(values.dtype)
 
     one_read = fast and weights is None and x.size
-    shift = _mean_of_first_samples(axes, x) if one_read else mean(x.astype(dtype))
-    shift = rounded(lax.stop_gradient(shift))  # the result does not depend on it
+    near = _shift.first_samples(x, axes.rows + 1, values).astype(dtype) if one_read else None
+    shift = mean(x.astype(dtype)) if near is None else near.mean(axes.reduced_in_blocks, keepdims=True)
+    shift = _shift.rounded(lax.stop_gradient(shift))  # the result does not depend on it
     d = x.astype(dtype) - shift
     parts = count, shift, mean(d), mean(_abs_sq(d))
     return _Block(*(_blocks_to_front(part, axes) for part in parts))
-
-
-def _mean_of_first_samples(axes: _axes.Axes, x: jax.Array) -> jax.Array:
-    """A shift for each block that costs no second read of the cut array x."""
-    space = math.prod(x.shape[a] for a in axes.space_in_blocks)
-    samples = min(x.shape[axes.rows + 1], -(-_SHIFT_VALUES // space))
-    first = lax.slice_in_dim(x, 0, samples, axis=axes.rows + 1)  # before the cast, which then fuses into the sums
-    return first.astype(_dtypes.compute(x)).mean(axes.reduced_in_blocks, keepdims=True)
 
 
 @jax.jit
@@ -291,19 +305,6 @@ def _merge_blocks(block: _Block) -> Moments:
     within = jnp.where(present, jnp.maximum(block.second - _abs_sq(block.first), 0), 0)
     var = (weight * (within + _abs_sq(offset - mean))).sum(0)
     return Moments(total[0], jnp.where(total > 0, reference + mean, 0)[0], total[0] * var)
-
-
-def rounded(shift: jax.Array) -> jax.Array:
-    """Fixes the last bit of the shift, so that all who use it see the same one.
-
-    Without this the compiler may fuse the division by the count into x - shift as one FMA, in which the shift is not
-    rounded, while the shift that is returned is: an error of 1e-4 in the variance at mean 1e4, std 1e-2. Dropping a
-    bit cannot be fused, and any value near the data is as good a shift.
-    """
-    if jnp.iscomplexobj(shift):
-        return lax.complex(rounded(shift.real), rounded(shift.imag))
-    info = jnp.finfo(shift.dtype)
-    return lax.reduce_precision(shift, exponent_bits=info.nexp, mantissa_bits=info.nmant - 1)
 
 
 def _abs_sq(values: jax.Array) -> jax.Array:

@@ -7,7 +7,8 @@ differentiates through that: with z = (x - mean) / s, dz = dL / d(pre-activation
 
 The sums run over all positions, masked ones too (their outputs depend on the moments); only the weighted positions pay
 the correction. Saved for the backward pass are x, mean and 1/s, and the output where there is a residual; all else is
-recomputed, as reading memory is what a normalization costs. One collective serves all the sums.
+recomputed, as reading memory is what a normalization costs: `jaxbn.checkpoint_policies` knows them by name. One
+collective serves all the sums.
 
 A method may put constants behind z, `activation((z r + d) * scale + bias + residual)`: for the derivative of x they are
 part of the scale, r scale, and dscale = sum dz (z r + d).
@@ -15,91 +16,26 @@ part of the scale, r scale, and dscale = sum dz (z r + d).
 
 import functools
 from collections.abc import Callable
-from numbers import Real
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.typing import ArrayLike, DTypeLike
 
 from jaxbn.core import axes as _axes
+from jaxbn.core import checkpoint_policies as _policies
+from jaxbn.core import cuda as _cuda
 from jaxbn.core import devices as _devices
 from jaxbn.core import domains as _domains
 from jaxbn.core import dtypes as _dtypes
 from jaxbn.core import moments as _moments
-
-Activation = Callable[[jax.Array], jax.Array]
-Measure = Callable[..., Any]  # (x, mask=) -> Moments, or what has more than their count, mean, m2 and var
-Correction = Callable[["Stored", jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+from jaxbn.core.operands import Activation, Measure, Operands, Spec, Stored
 
 _Constants = tuple[jax.Array, jax.Array] | None  # r and d, where there are any
+_Sums = Any  # an array for each value, or all of them stacked
 
 # Activations whose derivative shows in the sign of their output: (at the output 0, below 0); above it is 1.
 _SLOPES: dict[Activation, tuple[float, float]] = {jax.nn.relu: (0.0, 0.0), jax.nn.leaky_relu: (1.0, 0.01)}
-
-
-class Spec(NamedTuple):
-    """The static side of a normalization, as a method's factory fixes it."""
-
-    axis: _axes.Axis
-    epsilon: float
-    activation: Activation | None = None
-    dtype: DTypeLike | None = None  # of the output; None: Flax's rule
-    axis_name: _devices.AxisName | None = None
-    axis_index_groups: _devices.Groups | None = None
-    correct: Correction | None = None  # (stored, mean, var) -> (r, d) [C], of which no gradient is taken
-
-
-class Operands(NamedTuple):
-    """What a normalization computes from, besides its statistics."""
-
-    x: jax.Array  # [..., C]
-    scale: jax.Array | None = None  # [C]
-    bias: jax.Array | None = None  # [C]
-    residual: jax.Array | None = None  # [..., C]
-    weights: jax.Array | None = None  # of the rank of x, constant
-    # bool[N, D]: where given, statistics, scale and bias are [D, C], and an example has those of its domain
-    members: jax.Array | None = None
-
-
-class Stored(NamedTuple):
-    """What a training step knows besides its batch."""
-
-    mean: jax.Array  # [C]
-    var: jax.Array  # [C]
-    epsilon: jax.Array  # []
-    limits: Any = None  # arrays that `correct` needs besides
-
-
-def check_spec(spec: Spec) -> None:
-    """Raises a ValueError for hyper-parameters that no normalization can have."""
-    if isinstance(spec.epsilon, Real) and not spec.epsilon >= 0:
-        raise ValueError(f"epsilon={spec.epsilon} must not be negative: it is added to the variance.")
-    if spec.dtype is not None and not jnp.issubdtype(spec.dtype, jnp.inexact):
-        raise ValueError(
-            f"dtype={spec.dtype} must be inexact, such as jnp.float32 or jnp.bfloat16: it is the output's."
-        )
-    if spec.activation is not None and not callable(spec.activation):
-        raise TypeError(f"activation={spec.activation!r} must be a function of arrays, such as jax.nn.relu, or None.")
-
-
-def operands(
-    spec: Spec,
-    scale: jax.Array | None,
-    bias: jax.Array | None,
-    mean: jax.Array,
-    x: ArrayLike,
-    mask: ArrayLike | None,
-    residual: ArrayLike | None,
-) -> Operands:
-    """Everything that a call computes from, checked against the statistics `mean` that it has."""
-    x = jnp.asarray(x)
-    _axes.check_features(x.shape, spec.axis, mean.shape)
-    if residual is not None and jnp.shape(residual) != x.shape:
-        raise ValueError(f"residual {jnp.shape(residual)} must have the shape of the input, {x.shape}.")
-    residual = None if residual is None else jnp.asarray(residual)
-    return Operands(x, scale, bias, residual, _axes.weights_like(mask, x.shape))
 
 
 def normalize(
@@ -128,10 +64,10 @@ def batch_normalize(
     of that is kept, and as it is made of differentiable functions, derivatives of higher order are right too.
     """
     epsilon = jnp.asarray(spec.epsilon, _dtypes.statistics(operands.x))  # an operand, as it may be traced
-    stored = Stored(*lax.stop_gradient((mean, var, epsilon, limits)))
+    stored = Stored(mean, var, epsilon, limits)
     spec = spec._replace(epsilon=0)
     if autodiff or jnp.iscomplexobj(operands.x):
-        return _measure_and_normalize(spec, measure, operands, stored)[0]
+        return _measure_and_normalize(spec, measure, operands, lax.stop_gradient(stored))[0]
     operands = operands._replace(residual=_devices.vary_like(operands.residual, operands.x))
     fused = spec.activation is None or spec.activation in _SLOPES
     inner = spec if fused else spec._replace(activation=None)
@@ -152,8 +88,11 @@ def _forward(
         y = y + lay_out(bias)
     if residual is not None:
         y = y + residual.astype(y.dtype)
-    y = y.astype(_dtypes.output(spec.dtype, x, operands.scale, operands.bias, residual))
-    y = y if spec.activation is None else spec.activation(y)
+    dtype = _dtypes.output(spec.dtype, x, operands.scale, operands.bias, residual)
+    if spec.activation in _SLOPES:  # before the rounding, which for ReLU changes no bit
+        y = spec.activation(y).astype(dtype)
+    else:
+        y = y.astype(dtype) if spec.activation is None else spec.activation(y.astype(dtype))
     return y if weights is None else jnp.where(_usable(x, weights), y, lax.stop_gradient(y))
 
 
@@ -163,13 +102,17 @@ def _measure_and_normalize(
     """The result; and mean, 1/s, the share 1/n of a value in them, and the constants behind."""
     given = {} if operands.members is None else {"members": operands.members}
     moments = measure(operands.x, mask=operands.weights, **given)
-    seen = moments.count > 0
-    mean = jnp.where(seen, moments.mean, stored.mean.astype(moments.mean.dtype))
-    var = jnp.where(seen, moments.var, stored.var.astype(moments.m2.dtype))
+    mean, var, count = moments.mean, moments.var, moments.count
+    if operands.weights is not None or operands.members is not None:  # else everything has been seen
+        seen = count > 0
+        mean = jnp.where(seen, mean, stored.mean.astype(mean.dtype))
+        var = jnp.where(seen, var, stored.var.astype(var.dtype))
+        count = jnp.where(seen, count, 1)
     inverse = lax.rsqrt(var + stored.epsilon)
     constants = None if spec.correct is None else lax.stop_gradient(spec.correct(stored, mean, var))
+    mean, inverse, constants = _policies.name_statistics((mean, inverse, constants))
     y = _forward(spec, operands, mean, inverse, constants)
-    return (y, moments), (mean, inverse, 1 / jnp.where(seen, moments.count, 1), constants)
+    return (_cuda.rounded(y), moments), (mean, inverse, 1 / count, constants)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -182,13 +125,16 @@ def _batch_normalize(
 def _save(
     spec: Spec, measure: Measure, operands: Operands, stored: Stored
 ) -> tuple[tuple[jax.Array, _moments.Moments], tuple[Any, ...]]:
-    result, statistics = _measure_and_normalize(spec, measure, operands, stored)
+    inner = spec.activation is not None and operands.residual is None
+    operands = operands._replace(x=_policies.name_input(operands.x, inner))
+    (y, moments), statistics = _measure_and_normalize(spec, measure, operands, stored)
     if operands.residual is None:
-        return result, (operands, *statistics, None)
+        return (y, moments), (operands, *statistics, None)
     # Of the residual only the dtype is needed from here on. The output is kept in its place: it tells where the
     # activation was cut off, which could not be computed again without the residual.
     operands = operands._replace(residual=jnp.zeros((), operands.residual.dtype))
-    return result, (operands, *statistics, None if spec.activation is None else result[0])
+    y = _policies.name_output(y)
+    return (y, moments), (operands, *statistics, None if spec.activation is None else y)
 
 
 def _backward(
@@ -198,18 +144,24 @@ def _backward(
     operands, mean, inverse, share, constants, y = saved
     x, scale, bias, residual, weights, _ = operands
     lay_out = _layout(spec, operands)
-    centred = _centre(x, lay_out(mean), weights)
     scale_of_z, offset = _affine(operands, constants)
     multiplier = _multiplier(inverse, scale_of_z)
-    dz = _before_activation(spec, operands, centred, lay_out(multiplier), offset, y, cotangents[0])
+    # An output that was kept is read; else where the activation was cut off is computed again, privately for each use.
+    kept = y is not None or spec.activation is None
+    private = (lambda tree: tree) if kept else _cuda.private
+    differentiate = functools.partial(_differentiate, spec, operands, _cuda.private(y), cotangents[0])
+    vectors = _Vectors(lay_out(mean), lay_out(multiplier), lay_out(offset), _zero_of_its_own(x, cotangents[0]))
+    dz, _ = differentiate(private(vectors))
+    dz_again, centred = differentiate(_Vectors(*private(vectors[::-1])[::-1]))
 
-    partial = _sum_in_blocks(spec, operands, dz, dz * centred)
-    local_dz, local_dzx = partial.sum(0)
-    sum_dz, sum_dzx = _devices.total(partial, spec.axis_name, spec.axis_index_groups)
-    correction = lay_out(sum_dz * share) + centred * lay_out(sum_dzx * share * jnp.square(inverse))
+    local, (sum_dz, sum_dzx) = _sum(spec, operands, dz, dz_again * centred)
+    slopes = lay_out(sum_dz * share), lay_out(sum_dzx * share * jnp.square(inverse))
+    vectors, slopes = private((vectors, slopes))
+    dz, centred = differentiate(vectors)
+    correction = slopes[0] + centred * slopes[1]
     if weights is not None:
-        correction = correction * weights.astype(dz.dtype)
-    dx = lay_out(multiplier) * (dz - correction)
+        correction = correction * weights.astype(correction.dtype)
+    dx = vectors.multiplier * (dz - correction)
 
     def cotangent(local: jax.Array, primal: jax.Array | None, summed: jax.Array | None = None) -> Any:
         if primal is None or not jnp.issubdtype(primal.dtype, jnp.inexact):
@@ -219,48 +171,74 @@ def _backward(
     def of_scale(dz: jax.Array, dzx: jax.Array) -> jax.Array:
         return dzx * inverse if constants is None else constants[0] * (dzx * inverse) + constants[1] * dz
 
-    dscale = cotangent(of_scale(local_dz, local_dzx), scale, of_scale(sum_dz, sum_dzx))
-    dbias = cotangent(local_dz, bias, sum_dz)
+    dscale = cotangent(of_scale(*local), scale, of_scale(sum_dz, sum_dzx))
+    dbias = cotangent(local[0], bias, sum_dz)
     dresidual = None if residual is None else dz.astype(residual.dtype)
     return Operands(cotangent(dx, x), dscale, dbias, dresidual, None, None), None
 
 
-def _before_activation(
-    spec: Spec,
-    operands: Operands,
-    centred: jax.Array,
-    multiplier: jax.Array,
-    bias: jax.Array | None,
-    y: jax.Array | None,
-    dy: jax.Array,
-) -> jax.Array:
-    """The cotangent of the pre-activation, dz; y is the output where it was kept. The moments leave as constants."""
+class _Vectors(NamedTuple):
+    """What the cotangent of the pre-activation is computed from, besides whole arrays."""
+
+    mean: jax.Array  # [..., C], laid out to broadcast against x
+    multiplier: jax.Array  # like this the other two
+    offset: jax.Array | None
+    zero: jax.Array | None  # []
+
+
+def _differentiate(
+    spec: Spec, operands: Operands, y: jax.Array | None, dy: jax.Array, vectors: _Vectors
+) -> tuple[jax.Array, jax.Array]:
+    """The cotangent of the pre-activation, dz, and x - mean; y is the output where it was kept."""
     x, weights = operands.x, operands.weights
-    dz = dy.astype(centred.dtype)
-    if spec.activation is not None:
-        if y is None:
-            y = centred * multiplier + (0 if bias is None else _layout(spec, operands)(bias))
-        dz = dz * _activation_slope(spec.activation, y, dz.dtype)
-    return dz if weights is None else jnp.where(_usable(x, weights), dz, 0)
+    centred = _centre(x, vectors.mean, weights)
+    if y is not None:
+        # In the dtype of dy: so it leaves as the derivative of the residual, and from there it can be read again.
+        dz = _cut_off(spec.activation, y, dy).astype(centred.dtype)
+    else:
+        dz = dy.astype(centred.dtype)
+        if spec.activation is not None:
+            y = centred * vectors.multiplier
+            y = y if vectors.offset is None else y + vectors.offset
+            dz = _cut_off(spec.activation, y, dz, vectors.zero)
+    return (dz if weights is None else jnp.where(_usable(x, weights), dz, 0)), centred
+
+
+def _zero_of_its_own(x: jax.Array, dy: jax.Array) -> jax.Array | None:
+    """The 0 at which an activation is cut off, where equal zeros of other layers may be about.
+
+    XLA takes equal constants together even if they are as large as x, and then writes, keeps and reads zeros.
+    """
+    return jnp.zeros((), dy.dtype) if dy.dtype == _dtypes.compute(x) else None
 
 
 _batch_normalize.defvjp(_save, _backward)
 
 
-def _layout(spec: Spec, operands: Operands) -> Callable[[jax.Array], jax.Array]:
-    """Per-channel arrays in the dtype of the computation, laid out to broadcast against x."""
+def _layout(spec: Spec, operands: Operands) -> Callable[[Any], Any]:
+    """Per-channel arrays in the dtype of the computation, laid out to broadcast against x; None stays."""
     x, members = operands.x, operands.members
     axes, dtype = _axes.split(x.ndim, spec.axis), _dtypes.compute(x)
-    if members is not None:
-        return lambda stat: _domains.lay_out(stat.astype(dtype), members, axes)
-    return lambda stat: _axes.expand(stat.astype(dtype), x.ndim, axes)
+
+    def lay_out(stat: jax.Array) -> jax.Array:
+        if members is not None:
+            return _domains.lay_out(stat.astype(dtype), members, axes)
+        return _axes.expand(stat.astype(dtype), x.ndim, axes)
+
+    return lambda stat: None if stat is None else lay_out(stat)
 
 
-def _sum_in_blocks(spec: Spec, operands: Operands, *values: jax.Array) -> jax.Array:
+def _sum(spec: Spec, operands: Operands, *values: jax.Array) -> tuple[_Sums, _Sums]:
+    """The sums [C] of arrays of the shape of x over the rows: of this device, and of all of them."""
     axes = _axes.split(operands.x.ndim, spec.axis)
+    if spec.axis_name is None and operands.members is None and _moments.is_whole(operands.x, axes):
+        sums = [v.sum(axes.reduced) for v in values]
+        return sums, sums
     if operands.members is not None:
-        return _domains.sum_in_blocks(axes, operands.members, *values)
-    return _moments.sum_in_blocks(axes, *values)
+        partial = _domains.sum_in_blocks(axes, operands.members, *values)
+    else:
+        partial = _moments.sum_in_blocks(axes, *values)
+    return partial.sum(0), _devices.total(partial, spec.axis_name, spec.axis_index_groups)
 
 
 def _centre(x: jax.Array, mean: jax.Array, weights: jax.Array | None) -> jax.Array:
@@ -291,6 +269,8 @@ def _multiplier(inverse: jax.Array, scale: jax.Array | None) -> jax.Array:
     return inverse.astype(dtype) * scale.astype(dtype)
 
 
-def _activation_slope(activation: Activation, y: jax.Array, dtype: Any) -> jax.Array:
-    at_zero, below = _SLOPES[activation]
-    return jnp.where((y > 0) | ((y == 0) & (at_zero > 0)), jnp.ones((), dtype), jnp.asarray(below, dtype))
+def _cut_off(activation: Activation | None, y: jax.Array, dy: jax.Array, zero: Any = None) -> jax.Array:
+    """The cotangent before an activation from that behind it, by the sign of y, which is either side of it."""
+    at_zero, below = _SLOPES[activation]  # type: ignore[index]
+    zero = jnp.zeros((), y.dtype) if zero is None else zero
+    return jnp.where(y >= zero if at_zero else y > zero, dy, dy * below if below else zero.astype(dy.dtype))

@@ -25,6 +25,7 @@ from jaxbn.core import devices as _devices
 from jaxbn.core import dtypes as _dtypes
 from jaxbn.core import moments as _moments
 from jaxbn.core import normalize as _normalize
+from jaxbn.core import operands as _operands
 from jaxbn.methods.base import NormParams, NormTransform, State
 
 
@@ -48,7 +49,7 @@ def batch_norm(
     axis_name: str | tuple[str, ...] | None = None,
     axis_index_groups: Sequence[Sequence[int]] | None = None,
     use_fast_variance: bool = True,
-    activation: _normalize.Activation | None = None,
+    activation: _operands.Activation | None = None,
     allow_single_value: bool = False,
     autodiff: bool = False,
 ) -> NormTransform:
@@ -107,8 +108,8 @@ def batch_norm(
     average = _averaging.as_averaging(momentum)
     axis_name = axis_name if axis_name is None or isinstance(axis_name, str) else tuple(axis_name)
     groups = _devices.check_groups(axis_name, axis_index_groups)
-    spec = _normalize.Spec(_axes.static(axis), epsilon, activation, dtype, axis_name, groups)
-    _normalize.check_spec(spec)
+    spec = _operands.Spec(_axes.static(axis), epsilon, activation, dtype, axis_name, groups)
+    _operands.check_spec(spec)
     here = functools.partial(_moments.batch_moments, axis=axis, use_fast_variance=use_fast_variance)
     everywhere = functools.partial(here, axis_name=axis_name, axis_index_groups=groups)
 
@@ -134,13 +135,16 @@ def batch_norm(
         mask: ArrayLike | None = None,
         residual: ArrayLike | None = None,
     ) -> tuple[jax.Array, BatchNormState]:
-        operands = _normalize.operands(spec, params.scale, params.bias, state.mean, x, mask, residual)
+        operands = _operands.of_call(spec, params.scale, params.bias, state.mean, x, mask, residual)
         x = operands.x
         values = _axes.values_per_channel(x.shape, axis) * _devices.group_size(axis_name, groups)
         _axes.check_training_batch(x.shape, axis, values, allow_single_value)
         # Algorithm 1: mean and variance of the batch, over all devices; x_hat; y = scale x_hat + bias.
         y, moments = _normalize.batch_normalize(spec, everywhere, operands, state.mean, state.var, autodiff=autodiff)
-        return y, state if move is None else move(state, moments, count_samples(moments, x.shape, axis))
+        if average is None:
+            return y, state
+        samples = count_samples(moments, x.shape, axis) if average.counts_samples else None
+        return y, move_averages(average, state, moments, samples)
 
     def evaluate(
         params: NormParams,
@@ -151,7 +155,7 @@ def batch_norm(
         residual: ArrayLike | None = None,
     ) -> jax.Array:
         del mask  # of training alone, as in Flax
-        operands = _normalize.operands(spec, params.scale, params.bias, state.mean, x, None, residual)
+        operands = _operands.of_call(spec, params.scale, params.bias, state.mean, x, None, residual)
         # Algorithm 2, step 11: the same affine map, with E[x] and Var[x].
         return _normalize.normalize(spec, operands, *lax.stop_gradient((state.mean, state.var)))
 
@@ -198,11 +202,12 @@ def averaging_step(
             f"The mean of a complex input is complex, but the statistics are {state.mean.dtype}. Initialize with a "
             f"complex input (linen), with param_dtype= (NNX), or with init(..., dtype={moments.mean.dtype})."
         )
-    good = (moments.count > 0) & jnp.isfinite(moments.mean) & jnp.isfinite(moments.var)
+    good = (moments.count > 0) & jnp.isfinite(moments.mean) & jnp.isfinite(moments.m2)
     count = jnp.zeros((), jnp.float32) if state.count is None else state.count
     samples = jnp.asarray(0 if samples is None else samples, jnp.float32)
-    after = jnp.where(good.any(), average.advance(count, samples), count)
-    counted = None if state.count is None else lax.stop_gradient(after)
+    counted = None
+    if state.count is not None:
+        counted = lax.stop_gradient(jnp.where(good.any(), average.advance(count, samples), count))
     return AveragingStep(average.decay(count, samples), good, counted)
 
 

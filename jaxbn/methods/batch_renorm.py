@@ -27,6 +27,7 @@ from jaxbn.core import devices as _devices
 from jaxbn.core import dtypes as _dtypes
 from jaxbn.core import moments as _moments
 from jaxbn.core import normalize as _normalize
+from jaxbn.core import operands as _operands
 from jaxbn.methods.base import NormParams, NormTransform
 from jaxbn.methods.batch_norm import averaging_step, batch_norm, count_samples
 from jaxbn.methods.schedules import RAMP, Schedule, check_bounds
@@ -61,7 +62,7 @@ def batch_renorm(
     axis_name: str | tuple[str, ...] | None = None,
     axis_index_groups: Sequence[Sequence[int]] | None = None,
     use_fast_variance: bool = True,
-    activation: _normalize.Activation | None = None,
+    activation: _operands.Activation | None = None,
     allow_single_value: bool = False,
     autodiff: bool = False,
 ) -> NormTransform:
@@ -140,7 +141,7 @@ def batch_renorm(
         momentum=average, epsilon=epsilon, axis=axis, dtype=dtype, use_bias=use_bias, use_scale=use_scale,
         axis_name=axis_name, axis_index_groups=groups, use_fast_variance=use_fast_variance, activation=activation,
     )  # fmt: skip
-    spec = _normalize.Spec(_axes.static(axis), epsilon, activation, dtype, axis_name, groups, _correction)
+    spec = _operands.Spec(_axes.static(axis), epsilon, activation, dtype, axis_name, groups, _correction)
     measure = functools.partial(
         _moments.batch_moments,
         axis=axis,
@@ -164,7 +165,7 @@ def batch_renorm(
         mask: ArrayLike | None = None,
         residual: ArrayLike | None = None,
     ) -> tuple[jax.Array, BatchRenormState]:
-        operands = _normalize.operands(spec, params.scale, params.bias, state.mean, x, mask, residual)
+        operands = _operands.of_call(spec, params.scale, params.bias, state.mean, x, mask, residual)
         x = operands.x
         values = _axes.values_per_channel(x.shape, axis) * _devices.group_size(axis_name, groups)
         _check_batch(x, axis, values, allow_single_value)
@@ -197,7 +198,7 @@ def batch_renorm(
     return base._replace(init=init, train=train, move=move)
 
 
-def _correction(stored: _normalize.Stored, mean: jax.Array, var: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _correction(stored: _operands.Stored, mean: jax.Array, var: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The constants r and d, lines 3 and 4 of Algorithm 1."""
     dtype = var.dtype
     sigma = jnp.sqrt(stored.var.astype(dtype) + stored.epsilon)

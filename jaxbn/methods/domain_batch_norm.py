@@ -24,6 +24,7 @@ from jaxbn.core import domains as _domains
 from jaxbn.core import dtypes as _dtypes
 from jaxbn.core import moments as _moments
 from jaxbn.core import normalize as _normalize
+from jaxbn.core import operands as _operands
 from jaxbn.methods.base import NormParams, NormTransform
 from jaxbn.methods.batch_norm import BatchNormState, batch_norm, count_samples
 
@@ -50,7 +51,7 @@ def domain_batch_norm(
     axis_name: str | tuple[str, ...] | None = None,
     axis_index_groups: Sequence[Sequence[int]] | None = None,
     use_fast_variance: bool = True,
-    activation: _normalize.Activation | None = None,
+    activation: _operands.Activation | None = None,
     allow_single_value: bool = False,
     autodiff: bool = False,
 ) -> NormTransform:
@@ -127,7 +128,7 @@ def domain_batch_norm(
     of_params = None if share_affine else 0  # the axis of the params along which the domains lie
     axis_name = axis_name if axis_name is None or isinstance(axis_name, str) else tuple(axis_name)
     groups = _devices.check_groups(axis_name, axis_index_groups)
-    spec = _normalize.Spec(_axes.static(axis), epsilon, activation, dtype, axis_name, groups)
+    spec = _operands.Spec(_axes.static(axis), epsilon, activation, dtype, axis_name, groups)
     here = functools.partial(_domains.domain_moments, axis=axis)
     everywhere = functools.partial(here, axis_name=axis_name, axis_index_groups=groups)
 
@@ -149,7 +150,7 @@ def domain_batch_norm(
     ) -> tuple[jax.Array, DomainBatchNormState]:
         _check_state(state, num_domains)
         scale, bias = (_by_domain(p) for p in params)
-        operands = _normalize.operands(spec, scale, bias, state.mean[0], x, mask, residual)
+        operands = _operands.of_call(spec, scale, bias, state.mean[0], x, mask, residual)
         x = operands.x
         members = _members(x, domain, num_domains, axis)
         values = _axes.values_per_channel(x.shape, axis) * _devices.group_size(axis_name, groups)

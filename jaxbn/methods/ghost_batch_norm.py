@@ -26,6 +26,7 @@ from jaxbn.core import devices as _devices
 from jaxbn.core import dtypes as _dtypes
 from jaxbn.core import moments as _moments
 from jaxbn.core import normalize as _normalize
+from jaxbn.core import operands as _operands
 from jaxbn.methods.base import NormParams, NormTransform
 from jaxbn.methods.batch_norm import batch_norm, count_samples, move_averages
 
@@ -79,7 +80,7 @@ def ghost_batch_norm(
     axis_name: str | tuple[str, ...] | None = None,
     axis_index_groups: None = None,
     use_fast_variance: bool = True,
-    activation: _normalize.Activation | None = None,
+    activation: _operands.Activation | None = None,
     allow_single_value: bool = False,
     autodiff: bool = False,
 ) -> NormTransform:
@@ -145,7 +146,7 @@ def ghost_batch_norm(
         momentum=average, epsilon=epsilon, axis=axis, dtype=dtype, use_bias=use_bias, use_scale=use_scale,
         axis_name=axis_name, use_fast_variance=use_fast_variance, activation=activation,
     )  # fmt: skip
-    spec = _normalize.Spec(_axes.static(axis), epsilon, activation, dtype)
+    spec = _operands.Spec(_axes.static(axis), epsilon, activation, dtype)
     # The factor of an unbiased variance is one of the groups: unless they are pooled, it is in the moments already.
     of_groups = average is not None and average.unbiased and running == "group_mean"
     moving = dataclasses.replace(average, unbiased=False) if average is not None and of_groups else average
@@ -164,7 +165,7 @@ def ghost_batch_norm(
         mask: ArrayLike | None = None,
         residual: ArrayLike | None = None,
     ) -> tuple[jax.Array, GhostBatchNormState]:
-        operands = _normalize.operands(spec, params.scale, params.bias, state.mean, x, mask, residual)
+        operands = _operands.of_call(spec, params.scale, params.bias, state.mean, x, mask, residual)
         x = operands.x
         plan = _plan(x.shape, axis, ghost_size, grouping, axis_name, allow_single_value)
         given, stored = _cut(plan, operands, state)
@@ -265,8 +266,8 @@ def _plan(
 
 
 def _cut(
-    plan: _Plan, operands: _normalize.Operands, state: GhostBatchNormState
-) -> tuple[_normalize.Operands, tuple[jax.Array, jax.Array]]:
+    plan: _Plan, operands: _operands.Operands, state: GhostBatchNormState
+) -> tuple[_operands.Operands, tuple[jax.Array, jax.Array]]:
     """The operands, and mean and variance, with an axis more, of the groups."""
 
     def cut(a: jax.Array) -> jax.Array:
@@ -278,7 +279,7 @@ def _cut(
 
     x = cut(operands.x)
     _, scale, bias, residual, weights, _ = operands
-    given = _normalize.Operands(
+    given = _operands.Operands(
         x,
         None if scale is None else for_groups(scale),
         None if bias is None else for_groups(bias),

@@ -25,6 +25,7 @@ from jaxbn.core import axes as _axes
 from jaxbn.core import devices as _devices
 from jaxbn.core import moments as _moments
 from jaxbn.core import normalize as _normalize
+from jaxbn.core import operands as _operands
 from jaxbn.methods.base import NormParams, NormTransform
 from jaxbn.methods.batch_norm import averaging_step, batch_norm, count_samples
 
@@ -60,7 +61,7 @@ def moving_average_batch_norm(
     axis_name: str | tuple[str, ...] | None = None,
     axis_index_groups: Sequence[Sequence[int]] | None = None,
     use_fast_variance: bool = True,
-    activation: _normalize.Activation | None = None,
+    activation: _operands.Activation | None = None,
     autodiff: bool = False,
 ) -> NormTransform:
     r"""Moving average batch normalization as pure functions: for batches of one to four examples.
@@ -132,7 +133,7 @@ def moving_average_batch_norm(
         momentum=average, epsilon=epsilon, axis=axis, dtype=dtype, use_bias=use_bias, axis_name=axis_name,
         axis_index_groups=groups, use_fast_variance=use_fast_variance, activation=activation,
     )  # fmt: skip
-    spec = _normalize.Spec(_axes.static(axis), epsilon, activation, dtype, axis_name, groups)
+    spec = _operands.Spec(_axes.static(axis), epsilon, activation, dtype, axis_name, groups)
     everywhere = functools.partial(
         _moments.batch_moments,
         axis=axis,
@@ -159,7 +160,7 @@ def moving_average_batch_norm(
         mask: ArrayLike | None = None,
         residual: ArrayLike | None = None,
     ) -> tuple[jax.Array, MovingAverageBatchNormState]:
-        operands = _normalize.operands(spec, params.scale, params.bias, state.mean, x, mask, residual)
+        operands = _operands.of_call(spec, params.scale, params.bias, state.mean, x, mask, residual)
         x, weights = operands.x, operands.weights
         _check_batch(x, axis)
         devices = _devices.group_size(axis_name, groups)
