@@ -47,6 +47,7 @@ from timing import add_progress_option, bars
 
 import jaxbn.linen
 import jaxbn.nnx
+from jaxbn import checkpoint_policies as policies
 
 IMAGE, CLASSES, STAGES, EXPANSION = (224, 224, 3), 1000, (3, 4, 6, 3), 4
 LAYER = (28, 28, 128)  # the input of a layer but for the batch: that of a 3x3 convolution in the second stage
@@ -58,7 +59,8 @@ class Form(NamedTuple):
 
     layer: Callable[..., Callable[..., jax.Array]]  # its fields -> what is called with x, and a residual if it is fused
     fused: bool = False  # activation and residual go into the layer
-    policy: Callable[..., Any] | None = None  # what of a block is kept for the backward pass; the rest is done again
+    policy: Callable[..., Any] | None = None  # what is kept for the backward pass; the rest is done again,
+    in_halves: bool = False  # for half of the network at once, or else for a block
     fold: Callable[..., Any] | None = None  # what is done to the network before it is evaluated
 
     @property
@@ -82,20 +84,25 @@ def in_linen(layer: Callable[..., nnx.Module]) -> Callable[..., Callable[..., ja
     return make
 
 
-_NOTHING = jax.checkpoint_policies.nothing_saveable
+_nothing = jax.checkpoint_policies.nothing_saveable
+_fused = functools.partial(Form, jaxbn.linen.BatchNorm, fused=True)
 FORMS = {
     NO_NORM: Form(no_norm),
     FLAX: Form(nn.BatchNorm),
     "flax-safe": Form(functools.partial(nn.BatchNorm, use_fast_variance=False)),
     "flax-nnx": Form(in_linen(nnx.BatchNorm)),
-    "flax-remat": Form(nn.BatchNorm, policy=_NOTHING),
+    "flax-remat": Form(nn.BatchNorm, policy=_nothing),
     "jaxbn": Form(jaxbn.linen.BatchNorm),
     "jaxbn-nnx": Form(in_linen(jaxbn.nnx.BatchNorm)),
-    "fused": Form(jaxbn.linen.BatchNorm, fused=True),
+    "fused": _fused(),
     "fused-nnx": Form(in_linen(jaxbn.nnx.BatchNorm), fused=True),
-    "fused-remat": Form(jaxbn.linen.BatchNorm, fused=True, policy=_NOTHING),
+    "fused-outputs": _fused(policy=policies.save_norm_inputs_and_outputs),
+    "fused-inputs": _fused(policy=policies.save_norm_inputs, in_halves=True),
+    "fused-inner": _fused(policy=policies.save_inner_norm_inputs),
+    "fused-statistics": _fused(policy=policies.save_norm_statistics),
+    "fused-remat": _fused(policy=_nothing),
     "flax-fold": Form(nn.BatchNorm, fold=jaxbn.linen.fold),
-    "fused-fold": Form(jaxbn.linen.BatchNorm, fused=True, fold=jaxbn.linen.fold),
+    "fused-fold": _fused(fold=jaxbn.linen.fold),
 }
 
 
@@ -160,28 +167,45 @@ class BasicBlock(nn.Module):
         return self.normed(scale_init=nn.initializers.zeros)(y, x)
 
 
+class Half(nn.Module):
+    """Two stages: blocks of one width, and of twice the width on half the image."""
+
+    first: int
+    block: Callable[..., Block]
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        for stage in (self.first, self.first + 1):
+            for i in range(STAGES[stage]):
+                x = self.block(64 << stage, 2 if stage and not i else 1)(x)
+        return x
+
+
 class ResNet(nn.Module):
-    """ResNet-50 unless told otherwise, with the stride in the 3x3 convolutions."""
+    """ResNet-50, with the stride in the 3x3 convolutions."""
 
     form: Form
     train: bool
     dtype: DTypeLike
-    stages: Sequence[int] = STAGES
-    block: type[nn.Module] = Block
-    width: int = 64
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         normed = functools.partial(Normed, self.form, self.train, self.dtype)
         conv = functools.partial(nn.Conv, use_bias=False, dtype=self.dtype)
-        policy = self.form.policy
-        block = self.block if policy is None else nn.remat(self.block, policy=policy)
-        x = normed()(conv(self.width, (7, 7), 2, padding=3)(x))
+        block, half = self._in_pieces()
+        block = functools.partial(block, normed=normed, conv=conv)
+        x = normed()(conv(64, (7, 7), 2, padding=3)(x))
         x = nn.max_pool(x, (3, 3), (2, 2), padding="SAME")
-        for stage, blocks in enumerate(self.stages):
-            for i in range(blocks):
-                x = block(self.width << stage, 2 if stage and not i else 1, normed, conv)(x)
+        x = half(2, block)(half(0, block)(x))
         return nn.Dense(CLASSES, dtype=self.dtype)(x.mean((1, 2))).astype(jnp.float32)
+
+    def _in_pieces(self) -> tuple[Callable[..., Block], Callable[..., Half]]:
+        """One of the two is done again in the backward pass, if the form says so."""
+        form = self.form
+        if form.policy is None:
+            return Block, Half
+        again = functools.partial(nn.remat, policy=form.policy)
+        return (Block, again(Half)) if form.in_halves else (again(Block), Half)
 
 
 def shapes_of(module: nn.Module, *data: jax.ShapeDtypeStruct) -> Any:

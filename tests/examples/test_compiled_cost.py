@@ -98,6 +98,16 @@ def test_the_fused_layer_needs_no_memory_of_its_own(step):
     assert step("fused").temporary <= 10.5 * GB
 
 
+# What is recomputed costs traffic, and with these policies not as much as Flax's layer that keeps everything.
+@pytest.mark.parametrize(
+    ("norm", "moved", "temporary"),
+    [("fused-outputs", 94.5, 8.8), ("fused-inputs", 101.58, 7.2), ("fused-inner", 101.58, 5.3)],
+)
+def test_what_is_not_kept_for_the_backward_pass(step, norm, moved, temporary):
+    assert step(norm).temporary <= temporary * GB
+    assert step(norm).moved <= moved * GB
+
+
 def test_evaluation_costs_no_more_than_with_flax(h100):
     flax = h100("eval", "flax")
 
