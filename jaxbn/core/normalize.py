@@ -93,6 +93,7 @@ def _forward(
         y = spec.activation(y).astype(dtype)
     else:
         y = y.astype(dtype) if spec.activation is None else spec.activation(y.astype(dtype))
+    y = _cuda.rounded(y)
     return y if weights is None else jnp.where(_usable(x, weights), y, lax.stop_gradient(y))
 
 
@@ -112,7 +113,7 @@ def _measure_and_normalize(
     constants = None if spec.correct is None else lax.stop_gradient(spec.correct(stored, mean, var))
     mean, inverse, constants = _policies.name_statistics((mean, inverse, constants))
     y = _forward(spec, operands, mean, inverse, constants)
-    return (_cuda.rounded(y), moments), (mean, inverse, 1 / count, constants)
+    return (y, moments), (mean, inverse, 1 / count, constants)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
