@@ -171,22 +171,27 @@ class Half(nn.Module):
     """Two stages: blocks of one width, and of twice the width on half the image."""
 
     first: int
-    block: Callable[..., Block]
+    stages: Sequence[int]
+    block: Callable[..., nn.Module]
+    width: int
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         for stage in (self.first, self.first + 1):
-            for i in range(STAGES[stage]):
-                x = self.block(64 << stage, 2 if stage and not i else 1)(x)
+            for i in range(self.stages[stage]):
+                x = self.block(self.width << stage, 2 if stage and not i else 1)(x)
         return x
 
 
 class ResNet(nn.Module):
-    """ResNet-50, with the stride in the 3x3 convolutions."""
+    """ResNet-50 unless told otherwise, with the stride in the 3x3 convolutions."""
 
     form: Form
     train: bool
     dtype: DTypeLike
+    stages: Sequence[int] | None = None
+    block: type[nn.Module] = Block
+    width: int = 64
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -194,18 +199,19 @@ class ResNet(nn.Module):
         conv = functools.partial(nn.Conv, use_bias=False, dtype=self.dtype)
         block, half = self._in_pieces()
         block = functools.partial(block, normed=normed, conv=conv)
-        x = normed()(conv(64, (7, 7), 2, padding=3)(x))
+        half = functools.partial(half, stages=self.stages or STAGES, block=block, width=self.width)
+        x = normed()(conv(self.width, (7, 7), 2, padding=3)(x))
         x = nn.max_pool(x, (3, 3), (2, 2), padding="SAME")
-        x = half(2, block)(half(0, block)(x))
+        x = half(2)(half(0)(x))
         return nn.Dense(CLASSES, dtype=self.dtype)(x.mean((1, 2))).astype(jnp.float32)
 
-    def _in_pieces(self) -> tuple[Callable[..., Block], Callable[..., Half]]:
+    def _in_pieces(self) -> tuple[Callable[..., nn.Module], Callable[..., Half]]:
         """One of the two is done again in the backward pass, if the form says so."""
         form = self.form
         if form.policy is None:
-            return Block, Half
+            return self.block, Half
         again = functools.partial(nn.remat, policy=form.policy)
-        return (Block, again(Half)) if form.in_halves else (again(Block), Half)
+        return (self.block, again(Half)) if form.in_halves else (again(self.block), Half)
 
 
 def shapes_of(module: nn.Module, *data: jax.ShapeDtypeStruct) -> Any:
