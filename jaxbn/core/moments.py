@@ -24,6 +24,7 @@ from jax.typing import ArrayLike
 from jaxbn.core import axes as _axes
 from jaxbn.core import devices as _devices
 from jaxbn.core import dtypes as _dtypes
+from jaxbn.core import fusion as _fusion
 from jaxbn.core import shift as _shift
 
 
@@ -254,8 +255,12 @@ def _moments_of_whole(x: jax.Array, axes: _axes.Axes, fast: bool) -> Moments:
 
     near = _shift.first_samples(x, axes.rows, values) if fast else x
     shift = _shift.rounded(lax.stop_gradient(mean(near)))  # the result does not depend on it
-    d = x.astype(dtype) - _axes.expand(shift, x.ndim, axes)
-    first, squares = mean(d), _abs_sq(d).sum(axes.reduced)
+
+    def centred(shift: jax.Array) -> jax.Array:
+        return x.astype(dtype) - _axes.expand(shift, x.ndim, axes)
+
+    first = mean(centred(shift))
+    squares = _abs_sq(centred(_fusion.private(shift, "cpu"))).sum(axes.reduced)
     m2 = jnp.maximum(squares - values * _abs_sq(first), 0)
     return Moments(jnp.full_like(m2, values), shift + first, m2)
 

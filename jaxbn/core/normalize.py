@@ -24,10 +24,10 @@ from jax import lax
 
 from jaxbn.core import axes as _axes
 from jaxbn.core import checkpoint_policies as _policies
-from jaxbn.core import cuda as _cuda
 from jaxbn.core import devices as _devices
 from jaxbn.core import domains as _domains
 from jaxbn.core import dtypes as _dtypes
+from jaxbn.core import fusion as _fusion
 from jaxbn.core import moments as _moments
 from jaxbn.core.operands import Activation, Measure, Operands, Spec, Stored
 
@@ -93,14 +93,14 @@ def _forward(
         y = spec.activation(y).astype(dtype)
     else:
         y = y.astype(dtype) if spec.activation is None else spec.activation(y.astype(dtype))
-    y = _cuda.rounded(y)
+    y = _fusion.rounded(y)
     return y if weights is None else jnp.where(_usable(x, weights), y, lax.stop_gradient(y))
 
 
 def _measure_and_normalize(
     spec: Spec, measure: Measure, operands: Operands, stored: Stored
 ) -> tuple[tuple[jax.Array, _moments.Moments], tuple[Any, ...]]:
-    """The result; and mean, 1/s, the share 1/n of a value in them, and the constants behind."""
+    """The result; and mean, 1/s, how many values they are of, and the constants behind."""
     given = {} if operands.members is None else {"members": operands.members}
     moments = measure(operands.x, mask=operands.weights, **given)
     mean, var, count = moments.mean, moments.var, moments.count
@@ -113,7 +113,7 @@ def _measure_and_normalize(
     constants = None if spec.correct is None else lax.stop_gradient(spec.correct(stored, mean, var))
     mean, inverse, constants = _policies.name_statistics((mean, inverse, constants))
     y = _forward(spec, operands, mean, inverse, constants)
-    return (y, moments), (mean, inverse, 1 / count, constants)
+    return (y, moments), (mean, inverse, count, constants)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -142,21 +142,26 @@ def _backward(
     spec: Spec, measure: Measure, saved: tuple[Any, ...], cotangents: tuple[jax.Array, _moments.Moments]
 ) -> tuple[Operands, None]:
     del measure
-    operands, mean, inverse, share, constants, y = saved
+    operands, mean, inverse, count, constants, y = saved
     x, scale, bias, residual, weights, _ = operands
     lay_out = _layout(spec, operands)
     scale_of_z, offset = _affine(operands, constants)
     multiplier = _multiplier(inverse, scale_of_z)
     # An output that was kept is read; else where the activation was cut off is computed again, privately for each use.
     kept = y is not None or spec.activation is None
-    private = (lambda tree: tree) if kept else _cuda.private
-    differentiate = functools.partial(_differentiate, spec, operands, _cuda.private(y), cotangents[0])
-    vectors = _Vectors(lay_out(mean), lay_out(multiplier), lay_out(offset), _zero_of_its_own(x, cotangents[0]))
+    cut_off = (None, None) if kept else (lay_out(offset), _zero_of_its_own(x, cotangents[0]))
+    vectors = _Vectors(lay_out(mean), lay_out(multiplier), *cut_off)
+    differentiate = functools.partial(_differentiate, spec, operands, _fusion.private(y, "cuda"), cotangents[0])
+
+    def private(tree: Any) -> Any:
+        return tree if kept else _fusion.private(tree, "cpu", "cuda")
+
     dz, _ = differentiate(private(vectors))
-    dz_again, centred = differentiate(_Vectors(*private(vectors[::-1])[::-1]))
+    turned = _fusion.private(vectors[::-1], "cpu", *(() if kept else ("cuda",)))
+    dz_again, centred = differentiate(_Vectors(*turned[::-1]))
 
     local, (sum_dz, sum_dzx) = _sum(spec, operands, dz, dz_again * centred)
-    slopes = lay_out(sum_dz * share), lay_out(sum_dzx * share * jnp.square(inverse))
+    slopes = lay_out(sum_dz / count), lay_out(sum_dzx / count * jnp.square(inverse))
     vectors, slopes = private((vectors, slopes))
     dz, centred = differentiate(vectors)
     correction = slopes[0] + centred * slopes[1]

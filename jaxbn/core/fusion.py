@@ -1,8 +1,8 @@
-"""What XLA must be told on CUDA, so that a normalization reads and writes no more than it has to.
+"""What XLA must be told so that a normalization reads and writes no more than it has to.
 
 Nothing here changes a number, and all of it may be deleted without touching anything else: both functions may give
-back what they are given. Other compilers fuse better without, so elsewhere they compile to nothing. The bytes that this
-saves are pinned by the tests behind the marker `compiled`.
+back what they are given. It is for CUDA and for CPUs, each where it was seen to pay; elsewhere it compiles to nothing,
+as on TPU it would cost. The bytes that this saves are pinned by the tests behind the marker `compiled`.
 """
 
 from typing import Any
@@ -14,15 +14,15 @@ from jax.extend import core
 from jax.interpreters import ad, batching, mlir
 
 
-def private(tree: Any) -> Any:
-    """The same arrays, as copies of which the compiler does not know what they are equal to.
+def private(tree: Any, *platforms: str) -> Any:
+    """The same arrays, as copies of which the compilers for these platforms do not know what they are equal to.
 
     An elementwise expression that several kernels need is computed once and written to memory, if XLA sees that it is
     the same one. Made from private per-channel arrays it is computed in each kernel from what that reads anyway. Equal
     barriers are merged: two copies of a tuple must have its arrays in another order.
     """
     leaves, structure = jax.tree.flatten(tree)
-    return jax.tree.unflatten(structure, _private_p.bind(*leaves) if leaves else leaves)
+    return jax.tree.unflatten(structure, _bind(leaves, platforms) if leaves else leaves)
 
 
 def rounded(y: jax.Array) -> jax.Array:
@@ -38,14 +38,24 @@ def rounded(y: jax.Array) -> jax.Array:
 
 
 # The barrier as a JAX primitive: a conditional on the platform, for every copy, would take longer to trace and compile.
+def _lowering(platform: str) -> Any:
+    def lower(*leaves: jax.Array, platforms: tuple[str, ...]) -> Any:
+        return lax.optimization_barrier(leaves) if platform in platforms else list(leaves)
+
+    return mlir.lower_fun(lower, multiple_results=True)
+
+
+def _bind(leaves: Any, platforms: tuple[str, ...]) -> Any:
+    return _private_p.bind(*leaves, platforms=platforms)
+
+
 _private_p: Any = core.Primitive("jaxbn_private")
 _private_p.multiple_results = True
-_private_p.def_impl(lambda *leaves: list(leaves))
-_private_p.def_abstract_eval(lambda *leaves: list(leaves))
-mlir.register_lowering(_private_p, lambda ctx, *leaves: list(leaves))
-mlir.register_lowering(
-    _private_p, mlir.lower_fun(lambda *leaves: lax.optimization_barrier(leaves), multiple_results=True), platform="cuda"
-)
+_private_p.def_impl(lambda *leaves, platforms: list(leaves))
+_private_p.def_abstract_eval(lambda *leaves, platforms: list(leaves))
+mlir.register_lowering(_private_p, _lowering("elsewhere"))
+for _platform in ("cpu", "cuda"):
+    mlir.register_lowering(_private_p, _lowering(_platform), platform=_platform)
 # The tangents go round it, so no transpose is needed.
-ad.primitive_jvps[_private_p] = lambda primals, tangents: (_private_p.bind(*primals), list(tangents))
-batching.primitive_batchers[_private_p] = lambda leaves, dims: (_private_p.bind(*leaves), list(dims))
+ad.primitive_jvps[_private_p] = lambda primals, tangents, *, platforms: (_bind(primals, platforms), list(tangents))
+batching.primitive_batchers[_private_p] = lambda leaves, dims, *, platforms: (_bind(leaves, platforms), list(dims))
