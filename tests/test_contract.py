@@ -21,7 +21,10 @@ SLOW_WAYS = [way for way in WAYS if way not in ("jit", "shard_map")]
 FULL = [case for case in CASES if case.factory is jaxbn.batch_norm]
 
 # They differ from others in the average or in what is learned, which the formulas tell apart.
-ALIKE = {f"batch_norm {name}" for name in ("momentum 0.9", "no scale", "no bias", "cumulative", "scheduled", "horizon")}
+ALIKE = {"domain_batch_norm shared affine"} | {
+    f"batch_norm {name}"
+    for name in ("momentum 0.9", "no scale", "no bias", "no average", "debiased", "cumulative", "scheduled", "horizon")
+}
 
 every_formula = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 every_case = pytest.mark.parametrize(

@@ -57,6 +57,7 @@ def test_products_that_are_computed_again(policy, again, arrays):
     assert operations("dot_general", policy, arrays) == operations("dot_general", None, arrays) + 2 * again
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", AGAIN)
 def test_gradients_are_the_same(policy, arrays):
     gradient = lambda policy: jax.jit(jax.grad(lambda params, x: network(params, x, policy), (0, 1)))(*arrays)

@@ -16,6 +16,7 @@ def benchmark():
         yield load_program("benchmarks/compiled_cost.py")
 
 
+@pytest.mark.slow
 def test_the_network_is_resnet_50(benchmark):
     program = benchmark.eval_program(benchmark.FORMS["fused"], jnp.float32, 2)
 

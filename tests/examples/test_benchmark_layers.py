@@ -73,6 +73,7 @@ def test_layers_of_other_libraries_do_the_same(layers, name, relu, shape, monkey
         np.testing.assert_allclose(result, truth, atol=5e-6)
 
 
+@pytest.mark.slow
 def test_two_layers_are_measured(run, tmp_path):
     norms, file = ["flax fast", "jaxbn fused"], tmp_path / "found.json"
 

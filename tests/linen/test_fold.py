@@ -388,6 +388,7 @@ class PaddedDenseNet(nn.Module):
         return nn.Conv(4, (3, 3), padding="VALID", name="valid")(OURS(name="norm_valid")(x))
 
 
+@pytest.mark.slow
 def test_a_dense_net_without_activations_keeps_what_is_before_padding():
     x = images(2, 6, 6, 3)
     call, variables, folded, new, report = fold(PaddedDenseNet(), x)

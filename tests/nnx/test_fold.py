@@ -237,6 +237,7 @@ REASONS = {
 }
 
 
+@pytest.mark.slow
 def test_what_would_change_the_result_stays_and_the_report_says_why():
     model = Stays()
     folded, report = fold(model, images(4, 4))

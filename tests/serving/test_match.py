@@ -107,6 +107,7 @@ def init(net=None):
 FLATTENED = {"linen": {"Dense_1": (4, 4, 4)}, "nnx": {"dense": (4, 4, 4)}}
 
 
+@pytest.mark.slow
 def test_linen_goes_on_where_pytorch_was(file):
     """Evaluation, two steps of training, and evaluation; all arrays after it, statistics too."""
     found = match(file.before, init(), flattened=FLATTENED["linen"])

@@ -88,6 +88,7 @@ def random_variables():
     return jax.tree.map(lambda leaf: rng.uniform(0.5, 1.5, leaf.shape).astype("f4"), shapes)
 
 
+@pytest.mark.slow
 def test_a_fresh_process_answers_batches_of_any_size(tmp_path):
     """As the formulas do in float64, a batch of one too; of a Frozen, folded or not, and of an NNX model."""
     variables, x = random_variables(), np.random.default_rng(1).normal(2, 3, (7, 3)).astype("f4")
