@@ -177,8 +177,8 @@ class Half(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        for stage in (self.first, self.first + 1):
-            for i in range(self.stages[stage]):
+        for stage, blocks in list(enumerate(self.stages))[self.first : self.first + 2]:
+            for i in range(blocks):
                 x = self.block(self.width << stage, 2 if stage and not i else 1)(x)
         return x
 

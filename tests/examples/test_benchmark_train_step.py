@@ -67,7 +67,9 @@ def test_a_device_that_counts_its_memory_is_believed(train_step, run, monkeypatc
 
     ((_, costs),) = found.items()
     assert [(cost.memory, cost.largest) for cost in costs.values()] == [(3 * 10**9, 96)] * 2
-    assert [row[4:] for row in cells(lines)] == [["3.00", "1.00", "96"]] * 2
+    # A row goes on in a second line where the share of the norm, which is mostly noise here, is a long text.
+    rows = [row[4:] for row in cells(lines) if row[0]]
+    assert rows == [["3.00", "1.00", "96"]] * 2
     assert "Memory is what the device counted." in lines
 
 
