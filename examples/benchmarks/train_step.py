@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # or nothing is left for the processes of --largest
 
-import jax  # noqa: E402
+import jax  # noqa: E402  it reads the setting when it starts, and so do the next that import it
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 from compiled_cost import CLASSES, FLAX, FORMS, NO_NORM, BasicBlock, Block, train_program  # noqa: E402

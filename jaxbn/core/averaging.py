@@ -54,7 +54,8 @@ class _Constant(Averaging):
     def decay(self, count: jax.Array, samples: jax.Array) -> jax.Array:
         if isinstance(self.momentum, jax.Array):
             return self.momentum.astype(jnp.float32)
-        return np.float32(self.momentum)  # type: ignore  # as a number, which is no operation of the program
+        # A number instead of an array is no operation of the program, and counts as an array in all that is done to it.
+        return np.float32(self.momentum)  # type: ignore[arg-type, return-value]
 
 
 @dataclasses.dataclass(frozen=True)

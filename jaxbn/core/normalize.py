@@ -277,6 +277,6 @@ def _multiplier(inverse: jax.Array, scale: jax.Array | None) -> jax.Array:
 
 def _cut_off(activation: Activation | None, y: jax.Array, dy: jax.Array, zero: Any = None) -> jax.Array:
     """The cotangent before an activation from that behind it, by the sign of y, which is either side of it."""
-    at_zero, below = _SLOPES[activation]  # type: ignore[index]
+    at_zero, below = _SLOPES[activation]  # type: ignore[index]  # without one nothing is cut off
     zero = jnp.zeros((), y.dtype) if zero is None else zero
     return jnp.where(y >= zero if at_zero else y > zero, dy, dy * below if below else zero.astype(dy.dtype))

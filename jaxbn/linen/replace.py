@@ -130,7 +130,7 @@ def _intercepted(successor: _Successor, method: Any) -> Any:
         with nn.intercept_methods(_intercept):
             return method(self, *args, **kwargs)
 
-    run.__signature__ = inspect.signature(method)  # type: ignore[attr-defined]
+    run.__signature__ = inspect.signature(method)  # type: ignore[attr-defined]  # of functions mypy does not know it
     run.__doc__ = method.__doc__
     return run
 
