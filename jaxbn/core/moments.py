@@ -246,6 +246,7 @@ def _blocks_to_front(sums: jax.Array, axes: _axes.Axes) -> jax.Array:
     return jnp.moveaxis(sums.squeeze(axes.reduced_in_blocks), sum(a < axes.rows for a in axes.features), 0)
 
 
+@functools.partial(jax.jit, static_argnames=("axes", "fast"))  # one program outside jit, as at init
 def _moments_of_whole(x: jax.Array, axes: _axes.Axes, fast: bool) -> Moments:
     """The first formula at the top, where there is one block: most programs are of this kind, and this one is short."""
     dtype, values = _dtypes.compute(x), math.prod(x.shape[a] for a in axes.reduced)
