@@ -2,9 +2,9 @@
 
 import ast
 import re
+import sys
 from pathlib import Path
 
-import pytest
 from cases import CASES
 
 import jaxbn
@@ -30,29 +30,29 @@ ARITHMETIC = COLLECTIVES | set(
     "prod nansum nanmean nanvar reduce segment_sum logsumexp norm".split()
 )
 
-every_file = pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
-
 
 def room(file: Path) -> str | None:
     parts = file.relative_to(ROOT / "jaxbn").parts
     return parts[0] if len(parts) > 1 else None
 
 
-def imports(file: Path) -> set[str]:
-    found = set()
+def name_of(file: Path) -> str:
+    return str(file.relative_to(ROOT))
+
+
+def imports(file: Path) -> tuple[set[str], set[str]]:
+    """What a file imports where the code runs, and what it imports for type hints alone."""
+    found, for_types = set(), set()
     tree = ast.parse(file.read_text())
-    for_types = [n for n in ast.walk(tree) if isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING"]
-    hidden = {inner for block in for_types for inner in ast.walk(block)}
+    blocks = [n for n in ast.walk(tree) if isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING"]
+    hidden = {inner for block in blocks for inner in ast.walk(block)}
     for node in ast.walk(tree):
-        if node in hidden:
-            assert not isinstance(node, ast.ImportFrom)
-            assert not isinstance(node, ast.Import) or {alias.name for alias in node.names} <= TYPES_ONLY
-        elif isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+        names = for_types if node in hidden else found
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, "imports are absolute"
-            found |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return found
+            names |= {f"{'.' * node.level}{node.module or ''}.{alias.name}" for alias in node.names}
+    return found, for_types
 
 
 def called(file: Path) -> set[str]:
@@ -66,65 +66,66 @@ def called(file: Path) -> set[str]:
     return names
 
 
+def is_allowed(here: str | None, name: str) -> bool:
+    """Whether a file of the room `here` (None: the package itself) may import `name`."""
+    package, _, rest = name.partition(".")
+    if package == "jaxbn":
+        there = rest.split(".")[0]
+        below = ROOMS if here is None else ROOMS[: ROOMS.index(here) + 1]
+        return there in below and here in USERS.get(there, {here})
+    relative = package == ""
+    return not relative and (here is None or package in sys.stdlib_module_names or package in OUTSIDE[here])
+
+
 def test_rooms_are_those_of_the_plan():
     assert {room(file) for file in FILES} == {None, *ROOMS}
 
 
-@every_file
-def test_imports_go_down(file):
-    here = room(file)
-    for name in imports(file):
-        package, *rest = name.split(".")
-        if package == "jaxbn":
-            there = rest[0]
-            allowed = ROOMS if here is None else ROOMS[: ROOMS.index(here) + 1]
-            assert there in allowed, f"{file.name} imports {name}"
-            assert here in USERS.get(there, {here}), (
-                f"{there} is alone, and the package itself does not need it: {name}"
-            )
-        elif here is not None:
-            standard = package in __import__("sys").stdlib_module_names
-            assert standard or package in OUTSIDE[here], f"{file.name} imports {name}"
+def test_imports_are_absolute_and_go_down():
+    wrong = set()
+    for file in FILES:
+        running, for_types = imports(file)
+        wrong |= {(name_of(file), name) for name in running if not is_allowed(room(file), name)}
+        wrong |= {(name_of(file), name) for name in for_types - TYPES_ONLY}
+    assert not wrong
 
 
-@every_file
-def test_hosts_compute_nothing(file):
-    if room(file) in HOSTS:
-        assert not called(file) & ARITHMETIC
+def test_hosts_compute_nothing():
+    wrong = {(name_of(file), name) for file in FILES if room(file) in HOSTS for name in called(file) & ARITHMETIC}
+    assert not wrong
 
 
-@every_file
-def test_collectives_live_in_one_file(file):
-    if file != ROOT / "jaxbn" / "core" / "devices.py":
-        assert not called(file) & (COLLECTIVES - {"axis_size"})
+def test_collectives_live_in_one_file():
+    others = set(FILES) - {ROOT / "jaxbn" / "core" / "devices.py"}
+    wrong = {(name_of(file), name) for file in others for name in called(file) & (COLLECTIVES - {"axis_size"})}
+    assert not wrong
 
 
-@every_file
-def test_files_are_short(file):
-    assert len(file.read_text().splitlines()) <= 320
+def test_files_are_short():
+    lines = {name_of(file): len(file.read_text().splitlines()) for file in FILES}
+    assert not {name: count for name, count in lines.items() if count > 320}
 
 
-@every_file
-def test_only_re_exports_in_init(file):
-    if file.name == "__init__.py":
-        kinds = {type(node) for node in ast.parse(file.read_text()).body}
-        assert kinds <= {ast.ImportFrom, ast.Expr}
+def test_only_re_exports_in_init():
+    packages = [file for file in FILES if file.name == "__init__.py"]
+    kinds = {(name_of(file), type(node)) for file in packages for node in ast.parse(file.read_text()).body}
+    assert not {(name, kind) for name, kind in kinds if kind not in {ast.ImportFrom, ast.Expr}}
 
 
 SHARED = {"__init__", "base", "schedules"}  # files of methods/ that are no method
 METHODS = sorted({file.stem for file in (ROOT / "jaxbn" / "methods").glob("*.py")} - SHARED)
 
 
-@pytest.mark.parametrize("stem", METHODS)
-def test_one_stem_for_each_method(stem):
+def test_one_stem_for_each_method():
     """File, factory, state, module and rows in the list of cases share one name."""
-    camel = "".join(word.capitalize() for word in stem.split("_"))
-    factory, state = getattr(jaxbn, stem), getattr(jaxbn, f"{camel}State")
-    assert factory.__module__ == state.__module__ == f"jaxbn.methods.{stem}"
-    rows = [case for case in CASES if case.factory is factory]
-    assert rows and all(case.name.startswith(stem) for case in rows)
-    for case in rows:
-        assert (case.linen, case.nnx) == (getattr(jaxbn.linen, camel), getattr(jaxbn.nnx, camel))
+    for stem in METHODS:
+        camel = "".join(word.capitalize() for word in stem.split("_"))
+        factory, state = getattr(jaxbn, stem), getattr(jaxbn, f"{camel}State")
+        assert factory.__module__ == state.__module__ == f"jaxbn.methods.{stem}"
+        rows = [case for case in CASES if case.factory is factory]
+        assert rows and all(case.name.startswith(stem) for case in rows), stem
+        for case in rows:
+            assert (case.linen, case.nnx) == (getattr(jaxbn.linen, camel), getattr(jaxbn.nnx, camel))
 
 
 def test_every_factory_has_rows():
