@@ -58,9 +58,8 @@ def test_population_statistics_give_what_running_averages_do_not(api, run, tmp_p
 
     last = scores[-1]
     assert len(scores) == 3
-    assert last["Method TWO: pooled"] >= 0.96
-    assert last["Method ONE: running averages"] <= last["Method TWO: pooled"] - 0.3
-    assert last["Method TWO: pooled"] == pytest.approx(last["Batch statistics"], abs=0.02)
+    assert last["Method ONE: running averages"] < 0.5 < 0.9 < last["Method TWO: pooled"]
+    assert last["Method TWO: pooled"] == pytest.approx(last["Batch statistics"], abs=0.05)
 
     expected = [(epoch, name, round(row[name], 3)) for epoch, row in enumerate(scores, 1) for name in METHODS]
     assert rows(lines) == expected

@@ -176,7 +176,7 @@ def test_reading_ahead_is_bounded(images, loader):
         assert 6 * taken <= len(source.read) <= 6 * (taken + 3) + (2 if images.HAS_GRAIN else 0)
     threads = threading.active_count()
     batches.close()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 100
     while threading.active_count() == threads and time.monotonic() < deadline:
         time.sleep(0.01)  # grain does not wait for its threads
     assert threading.active_count() < threads

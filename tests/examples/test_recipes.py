@@ -152,7 +152,7 @@ def test_another_domain_is_seen_with_its_own_statistics(run, shared, data, varia
 
     found, printed = run("another_domain")
     at_home, elsewhere, with_statistics = found.values()
-    assert at_home > 0.95 and elsewhere < 0.6 and with_statistics > 0.9
+    assert with_statistics - elsewhere > (at_home - elsewhere) / 2 > 0.1  # most of what the other camera costs
     assert [number for (number,) in printed] == [round(value, 3) for value in found.values()]
 
 
@@ -169,7 +169,7 @@ def test_estimates_before_an_evaluation_leave_the_training_as_it_is(run, shared,
     assert all(map(np.array_equal, *map(jax.tree.leaves, (evaluated, end(lambda state: None)))))
 
     found, printed = run("estimate_before_evaluation", epochs=2)
-    assert all(estimated > running + 0.05 for running, estimated in found)
+    assert all(estimated > running for running, estimated in found)
     assert [row for row in printed if row] == [[round(value, 3) for value in row] for row in found]
 
 
@@ -184,7 +184,7 @@ def test_fine_tuning_holds_what_is_frozen(run, watch):
     assert moved(before, free) == set(flat(before))
 
     at_first, with_statistics, frozen, free = found.values()
-    assert at_first < 0.6 < free < frozen - 0.02 and frozen > with_statistics - 0.01
+    assert at_first < free < frozen and abs(frozen - with_statistics) < (with_statistics - at_first) / 4
 
 
 def variables_of(model):
@@ -220,7 +220,8 @@ def test_the_teacher_of_eman_averages_every_leaf(run, shared, data):
         assert not np.array_equal(value, flat(students[0])[path])
 
     found, printed = run("eman")
-    assert min(found.values()) > 0.95
+    student, *teachers = found.values()
+    assert all(student - 0.1 < teacher <= 1 for teacher in teachers)
     assert [number for (number,) in printed] == [round(value, 3) for value in found.values()]
 
 
@@ -249,9 +250,9 @@ def test_tent_moves_scale_and_bias_alone_and_the_entropy_falls(run, data, watch)
     calls = watch("tent", "make_tent")
     found, printed = run("tent", passes=2)
     training, batch, tent = found.values()
-    assert training < 0.6 and min(batch, tent) > 0.9
+    assert min(batch, tent) - training > (1 - training) / 2
     _, (_, before), (_, after) = printed[1:]
-    assert after < before - 0.02
+    assert after < before
 
     ((variables, *_), (opt_state, step)), *_ = calls
     params, entropies = variables["params"], []
@@ -301,7 +302,8 @@ def test_weight_decay_pulls_scales_to_one_and_leaves_biases_alone(run, variables
         np.testing.assert_allclose(found[path], expected, rtol=1e-5, atol=1e-6, err_msg=path)
 
     means, printed = run("weight_decay", epochs=2)
-    assert means["all towards zero"] < 0.9 < means["scales towards one"] < 1.1
+    assert means["all towards zero"] < means["none"]
+    assert abs(means["scales towards one"] - 1) < abs(means["all towards zero"] - 1)
     assert [row[-2] for row in printed[1:]] == [round(mean, 3) for mean in means.values()]
 
 

@@ -9,11 +9,11 @@ import time
 import numpy as np
 import pytest
 
-KILLS = 20
+KILLS = 8
 
-# The pass, saved after each batch; it goes on from what is there.
+# The pass, saved after each batch; it goes on from what is there. Each batch waits for a line of input, or for its end.
 PROGRAM = """
-import itertools, os, sys, time
+import itertools, os, sys
 import flax.linen as nn
 import jax, numpy as np, optax
 import jaxbn.linen
@@ -25,7 +25,7 @@ class Net(nn.Module):
             x = nn.relu(nn.BatchNorm(use_running_average=not train)(nn.Dense(4)(x)))
         return x
 
-path, pause = sys.argv[1], float(sys.argv[2])
+path = sys.argv[1]
 batches = list(np.random.default_rng(0).normal(size=(120, 16, 3)).astype(np.float32))
 steps = jaxbn.linen.make_steps(Net(), lambda y, x: (y.mean(), {}), optax.sgd(0.1), inputs=lambda x: x)
 state = steps.init(jax.random.key(0), batches[0])
@@ -34,20 +34,23 @@ if os.path.exists(path):
     with np.load(path) as saved:
         acc = jax.tree.unflatten(jax.tree.structure(acc), [saved[name] for name in saved.files])
 for batch in itertools.islice(batches, int(acc.batches), None):
+    sys.stdin.readline()
     acc = step(state, acc, batch)
     np.savez(path + ".new.npz", *jax.tree.leaves(acc))
     os.replace(path + ".new.npz", path)
     print("saved", flush=True)
-    time.sleep(pause)
 """
 
 
-def run(path, pause, seconds=None):
-    """Runs the program; kills it so many seconds after its first save."""
-    command = [sys.executable, "-c", PROGRAM, str(path), str(pause)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        if seconds is not None:
-            assert process.stdout.readline() == "saved\n"
+def run(path, killed=None):
+    """Runs the program; kills it so many seconds after its save of the batch before the last that it may take."""
+    command = [sys.executable, "-c", PROGRAM, str(path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        if killed is not None:
+            batches, seconds = killed
+            process.stdin.write("\n" * (batches + 1))
+            process.stdin.flush()
+            assert [process.stdout.readline() for _ in range(batches)] == ["saved\n"] * batches
             time.sleep(seconds)
             process.kill()
         process.communicate()
@@ -62,13 +65,14 @@ def saved(path):
 @pytest.mark.slow
 def test_a_pass_that_is_killed_ends_with_the_bits_of_one_that_is_not(tmp_path):
     whole, interrupted = tmp_path / "whole.npz", tmp_path / "interrupted.npz"
-    assert run(whole, 0) == 0
+    assert run(whole) == 0
     moments = random.Random(0)
     progress = []
     for _ in range(KILLS):
-        assert run(interrupted, 0.02, seconds=moments.uniform(0, 0.1)) == -signal.SIGKILL  # before it was done
+        killed = moments.randint(1, 4), moments.uniform(0, 0.004)
+        assert run(interrupted, killed) == -signal.SIGKILL  # before it was done
         progress.append(max(int(leaf) for leaf in saved(interrupted) if leaf.dtype == np.int32))  # batches seen
     assert progress == sorted(progress) and 0 < progress[0] < progress[-1] < 120
-    assert run(interrupted, 0) == 0
+    assert run(interrupted) == 0
     for found, expected in zip(saved(interrupted), saved(whole), strict=True):
         np.testing.assert_array_equal(found, expected)

@@ -28,7 +28,7 @@ import jaxbn.serving
 INFO = jaxbn.Info((("norm", jaxbn.LayerInfo("batch_norm", 1e-5, "pooled", 20.0)),), (("jaxbn", "0.1"),))
 MANIFEST = "manifest.jaxbn"
 WORKER = Path(__file__).with_name("worker.py")
-SECONDS = 240  # for all that other processes have to do, on a busy machine
+SECONDS = 900  # so that none waits for ever; for all that other processes have to do, on a busy machine
 
 
 def mesh(*shape):
