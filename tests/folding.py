@@ -5,7 +5,8 @@ import collections
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend import core
+
+from jaxbn.core.calls import inner_programs
 
 
 def moved(variables):
@@ -36,12 +37,12 @@ def primitives_of(function, *args):
 
     def read(jaxpr):
         for eqn in jaxpr.eqns:
-            inner = list(core.jaxprs_in_params(eqn.params))
+            inner = list(inner_programs(eqn))
             found.update([] if inner else [eqn.primitive.name])
             for program in inner:
                 read(program)
 
-    read(jax.make_jaxpr(function)(*args).jaxpr)
+    read(jax.make_jaxpr(function)(*args))
     return found
 
 

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.extend.core import jaxprs_in_params, primitives
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
+from jaxbn.core.calls import inner_programs
 from jaxbn.core.marks import mark
 from jaxbn.core.moments import Moments
 
@@ -74,7 +74,7 @@ def chain(x: Any, length: int) -> list[np.ndarray]:
 
 
 def primitive_names(jaxpr: Any) -> set[str]:
-    inner = [primitive_names(sub) for eqn in jaxpr.eqns for sub in jaxprs_in_params(eqn.params)]
+    inner = [primitive_names(sub) for eqn in jaxpr.eqns for sub in inner_programs(eqn)]
     return {eqn.primitive.name for eqn in jaxpr.eqns}.union(*inner)
 
 
@@ -92,12 +92,6 @@ def flat(x, index):
 
 def nested_jit(x, index):
     return jax.jit(lambda x: jax.jit(normed)(jax.jit(normed)(x, index), index))(x)
-
-
-def called(primitive, x, index):
-    closed = jax.make_jaxpr(normed)(x, index)
-    jaxpr = closed if primitive is primitives.closed_call_p else closed.jaxpr
-    return primitive.bind(x, index, **primitive.get_bind_params({"call_jaxpr": jaxpr}))[0]
 
 
 def custom_jvp(x, index):
@@ -168,8 +162,6 @@ FLAT_PROGRAMS: dict[str, tuple[Callable[..., jax.Array], str, int]] = {
     "remat": (remat, "remat2", 1),
     "remat_policy": (remat_saving, "remat2", 1),
     "jit_of_remat": (jax.jit(remat), "remat2", 1),
-    "call": (partial(called, primitives.call_p), "call", 1),
-    "closed_call": (partial(called, primitives.closed_call_p), "closed_call", 1),
     "custom_jvp": (custom_jvp, "custom_jvp_call", 1),
     "custom_vjp": (custom_vjp, "custom_vjp_call", 1),
     "custom_vmap": (custom_vmap, "custom_vmap_call", 1),

@@ -25,7 +25,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.experimental.compilation_cache import compilation_cache
-from jax.extend import core
 from rich.console import Console
 from timing import add_progress_option, bars, machine_line, ratio, table, take_turns, write_json
 
@@ -142,9 +141,10 @@ def make(program: Program) -> list[float]:
     return np.diff(times).tolist()
 
 
-def count_equations(jaxpr: Any) -> int:
+def count_equations(program: Any) -> int:
     """The equations of a program, those inside of others too."""
-    return sum(1 + sum(map(count_equations, core.jaxprs_in_params(e.params))) for e in jaxpr.eqns)
+    inner = [leaf for e in program.eqns for leaf in jax.tree.leaves(e.params) if hasattr(leaf, "eqns")]
+    return len(program.eqns) + sum(map(count_equations, inner))
 
 
 def time_imports() -> list[float]:
@@ -212,7 +212,7 @@ def main(argv: Sequence[str] | None = None) -> tuple[dict[Key, int], dict[Key, n
     args, console = parse(argv), Console(highlight=False, markup=False)
     made = {name: programs_of(norm, args.layers) for name, norm in NORMS.items()}
     programs = {(what, name): made[name][what] for name in made for what in WHAT}
-    equations = {key: count_equations(jax.make_jaxpr(p.run)(*p.arguments).jaxpr) for key, p in programs.items()}
+    equations = {key: count_equations(jax.make_jaxpr(p.run)(*p.arguments)) for key, p in programs.items()}
     with uncached():
         rounds = args.bar(range(args.rounds), "Compiling")
         seconds = take_turns(list(programs), rounds, lambda key: make(programs[key]))

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from jaxbn.core import calls as _calls
 from jaxbn.core import dtypes as _dtypes
 
 INITIAL_MEAN = 0.0
@@ -211,7 +212,7 @@ def as_averaging(momentum: "ArrayLike | Averaging | None") -> Averaging | None:
 
 def _check_momentum(momentum: ArrayLike, stacklevel: int) -> None:
     """Raises outside [0, 1), and warns of values that look like PyTorch's. A traced number cannot be checked."""
-    if isinstance(momentum, jax.core.Tracer):
+    if _calls.is_tracer(momentum):
         return
     if isinstance(momentum, str) or np.ndim(momentum) or not np.isrealobj(momentum):
         raise TypeError(f"momentum={momentum!r} must be a number, None, or an average such as jaxbn.cumulative().")

@@ -10,25 +10,10 @@ from collections.abc import Hashable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
-from jax.extend import core
-from jax.extend.core import primitives
-from jax.interpreters import ad, batching, mlir
+
+from jaxbn.core import calls as _calls
 
 Value = int  # a value of the program, by number
-
-# What is only a call, by the name of the parameter that holds the program called.
-_CALLS = {
-    primitives.jit_p.name: "jaxpr",
-    primitives.remat_p.name: "jaxpr",
-    primitives.call_p.name: "call_jaxpr",
-    primitives.closed_call_p.name: "call_jaxpr",
-    primitives.custom_jvp_call_p.name: "call_jaxpr",
-    primitives.custom_vjp_call_p.name: "call_jaxpr",
-    "custom_vmap_call": "call",
-}
-
-# What gives back what it is given, as far as values are concerned.
-_IDENTITIES = {"name", "sharding_constraint"}
 
 
 def tag(x: jax.Array, name: Hashable) -> jax.Array:
@@ -36,15 +21,11 @@ def tag(x: jax.Array, name: Hashable) -> jax.Array:
     return tag_p.bind(x, name=name, mapped=False)
 
 
-tag_p: Any = core.Primitive("jaxbn_tag")
-tag_p.def_impl(lambda x, **_: x)
-tag_p.def_abstract_eval(lambda x, **_: x)
-mlir.register_lowering(tag_p, lambda ctx, x, **_: [x])
-ad.primitive_jvps[tag_p] = lambda primals, tangents, **params: (tag_p.bind(*primals, **params), tangents[0])
-batching.primitive_batchers[tag_p] = lambda args, dims, *, name, mapped: (
-    tag_p.bind(*args, name=name, mapped=True),
-    dims[0],
-)
+def _tag_batching(args: Sequence[Any], dims: Sequence[int], *, name: Hashable, mapped: bool) -> tuple[Any, int]:
+    return tag_p.bind(*args, name=name, mapped=True), dims[0]
+
+
+tag_p = _calls.identity_primitive("jaxbn_tag", lambda x, **_: x, _tag_batching, multiple=False)
 
 
 class Node(NamedTuple):
@@ -105,10 +86,10 @@ class Flow:
 _OUTPUT = Node("the outputs of the model", (), ())
 
 
-def follow(program: core.ClosedJaxpr) -> Flow:
+def follow(program: _calls.Program) -> Flow:
     """Reads a program with tags."""
     reader = _Reader()
-    inputs = [reader.new() for _ in program.jaxpr.invars]
+    inputs = [reader.new() for _ in program.invars]
     outputs = {value for value in reader.read(program, inputs, None) if value is not None}
     nodes = _needed(reader.nodes, outputs)
     makers = {value: node for node in nodes for value in node.outputs}
@@ -133,26 +114,25 @@ class _Reader:
         self._count += 1
         return self._count
 
-    def read(self, program: Any, inputs: Sequence[Value | None], function: str | None) -> list[Value | None]:
+    def read(self, program: _calls.Program, inputs: Sequence[Value | None], function: str | None) -> list[Value | None]:
         """The outputs of a program called with these inputs; None stands for a literal."""
-        jaxpr = program.jaxpr if isinstance(program, core.ClosedJaxpr) else program
-        values: dict[Any, Value | None] = dict(zip(jaxpr.invars, inputs, strict=True))
-        values |= {var: self.new() for var in jaxpr.constvars}
+        values: dict[Any, Value | None] = dict(zip(program.invars, inputs, strict=True))
+        values |= {var: self.new() for var in program.constvars}
 
         def value_of(atom: Any) -> Value | None:
-            return None if isinstance(atom, core.Literal) else values[atom]
+            return None if isinstance(atom, _calls.Literal) else values[atom]
 
-        for eqn in jaxpr.eqns:
+        for eqn in program.eqns:
             given = [value_of(atom) for atom in eqn.invars]
-            if parameter := _CALLS.get(eqn.primitive.name):
-                name = str(eqn.params.get("name"))
-                made = self.read(eqn.params[parameter], given, name if hasattr(jax.nn, name) else function)
-            elif eqn.primitive.name in _IDENTITIES:
+            if (called := _calls.called_program(eqn)) is not None:
+                name = _calls.name_of_function(eqn)
+                made = self.read(called, given, name if hasattr(jax.nn, name) else function)
+            elif eqn.primitive.name in _calls.IDENTITIES:
                 made = given
             else:
                 made = self._add(eqn, given, function)
             values |= dict(zip(eqn.outvars, made, strict=True))
-        return [value_of(atom) for atom in jaxpr.outvars]
+        return [value_of(atom) for atom in program.outvars]
 
     def _add(self, eqn: Any, given: Sequence[Value | None], function: str | None) -> list[Value | None]:
         """Keeps an equation that is no call; its outputs."""
@@ -171,7 +151,7 @@ class _Reader:
 
 def _tags_in(eqn: Any) -> Iterator[Hashable]:
     """The tags in the programs that an equation holds, however deep."""
-    for program in core.jaxprs_in_params(eqn.params):
+    for program in _calls.inner_programs(eqn):
         for inner in program.eqns:
             if inner.primitive is tag_p:
                 yield inner.params["name"]

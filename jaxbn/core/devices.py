@@ -16,6 +16,8 @@ import numpy as np
 from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from jaxbn.core import calls as _calls
+
 AxisName = str | tuple[str, ...]
 Groups = tuple[tuple[int, ...], ...]
 
@@ -146,7 +148,7 @@ def spread(batch: Any, mesh: Mesh) -> Any:
 def mesh_of(tree: Any) -> Mesh | None:
     """The mesh over which an array of the tree is placed; None where none is, and while tracing."""
     for leaf in jax.tree.leaves(tree):
-        if isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer):
+        if isinstance(leaf, jax.Array) and not _calls.is_tracer(leaf):
             if isinstance(leaf.sharding, NamedSharding) and leaf.sharding.mesh.size > 1:
                 return leaf.sharding.mesh  # type: ignore[return-value]  # not abstract, as the array is real
     return None
@@ -190,7 +192,7 @@ def check_groups(axis_name: AxisName | None, groups: Any) -> Groups | None:
 
 def varying(x: jax.Array) -> frozenset[str]:
     """The axes of a surrounding shard_map over which x may differ; none known with check_vma=False and under pmap."""
-    return frozenset(jax.typeof(x).manual_axis_type.varying)
+    return _calls.varying(x)
 
 
 def axes_of(specs: Sequence[PartitionSpec]) -> frozenset[str]:

@@ -10,8 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.extend import core
-from jax.interpreters import ad, batching, mlir
+
+from jaxbn.core import calls as _calls
 
 
 def private(tree: Any, *platforms: str) -> Any:
@@ -38,24 +38,23 @@ def rounded(y: jax.Array) -> jax.Array:
 
 
 # The barrier as a JAX primitive: a conditional on the platform, for every copy, would take longer to trace and compile.
-def _lowering(platform: str) -> Any:
-    def lower(*leaves: jax.Array, platforms: tuple[str, ...]) -> Any:
-        return lax.optimization_barrier(leaves) if platform in platforms else list(leaves)
-
-    return mlir.lower_fun(lower, multiple_results=True)
-
-
 def _bind(leaves: Any, platforms: tuple[str, ...]) -> Any:
     return _private_p.bind(*leaves, platforms=platforms)
 
 
-_private_p: Any = core.Primitive("jaxbn_private")
-_private_p.multiple_results = True
-_private_p.def_impl(lambda *leaves, platforms: list(leaves))
-_private_p.def_abstract_eval(lambda *leaves, platforms: list(leaves))
-mlir.register_lowering(_private_p, _lowering("elsewhere"))
+def _batching(leaves: Any, dims: Any, *, platforms: tuple[str, ...]) -> Any:
+    return _bind(leaves, platforms), list(dims)
+
+
+def _barrier_on(platform: str) -> Any:
+    def barrier(*leaves: jax.Array, platforms: tuple[str, ...]) -> Any:
+        return lax.optimization_barrier(leaves) if platform in platforms else list(leaves)
+
+    return barrier
+
+
+_private_p = _calls.identity_primitive(
+    "jaxbn_private", lambda *leaves, platforms: list(leaves), _batching, multiple=True
+)
 for _platform in ("cpu", "cuda"):
-    mlir.register_lowering(_private_p, _lowering(_platform), platform=_platform)
-# The tangents go round it, so no transpose is needed.
-ad.primitive_jvps[_private_p] = lambda primals, tangents, *, platforms: (_bind(primals, platforms), list(tangents))
-batching.primitive_batchers[_private_p] = lambda leaves, dims, *, platforms: (_bind(leaves, platforms), list(dims))
+    _calls.lower_on(_platform, _private_p, _barrier_on(_platform))

@@ -20,10 +20,9 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.extend import core, source_info_util
-from jax.extend.core import primitives
 from jax.sharding import PartitionSpec
 
+from jaxbn.core import calls as _calls
 from jaxbn.core import devices as _devices
 from jaxbn.core import marks as _marks
 from jaxbn.core import moments as _moments
@@ -116,7 +115,7 @@ def _pool_by_index(records: Sequence[Record], size: int) -> _moments.Moments:
 def over_arrays(tree: Any) -> Any:
     """The tree as a `Partial` of its arrays: a pytree that keeps other leaves (numbers, strings) out of the trace."""
     leaves, structure = jax.tree.flatten(tree)
-    positions = [i for i, leaf in enumerate(leaves) if hasattr(leaf, "dtype") and core.valid_jaxtype(leaf)]
+    positions = [i for i, leaf in enumerate(leaves) if _calls.is_array_of_jax(leaf)]
     others = dict(enumerate(leaves))
     arrays = [jnp.asarray(others.pop(i)) for i in positions]  # the same object, if it is a jax.Array already
 
@@ -127,81 +126,72 @@ def over_arrays(tree: Any) -> Any:
     return jax.tree_util.Partial(rebuild, *arrays)
 
 
-def _marked(eqn: Any) -> bool:
-    """Whether the equation is a mark, or holds one in its jaxprs, however deep."""
-    return eqn.primitive is _marks.mark_p or any(_marked(e) for j in core.jaxprs_in_params(eqn.params) for e in j.eqns)
+def _marked(eqn: _calls.Equation) -> bool:
+    """Whether the equation is a mark, or holds one in its programs, however deep."""
+    return eqn.primitive is _marks.mark_p or any(_marked(e) for inner in _calls.inner_programs(eqn) for e in inner.eqns)
 
 
-def _evaluate(jaxpr: core.Jaxpr | core.ClosedJaxpr, args: Sequence[Any]) -> _Result:
-    """Runs a jaxpr, as `jax.core.eval_jaxpr` does, and collects the records of its marks on the way."""
-    jaxpr, consts = (jaxpr.jaxpr, jaxpr.consts) if isinstance(jaxpr, core.ClosedJaxpr) else (jaxpr, ())
-    values = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True))
+def _evaluate(program: _calls.Program, args: Sequence[Any]) -> _Result:
+    """Runs a program, equation by equation, and collects the records of its marks on the way."""
+    consts = _calls.constants(program)
+    values = dict(zip((*program.constvars, *program.invars), (*consts, *args), strict=True))
     records: list[Record] = []
-    last_use = _last_use(jaxpr)
+    last_use = _last_use(program)
 
     def read(atom: Any) -> Any:
-        return atom.val if isinstance(atom, core.Literal) else values[atom]
+        return atom.val if isinstance(atom, _calls.Literal) else values[atom]
 
-    for position, eqn in enumerate(jaxpr.eqns):
+    for position, eqn in enumerate(program.eqns):
         outputs, new = _apply(eqn, [read(atom) for atom in eqn.invars])
         values.update(zip(eqn.outvars, outputs, strict=True))
         records += new
         for atom in (*eqn.invars, *eqn.outvars):  # outside jit the values are real: free each after its last use
-            if not isinstance(atom, core.Literal) and last_use[atom] == position:
+            if not isinstance(atom, _calls.Literal) and last_use[atom] == position:
                 values.pop(atom, None)
     # A literal is a NumPy or Python number, which as an output of the program has to be an array.
-    results = [jnp.asarray(a.val) if isinstance(a, core.Literal) else values[a] for a in jaxpr.outvars]
+    results = [jnp.asarray(a.val) if isinstance(a, _calls.Literal) else values[a] for a in program.outvars]
     return results, records
 
 
-def _last_use(jaxpr: core.Jaxpr) -> dict[Any, int]:
+def _last_use(program: _calls.Program) -> dict[Any, int]:
     """Position of the last equation that mentions a variable; the outputs are mentioned once more, at the end."""
-    mentions = [*((*eqn.invars, *eqn.outvars) for eqn in jaxpr.eqns), jaxpr.outvars]
-    return {a: position for position, atoms in enumerate(mentions) for a in atoms if not isinstance(a, core.Literal)}
+    mentions = [*((*eqn.invars, *eqn.outvars) for eqn in program.eqns), program.outvars]
+    return {a: position for position, atoms in enumerate(mentions) for a in atoms if not isinstance(a, _calls.Literal)}
 
 
-def _apply(eqn: Any, values: list[Any]) -> _Result:
-    """Runs one equation under the scope names and the configuration (`ctx`) that it was traced with."""
-    names = source_info_util.current_name_stack() + eqn.source_info.name_stack
-    with source_info_util.user_context(eqn.source_info.traceback, name_stack=names), eqn.ctx.manager:
-        if _marked(eqn):
-            if (name := eqn.primitive.name) not in _RULES:
-                place = source_info_util.summarize(eqn.source_info) or "place unknown"
-                raise NotImplementedError(
-                    f"a marked layer runs inside `{name}` ({place}), out of which its moments cannot be taken. "
-                    f"Capture inside `{name}` instead of around it, or move the layer out of it."
-                )
-            return _RULES[name](values, **eqn.params)
-        # Undoes what tracing did to the parameters of custom derivatives and calls; the identity for all others.
-        outputs = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(eqn.params))
-        return (outputs if eqn.primitive.multiple_results else [outputs]), []
+def _apply(eqn: _calls.Equation, values: list[Any]) -> _Result:
+    """Runs one equation under the scope names and the configuration that it was traced with."""
+    with _calls.as_traced(eqn):
+        if not _marked(eqn):
+            return _calls.bind(eqn, values), []
+        if (program := _calls.called_program(eqn)) is not None:
+            outputs, records = _evaluate(program, values)
+            return outputs, [] if _calls.is_recomputation(eqn) else records
+        if (name := eqn.primitive.name) not in _RULES:
+            raise NotImplementedError(
+                f"a marked layer runs inside `{name}` ({_calls.place_of(eqn)}), for which jaxbn has no rule in JAX "
+                f"{jax.__version__}: its moments cannot be taken out. Capture inside `{name}` instead of around it, or "
+                f"move the layer out of it."
+            )
+        return _RULES[name](eqn, values)
 
 
-# The rules. Their keyword arguments are the parameters that JAX gives these primitives; the rest does not matter here.
-def _record(values: list[Any], *, layer: _marks.Layer) -> _Result:
+# The rules: the outputs of an equation with a mark inside, and the records of its marks.
+def _record(eqn: _calls.Equation, values: list[Any]) -> _Result:
     y, index, *parts = values
-    return [y], [Record(layer, index, _moments.Moments(*parts))]
+    return [y], [Record(eqn.params["layer"], index, _moments.Moments(*parts))]
 
 
-def _inline(parameter: str) -> Callable[..., _Result]:
-    return lambda values, **params: _evaluate(params[parameter], values)
-
-
-def _remat(values: list[Any], *, jaxpr: core.Jaxpr, differentiated: bool, **_: Any) -> _Result:
-    outputs, records = _evaluate(jaxpr, values)
-    return outputs, [] if differentiated else records  # differentiated: the recomputation for a gradient, no new call
-
-
-def _scan(values: list[Any], *, jaxpr: core.ClosedJaxpr, num_consts: int, num_carry: int, **params: Any) -> _Result:
-    consts, values = values[:num_consts], values[num_consts:]
-    init, xs = values[:num_carry], values[num_carry:]
+def _scan(eqn: _calls.Equation, values: list[Any]) -> _Result:
+    scan = _calls.scan_of(eqn)
+    consts, values = values[: scan.constants], values[scan.constants :]
+    init, xs = values[: scan.carry], values[scan.carry :]
 
     def body(carry: list[Any], x: list[Any]) -> Any:
-        outputs, records = _evaluate(jaxpr, [*consts, *carry, *x])
-        return outputs[:num_carry], (outputs[num_carry:], records)
+        outputs, records = _evaluate(scan.body, [*consts, *carry, *x])
+        return outputs[: scan.carry], (outputs[scan.carry :], records)
 
-    options = {name: params[name] for name in ("length", "reverse", "unroll")}
-    carry, (ys, records) = lax.scan(body, init, xs, **options)
+    carry, (ys, records) = lax.scan(body, init, xs, **scan.options)
     return [*carry, *ys], records
 
 
@@ -210,10 +200,10 @@ def _nothing_of(fun: Callable[[Any], _Result], args: list[Any]) -> list[Record]:
     return jax.tree.map(jnp.zeros_like, jax.eval_shape(lambda args: fun(args)[1], args))
 
 
-def _cond(values: list[Any], *, branches: Sequence[core.ClosedJaxpr], **_: Any) -> _Result:
+def _cond(eqn: _calls.Equation, values: list[Any]) -> _Result:
     """Each branch returns the records of all: its own, and nothing for the others. Also lax.switch."""
-    which, *operands = values
-    nothing = [_nothing_of(partial(_evaluate, jaxpr), operands) for jaxpr in branches]
+    branches, (which, *operands) = _calls.branches_of(eqn), values
+    nothing = [_nothing_of(partial(_evaluate, program), operands) for program in branches]
 
     def branch(position: int, *args: Any) -> Any:
         outputs, own = _evaluate(branches[position], args)
@@ -223,15 +213,16 @@ def _cond(values: list[Any], *, branches: Sequence[core.ClosedJaxpr], **_: Any) 
     return outputs, [record for group in records for record in group]
 
 
-def _while(values: list[Any], *, cond_jaxpr: Any, cond_nconsts: int, body_jaxpr: Any, body_nconsts: int) -> _Result:
+def _while(eqn: _calls.Equation, values: list[Any]) -> _Result:
     """How often it runs is not known, so nothing can be stacked: one record per layer, pooled from turn to turn."""
-    if any(map(_marked, cond_jaxpr.eqns)):
+    loop = _calls.while_of(eqn)
+    if any(map(_marked, loop.condition.eqns)):
         raise NotImplementedError("a marked layer runs in the condition of `while`; move it into the body.")
-    cond_consts, values = values[:cond_nconsts], values[cond_nconsts:]
-    body_consts, init = values[:body_nconsts], values[body_nconsts:]
+    cond_consts, values = values[: loop.condition_constants], values[loop.condition_constants :]
+    body_consts, init = values[: loop.body_constants], values[loop.body_constants :]
 
     def turn(carry: list[Any]) -> _Result:
-        outputs, records = _evaluate(body_jaxpr, [*body_consts, *carry])
+        outputs, records = _evaluate(loop.body, [*body_consts, *carry])
         pooled = collect(records).items()
         return outputs, [Record(layer, jnp.arange(layer.size, dtype=jnp.int32), moments) for layer, moments in pooled]
 
@@ -240,8 +231,10 @@ def _while(values: list[Any], *, cond_jaxpr: Any, cond_nconsts: int, body_jaxpr:
         pairs = zip(state[1], new, strict=True)
         return outputs, [dataclasses.replace(b, moments=_moments.merge(a.moments, b.moments)) for a, b in pairs]
 
-    nothing = _nothing_of(turn, init)
-    return lax.while_loop(lambda state: _evaluate(cond_jaxpr, [*cond_consts, *state[0]])[0][0], body, (init, nothing))
+    def goes_on(state: Any) -> Any:
+        return _evaluate(loop.condition, [*cond_consts, *state[0]])[0][0]
+
+    return lax.while_loop(goes_on, body, (init, _nothing_of(turn, init)))
 
 
 @jax.tree_util.register_static
@@ -252,14 +245,11 @@ class _Argument:
     position: int
 
 
-def _shard_map(
-    values: list[Any], *, jaxpr: core.Jaxpr, mesh: Any, in_specs: Any, out_specs: Any, check_vma: bool, **params: Any
-) -> _Result:
+def _shard_map(eqn: _calls.Equation, values: list[Any]) -> _Result:
     """One record per layer, pooled over the devices that have seen different values, and so the same on all of them."""
-    # In jax 0.10.0 it has the other name, and holds what an outer shard_map has made manual as well.
-    manual = params["newly_manual_axes" if "newly_manual_axes" in params else "manual_axes"]
-    axes = [axis for axis in mesh.axis_names if axis in manual and axis not in mesh.manual_axes]
-    unchecked: frozenset[str] = frozenset() if check_vma else _devices.axes_of(in_specs) | _strings_in(jaxpr)
+    program, mesh, in_specs, out_specs, check_vma, manual = _calls.shard_map_of(eqn)
+    axes = [axis for axis in mesh.axis_names if axis in manual]
+    unchecked: frozenset[str] = frozenset() if check_vma else _devices.axes_of(in_specs) | _strings_in(program)
     whole = [position for position, spec in enumerate(in_specs) if not _devices.axes_of([spec])]
 
     def pooled(layer: Any, group: list[Record], args: Sequence[Any]) -> Record:
@@ -271,7 +261,7 @@ def _shard_map(
         return Record(layer, index, _moments.merge_over(moments, over) if over else moments)
 
     def shard(*args: Any) -> Any:
-        outputs, records = _evaluate(jaxpr, args)
+        outputs, records = _evaluate(program, args)
         return outputs, [pooled(layer, group, args) for layer, group in _by_layer(records).items()]
 
     def restored(record: Record) -> Record:
@@ -286,23 +276,16 @@ def _shard_map(
     return outputs, [restored(record) for record in records]
 
 
-def _strings_in(jaxpr: core.Jaxpr) -> set[str]:
+def _strings_in(program: _calls.Program) -> set[str]:
     """All strings among the parameters of the equations, however deep: each axis that one of them uses is there."""
-    own = {leaf for eqn in jaxpr.eqns for leaf in jax.tree.leaves(eqn.params) if isinstance(leaf, str)}
-    return own.union(*(_strings_in(inner) for eqn in jaxpr.eqns for inner in core.jaxprs_in_params(eqn.params)))
+    own = {leaf for eqn in program.eqns for leaf in jax.tree.leaves(eqn.params) if isinstance(leaf, str)}
+    return own.union(*(_strings_in(inner) for eqn in program.eqns for inner in _calls.inner_programs(eqn)))
 
 
-_RULES: dict[str, Callable[..., _Result]] = {
+_RULES: dict[str, Callable[[_calls.Equation, list[Any]], _Result]] = {
     _marks.mark_p.name: _record,
-    primitives.jit_p.name: _inline("jaxpr"),
-    primitives.remat_p.name: _remat,
-    primitives.call_p.name: _inline("call_jaxpr"),
-    primitives.closed_call_p.name: _inline("call_jaxpr"),
-    primitives.custom_jvp_call_p.name: _inline("call_jaxpr"),
-    primitives.custom_vjp_call_p.name: _inline("call_jaxpr"),
-    "custom_vmap_call": _inline("call"),  # the one primitive that jax.extend does not export
-    primitives.scan_p.name: _scan,
-    primitives.cond_p.name: _cond,
-    primitives.while_p.name: _while,
-    "shard_map": _shard_map,
+    _calls.SCAN: _scan,
+    _calls.COND: _cond,
+    _calls.WHILE: _while,
+    _calls.SHARD_MAP: _shard_map,
 }

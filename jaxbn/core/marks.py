@@ -11,9 +11,8 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.extend import core
-from jax.interpreters import ad, batching, mlir
 
+from jaxbn.core import calls as _calls
 from jaxbn.core import moments as _moments
 
 
@@ -57,10 +56,4 @@ def _mark_batching(args: Sequence[Any], dims: Sequence[int | None], *, layer: La
     return mark_p.bind(args[0], *rest, layer=layer), dims[0]
 
 
-mark_p: Any = core.Primitive("jaxbn_mark")
-mark_p.def_impl(lambda y, *_, layer: y)
-mark_p.def_abstract_eval(lambda y, *_, layer: y)
-mlir.register_lowering(mark_p, lambda ctx, y, *_, layer: [y])
-# The tangent goes round the mark, so no transpose is needed.
-ad.primitive_jvps[mark_p] = lambda primals, tangents, *, layer: (mark_p.bind(*primals, layer=layer), tangents[0])
-batching.primitive_batchers[mark_p] = _mark_batching
+mark_p = _calls.identity_primitive("jaxbn_mark", lambda y, *_, layer: y, _mark_batching, multiple=False)

@@ -16,6 +16,7 @@ import flax
 import flax.linen as nn
 import jax
 
+from jaxbn.core import calls as _calls
 from jaxbn.core import harvest as _harvest
 from jaxbn.core import moments as _moments
 from jaxbn.linen.modules import STATISTICS, Norm
@@ -225,7 +226,7 @@ def successor_of(layer: Any) -> Callable[[], Any] | None:
 def set_flags(module: Any, flags: Mapping[str, Any]) -> None:
     """Puts flags into the scope of a module and of its parts, those that are bound already and those that will be."""
     module.scope.flags = module.scope.flags.copy(flags)
-    for part in module._state.children.values():
+    for part in _calls.parts_of_module(module):
         if isinstance(part, nn.Module) and part.scope is not None:
             set_flags(part, flags)
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxbn.core import axes as _axes
+from jaxbn.core import calls as _calls
 from jaxbn.core import devices as _devices
 from jaxbn.core import dtypes as _dtypes
 from jaxbn.core import harvest as _harvest
@@ -41,7 +42,7 @@ class LayerKind(NamedTuple):
     @classmethod
     def of(cls, factory: Callable[..., NormTransform], epsilon: Any) -> "LayerKind":
         """The kind of a layer of the method that `factory` makes."""
-        return cls(factory.__name__, None if isinstance(epsilon, jax.core.Tracer) else float(epsilon))
+        return cls(factory.__name__, None if _calls.is_tracer(epsilon) else float(epsilon))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,8 +5,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend import core
 
+from jaxbn.core import calls as _calls
 from jaxbn.population.frozen import Info, LayerInfo
 
 
@@ -14,7 +14,7 @@ def check_array(path: Any, leaf: Any) -> None:
     """Raises a TypeError for a leaf that is no array of numbers, which would not come back as it is."""
     is_array = isinstance(leaf, jax.Array | np.ndarray | np.generic)
     # What JAX does not take would not come back as it is: text, and numbers in the byte order of other machines.
-    if not is_array or not core.valid_jaxtype(leaf) or jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
+    if not is_array or not _calls.is_array_of_jax(leaf) or jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
         raise TypeError(
             f"{name_of(path)!r} is {leaf.dtype if is_array else type(leaf)}; a frozen network holds arrays of numbers "
             f"as JAX has them."

@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx, serialization
 from jax import export as jax_export
-from jax.extend import core
 
+from jaxbn.core import calls as _calls
 from jaxbn.linen.capture import FROZEN, is_call_of_layer
 from jaxbn.linen.freeze import apply_frozen
 from jaxbn.linen.modules import STATISTICS
@@ -94,7 +94,7 @@ def export(path: str | os.PathLike[str], call: Callable[..., Any], network: Any,
     function = jax.jit(lambda leaves, batch: run(jax.tree.unflatten(structure, leaves), batch))
     try:
         exported = jax_export.export(function, platforms=PLATFORMS)(specs, _open(example))
-    except (core.InconclusiveDimensionOperation, TypeError) as error:
+    except (_calls.UnknownDimension, TypeError) as error:
         if isinstance(error, TypeError) and "_DimExpr" not in str(error):  # which is what len(x) raises
             raise
         raise ValueError(

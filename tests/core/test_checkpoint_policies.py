@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.extend import core
 
 import jaxbn
 from jaxbn import checkpoint_policies as policies
+from jaxbn.core.calls import inner_programs
 
 BN, SUM = jaxbn.batch_norm(activation=jax.nn.relu), jaxbn.batch_norm(activation=jax.nn.relu)
 WIDTH = 4
@@ -36,11 +36,11 @@ def arrays(rng):
 def operations(name, policy, arrays):
     """How often the gradient does an operation."""
 
-    def count(jaxpr):
-        inside = sum(count(sub) for equation in jaxpr.eqns for sub in core.jaxprs_in_params(equation.params))
-        return inside + sum(equation.primitive.name == name for equation in jaxpr.eqns)
+    def count(program):
+        inside = sum(count(sub) for equation in program.eqns for sub in inner_programs(equation))
+        return inside + sum(equation.primitive.name == name for equation in program.eqns)
 
-    return count(jax.make_jaxpr(jax.grad(lambda params, x: network(params, x, policy), (0, 1)))(*arrays).jaxpr)
+    return count(jax.make_jaxpr(jax.grad(lambda params, x: network(params, x, policy), (0, 1)))(*arrays))
 
 
 # Products of a block that are computed again: none, the last and the one on the shortcut, or all three.

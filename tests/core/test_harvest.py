@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from jax import lax
 from jax.experimental.xla_metadata import set_xla_metadata
-from jax.extend.core import Primitive, primitives
 from jax.sharding import PartitionSpec as P
 from marked import (
     CHANNELS,
@@ -56,7 +55,14 @@ def test_rule(name, jitted):
 
 def test_every_rule_has_a_program():
     reached = {primitive for _, primitive, _ in FLAT_PROGRAMS.values()}
-    assert reached == set(_harvest._RULES)
+    assert reached - _harvest._RULES.keys() <= {
+        "jit",
+        "remat2",
+        "custom_jvp_call",
+        "custom_vjp_call",
+        "custom_vmap_call",
+    }
+    assert reached >= _harvest._RULES.keys()
 
 
 # Stacked layers: the index is sliced beside the statistics
@@ -628,18 +634,3 @@ def test_a_bad_value_stays_in_its_layer():
     moments = collect(harvest(program)(inputs(), jnp.asarray(FLAT_INDEX))[1])
     assert np.isnan(moments[bad].mean).all()
     assert_moments(moments[FLAT], oracle([(FLAT_INDEX, inputs())], 3))
-
-
-def test_the_primitives_are_public():
-    """The evaluator leans on these of jax.extend.core; a rename shows here first."""
-    names = [
-        "jit_p",
-        "remat_p",
-        "call_p",
-        "closed_call_p",
-        "custom_jvp_call_p",
-        "custom_vjp_call_p",
-        "scan_p",
-        "cond_p",
-    ]
-    assert all(isinstance(getattr(primitives, name), Primitive) for name in [*names, "while_p"])

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
-from jax.extend.core import Jaxpr, jaxprs_in_params
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from marked import (
@@ -38,6 +37,7 @@ from marked import (
 )
 from meshes import AXIS, DEVICES, mesh
 
+from jaxbn.core import calls as _calls
 from jaxbn.core.harvest import collect, harvest
 from jaxbn.core.marks import mark
 from jaxbn.core.moments import Moments, batch_moments, merge_over
@@ -265,13 +265,14 @@ def test_harvest_within_the_users_shard_map(axis_names, check_vma):
         assert_moments(got, oracle([(FLAT_INDEX, rows)], FLAT.size))
 
 
-def manual_axes(jaxpr):
+def manual_axes(program):
     """Those inside every shard_map, from the outside to the inside."""
     found = []
-    for eqn in jaxpr.eqns:
-        new = [eqn.params[name] for name in ("newly_manual_axes", "manual_axes") if name in eqn.params]
-        found += [axes.union(eqn.params["mesh"].manual_axes) for axes in new]
-        found += [axes for inner in jaxprs_in_params(eqn.params) for axes in manual_axes(inner)]
+    for eqn in program.eqns:
+        if eqn.primitive.name == _calls.SHARD_MAP:
+            mapped = _calls.shard_map_of(eqn)
+            found.append(mapped.manual.union(mapped.mesh.manual_axes))
+        found += [axes for inner in _calls.inner_programs(eqn) for axes in manual_axes(inner)]
     return found
 
 
@@ -281,7 +282,7 @@ def test_axes_that_are_left_to_the_compiler_stay_so(inner, outer):
     inside = partial(jax.shard_map, in_specs=(P(), P()), out_specs=P(), axis_names=set(inner))
     program = sharded(lambda x, i: inside(normed)(x, i), on=grid(), rows=P("a"), axis_names=set(outer))
     before, after = (jax.make_jaxpr(fun)(inputs(ALL), INDEX) for fun in (program, harvest(program)))
-    assert manual_axes(before.jaxpr) == manual_axes(after.jaxpr) and len(manual_axes(before.jaxpr)) == 2
+    assert manual_axes(before) == manual_axes(after) and len(manual_axes(before)) == 2
 
 
 # Meshes of two axes: what is the same along one of them counts once
@@ -516,71 +517,3 @@ def test_what_is_refused_inside_is_named():
     solve = lambda x, i: lax.custom_linear_solve(lambda v: normed(v, i), x, solve=lambda _, b: b)
     with pytest.raises(NotImplementedError, match="inside `custom_linear_solve`"):
         harvest(sharded(solve))(inputs(ALL), INDEX)
-
-
-# What the rule leans on in JAX
-
-
-def only_equation(program, *args):
-    (eqn,) = jax.make_jaxpr(program)(*args).eqns
-    return eqn
-
-
-def test_parameters_of_shard_map():
-    program = sharded(normed, on=grid(), rows=P(("b", "a")))
-    eqn = only_equation(program, inputs(ALL), INDEX)
-    manual = {"newly_manual_axes", "manual_axes"} & eqn.params.keys()
-    assert eqn.primitive.name == "shard_map" and len(manual) == 1
-    assert eqn.params.keys() - manual == {"jaxpr", "mesh", "in_specs", "out_specs", "check_vma"}
-    assert eqn.params[manual.pop()] == {"a", "b"} and eqn.params["check_vma"] is True
-    assert isinstance(eqn.params["jaxpr"], Jaxpr) and not eqn.params["jaxpr"].constvars
-    assert list(eqn.params["in_specs"]) == [P(("b", "a")), P()] and [*P("b", None)] == ["b", None]
-    assert eqn.params["mesh"] == grid() and not eqn.params["mesh"].manual_axes
-
-
-def test_constants_of_shard_map_are_arguments():
-    constant = inputs()
-    eqn = only_equation(sharded(lambda x, i: normed(x * constant.sum(), i)), inputs(ALL), INDEX)
-    assert len(eqn.invars) == len(eqn.params["in_specs"]) == 3
-
-
-def test_manual_axes_of_nested_shard_maps():
-    outer = only_equation(nested(P("b"), P("a"), True), inputs(ALL), INDEX)
-    (inner,) = outer.params["jaxpr"].eqns
-    assert inner.params["mesh"].manual_axes == ("a",) and inner.params["mesh"].axis_names == ("a", "b")
-    manual = {name: inner.params[name] for name in ("newly_manual_axes", "manual_axes") if name in inner.params}
-    assert [names - {"a"} for names in manual.values()] == [{"b"}]
-
-
-def test_types_tell_what_varies():
-    def look(x, index):
-        total = lax.psum(x, "a")
-        seen.extend(set(jax.typeof(value).manual_axis_type.varying) for value in (x, index, total))
-        return x
-
-    for check_vma, expected in ((True, [{"a"}, set(), set()]), (False, [set()] * 3)):
-        seen = []
-        only_equation(sharded(look, check_vma, on=grid(), rows=P("a")), inputs(ALL), INDEX)
-        assert seen == expected
-
-
-def test_operations_name_their_axes_in_their_parameters():
-    operations = {
-        "axis_index": lambda x: x + lax.axis_index("b").astype(jnp.float32),
-        "psum": lambda x: lax.psum(x, "b"),
-        "all_gather": lambda x: lax.all_gather(x, "b"),
-        "reduce_scatter": lambda x: lax.psum_scatter(x, "b", tiled=True),
-        "all_to_all": lambda x: lax.all_to_all(x, "b", 0, 0, tiled=True),
-        "ppermute": lambda x: lax.ppermute(x, "b", [(0, 1)]),
-        "pmax": lambda x: lax.pmax(x, ("a", "b")),
-    }
-    for name, operation in operations.items():
-        program = sharded(lambda x, _, operation=operation: operation(x), False, on=grid(), rows=P("a"))
-        (inner,) = jaxprs_in_params(only_equation(program, inputs(ALL), INDEX).params)
-        (eqn,) = (eqn for eqn in inner.eqns if eqn.primitive.name == name)
-        assert "b" in jax.tree.leaves(eqn.params)
-
-
-def test_pmap_is_a_shard_map():
-    jaxpr = jax.make_jaxpr(jax.pmap(normed, in_axes=(0, None)))(inputs((DEVICES, *FULL)), INDEX)
-    assert primitive_names(jaxpr) >= {"jit", "shard_map"} and "xla_pmap" not in primitive_names(jaxpr)

@@ -56,7 +56,7 @@ def test_equations_are_counted_inside_of_others_too(overhead):
     def outer(x):
         return jax.jit(inner)(x) + jax.jit(inner)(x)  # 2 x (1 + 2) and the sum
 
-    assert overhead.count_equations(jax.make_jaxpr(outer)(1.0).jaxpr) == 7
+    assert overhead.count_equations(jax.make_jaxpr(outer)(1.0)) == 7
 
 
 def test_numbers_are_multiples_of_flax_of_the_same_host(overhead):
