@@ -198,5 +198,5 @@ def _stored(layers: Mapping[str, LayerDiagnosis], pairs: Mapping[str, Pair]) -> 
 def _initial_share(pairs: Sequence[Pair]) -> tuple[float, float]:
     """The share of the initial values that explains the stored statistics best, and how much of their error it does."""
     errors = np.array([sum(float(pair.off(share).sum()) for pair in pairs) for share in _SHARES])
-    best = int(errors.argmin())
+    best = int(np.argmin(errors))
     return float(_SHARES[best]), 1 - float(errors[best] / errors[0]) if errors[0] > 0 else 0.0
