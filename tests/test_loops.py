@@ -82,7 +82,7 @@ def pure(framework, model):
     if framework is Linen:
         return LinenBlock().apply, model
     graph, state = nnx.split(model)
-    return lambda state, x: nnx.merge(graph, state)(x), state
+    return lambda state, x: nnx.merge(graph, state, copy=True)(x), state  # a copy may be updated inside the loop
 
 
 def scanned(framework, model, xs):
