@@ -10,7 +10,6 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from jaxbn.core import calls as _calls
 from jaxbn.core import moments as _moments
@@ -29,7 +28,7 @@ def mark(y: jax.Array, index: jax.Array, moments: _moments.Moments, *, layer: La
     Args:
         y: Any array that the program goes on with; its derivative is that of the identity.
         index: `i32[..., C]`, the flat positions in `layer` that the moments hold.
-        moments: Moments, broadcastable to the shape of `index`; no gradient flows through them.
+        moments: Moments, broadcastable to the shape of `index`; `harvest` brings them out with their derivative.
         layer: The layer; static.
 
     Raises:
@@ -40,7 +39,7 @@ def mark(y: jax.Array, index: jax.Array, moments: _moments.Moments, *, layer: La
             f"the index of {layer} arrived as {index.dtype}, must be int32: the program casts every leaf of its "
             "variables. Cast the floating-point leaves only."
         )
-    parts = [jnp.broadcast_to(lax.stop_gradient(part), index.shape) for part in moments]
+    parts = [jnp.broadcast_to(part, index.shape) for part in moments]
     return mark_p.bind(y, index, *parts, layer=layer)
 
 

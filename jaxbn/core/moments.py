@@ -139,7 +139,7 @@ def example_moments(x: jax.Array, *, axis: _axes.Axis = -1, mask: jax.Array | No
 
 
 def merge(a: Moments, b: Moments) -> Moments:
-    """Moments of the union of two sets of values; either may be empty.
+    """Moments of the union of two sets of values; either may be empty. Differentiable, as `pool` and `merge_over` are.
 
     Args:
         a: Moments of one set.

@@ -1,6 +1,6 @@
 """The affine normalization y = activation((x - mean) * (scale / s) + bias + residual), and its derivative.
 
-`normalize` takes the statistics as constants (evaluation, frozen layers). `batch_normalize` measures x itself and
+`normalize` is given the statistics (evaluation, frozen layers). `batch_normalize` measures x itself and
 differentiates through that: with z = (x - mean) / s, dz = dL / d(pre-activation), weights w of total n,
 
     dx = scale / s * (dz - w / n * (sum dz + z sum dz z));   dscale = sum dz z;   dbias = sum dz      (sums over all)
@@ -16,7 +16,7 @@ part of the scale, r scale, and dscale = sum dz (z r + d).
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -33,9 +33,20 @@ from jaxbn.core.operands import Activation, Measure, Operands, Spec, Stored
 
 _Constants = tuple[jax.Array, jax.Array] | None  # r and d, where there are any
 _Sums = Any  # an array for each value, or all of them stacked
+_Statistics = TypeVar("_Statistics")
 
 # Activations whose derivative shows in the sign of their output: (at the output 0, below 0); above it is 1.
 _SLOPES: dict[Activation, tuple[float, float]] = {jax.nn.relu: (0.0, 0.0), jax.nn.leaky_relu: (1.0, 0.01)}
+
+
+# Whether `eval` is given statistics of the data that it normalizes, as capture and adapt give it, and not stored ones.
+# A context, so that it reaches the functions of every method, however they are composed; compiled programs know of it.
+statistics_of_input = jax.make_user_context(False)
+
+
+def as_constants(statistics: _Statistics) -> _Statistics:
+    """Statistics as `eval` takes them: no gradient flows into stored ones; those of the input depend on it."""
+    return statistics if statistics_of_input.value else lax.stop_gradient(statistics)
 
 
 def normalize(

@@ -19,6 +19,7 @@ import jax
 from jaxbn.core import calls as _calls
 from jaxbn.core import harvest as _harvest
 from jaxbn.core import moments as _moments
+from jaxbn.core.normalize import statistics_of_input
 from jaxbn.linen.modules import STATISTICS, Norm
 from jaxbn.methods.base import NormParams, NormTransform, State
 from jaxbn.methods.batch_norm import BatchNormState, batch_norm
@@ -74,6 +75,11 @@ def capture_moments(
     """Makes a function that also returns the moments of every normalization layer's input.
 
     The model needs no change, and nothing needs to be mutable. The function is pure, and may be jitted.
+
+    Both results may be differentiated. In mode "batch" gradients flow through the statistics of the batch, as in
+    training (for every method the plain derivative); the moments can be part of a loss, such as one that matches
+    statistics (DeepInversion). No gradient flows into the stored statistics of jaxbn's layers; into those of Flax's it
+    does in mode "eval", as without capture.
 
     Args:
         call: Runs the model, for one `lambda variables, batch: net.apply(variables, batch["image"], train=False)`.
@@ -197,7 +203,8 @@ def _intercept(next_call: Callable[..., Any], args: Any, kwargs: Any, context: n
         y = normalize_mixed(mode, norm, moments, x, mask, residual, where)
     else:
         state = wanted_state(transform, stored, moments, mode, *synchronized)
-        y = normalize(layer, state, x, mask=mask, residual=residual, **where)
+        with statistics_of_input(mode == "batch"):
+            y = normalize(layer, state, x, mask=mask, residual=residual, **where)
     marks_layer = dataclasses.replace(slot.layer, kind=kind_of(layer))
     return marked(y, slot.index, marks_layer, moments, x, axis=layer.axis, mask=mask)
 

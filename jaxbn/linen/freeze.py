@@ -84,7 +84,8 @@ def freeze_layers(call: Callable[..., Any], paths: str | Sequence[str]) -> Calla
     """Makes a call in which some layers keep their statistics and normalize with them, whatever flags the model passes.
 
     For fine-tuning with small batches or on little data. Their scale and bias still learn; :func:`affine_mask` holds
-    those. A `postproc` on the call leaves the layers untouched. To freeze from step t on, inside jit:
+    those. No gradient flows into the statistics (in Flax's layers, that of evaluation does). A `postproc` on the call
+    leaves the layers untouched. To freeze from step t on, inside jit:
     `jax.lax.cond(step >= t, frozen_call, call, variables, batch)`.
 
     Args:

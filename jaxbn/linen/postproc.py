@@ -114,6 +114,9 @@ def postproc(
 def install_moments(variables: Any, moments: Mapping[str, Moments]) -> dict[str, Any]:
     """Writes moments into the statistics of their layers; the variables given are left untouched.
 
+    The layers of jaxbn take what is installed as constants. To differentiate through statistics, normalize with them by
+    `capture_moments(mode="batch")` or by `adapt`.
+
     Args:
         variables: All variables of the model.
         moments: `Moments` by layer path, as `capture_moments` and the estimators give them. Where the count is 0 the
@@ -150,6 +153,7 @@ def move_averages(
     In a loop over micro-batches the layers would move them once for each, by its variance alone. Take the moments with
     `capture_moments(call, mode="as_called")` instead, put them together, with `jaxbn.merge` or, if the loop is inside
     `call`, not at all, for all marks of a call are pooled; across devices with `jaxbn.merge_over`. Pure; may be jitted.
+    No gradient flows through the averages.
 
     Args:
         variables: All variables of the model, as they were before the step.

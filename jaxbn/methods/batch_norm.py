@@ -157,7 +157,7 @@ def batch_norm(
         del mask  # of training alone, as in Flax
         operands = _operands.of_call(spec, params.scale, params.bias, state.mean, x, None, residual)
         # Algorithm 2, step 11: the same affine map, with E[x] and Var[x].
-        return _normalize.normalize(spec, operands, *lax.stop_gradient((state.mean, state.var)))
+        return _normalize.normalize(spec, operands, *_normalize.as_constants((state.mean, state.var)))
 
     def measure(x: ArrayLike, *, mask: ArrayLike | None = None) -> _moments.Moments:
         return here(x, mask=mask)

@@ -16,6 +16,7 @@ from flax import nnx
 
 from jaxbn.core import harvest as _harvest
 from jaxbn.core import moments as _moments
+from jaxbn.core.normalize import statistics_of_input
 from jaxbn.methods.base import NormTransform, State
 from jaxbn.methods.batch_norm import BatchNormState, batch_norm
 from jaxbn.nnx.modules import Norm
@@ -53,6 +54,11 @@ def capture_moments(
     """Makes a function that also returns the moments of every normalization layer's input.
 
     The model needs no change, and the one given is left untouched. The function may be jitted with `nnx.jit`.
+
+    Both results may be differentiated. In mode "batch" gradients flow through the statistics of the batch, as in
+    training (for every method the plain derivative); the moments can be part of a loss, such as one that matches
+    statistics (DeepInversion). No gradient flows into the stored statistics of jaxbn's layers; into those of Flax's it
+    does in mode "eval", as without capture.
 
     Args:
         call: Runs the model; None: `lambda model, batch: model(batch)`.
@@ -209,7 +215,8 @@ def _measured(
         y = normalize_mixed(layer.mode, norm, moments, x, mask, residual, where)
     else:
         state = wanted_state(transform, stored, moments, layer.mode, *synchronized)
-        y = normalize(module, state, x, mask=mask, residual=residual, **where)
+        with statistics_of_input(layer.mode == "batch"):
+            y = normalize(module, state, x, mask=mask, residual=residual, **where)
     return marked(y, module.jaxbn_slot[...], layer, moments, x, axis=module.axis, mask=mask)
 
 

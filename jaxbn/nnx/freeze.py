@@ -110,8 +110,9 @@ def freeze_layers(model: Any, paths: str | Sequence[str]) -> Any:
     """Makes some layers keep their statistics and normalize with them, whatever they are asked to, `train()` included.
 
     For fine-tuning with small batches or on little data. Their scale and bias still learn; :func:`affine_mask` holds
-    those. A `postproc` leaves the layers untouched. The variables are the same with and without, so that
-    `nnx.update(model, nnx.state(frozen_model))` undoes it, and `jax.lax.cond` may choose between the two inside jit.
+    those. No gradient flows into the statistics (in Flax's layers, that of evaluation does). A `postproc` leaves the
+    layers untouched. The variables are the same with and without, so that `nnx.update(model, nnx.state(frozen_model))`
+    undoes it, and `jax.lax.cond` may choose between the two inside jit.
 
     Args:
         model: The model; it is left untouched.

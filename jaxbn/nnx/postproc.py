@@ -108,6 +108,9 @@ def postproc(
 def install_moments(model: Any, moments: Mapping[str, Moments]) -> Any:
     """Writes moments into the statistics of their layers; the model given is left untouched.
 
+    The layers of jaxbn take what is installed as constants. To differentiate through statistics, normalize with them by
+    `capture_moments(mode="batch")` or by `adapt`.
+
     Args:
         model: The model.
         moments: `Moments` by layer path, as `capture_moments` and the estimators give them. Where the count is 0 the
@@ -134,7 +137,7 @@ def move_averages(model: Any, moments: Mapping[str, Moments], *, samples: ArrayL
 
     As :func:`jaxbn.linen.move_averages`, for NNX, where each layer has its momentum with it; layers of `momentum=None`
     stay. A new model comes back, and the one given is left untouched: `nnx.update(model, nnx.state(new_model,
-    nnx.BatchStat))` takes its statistics over.
+    nnx.BatchStat))` takes its statistics over. No gradient flows through the averages.
 
     Args:
         model: The model, as it was before the step.

@@ -50,6 +50,7 @@ class Frozen:
     """A network to evaluate: its variables, and what is known of its statistics. A pytree; `info` is static.
 
     Make one with `jaxbn.linen.freeze`, `jaxbn.nnx.freeze` or the `finalize` of `make_steps`. No training step takes it.
+    Gradients flow through its evaluation to inputs and parameters, and in jaxbn's layers none to the statistics.
     """
 
     variables: dict[str, Any]  # nested dicts of arrays: Flax's collections (linen), or the variables by path (NNX)

@@ -13,13 +13,12 @@ import jax.numpy as jnp
 from jaxbn.core import axes as _axes
 from jaxbn.core import calls as _calls
 from jaxbn.core import devices as _devices
-from jaxbn.core import dtypes as _dtypes
 from jaxbn.core import harvest as _harvest
 from jaxbn.core import marks as _marks
 from jaxbn.core import moments as _moments
 from jaxbn.core.moments import Moments
 from jaxbn.methods.base import NormTransform, State
-from jaxbn.population.mixing import Mixture
+from jaxbn.population.mixing import Mixture, as_prior
 
 # What layers normalize with while they are measured: the statistics of their batch, the stored ones, or as they are
 # asked to.
@@ -190,7 +189,7 @@ def wanted_state(
         return stored
     if axis_name is not None and _devices.is_bound(axis_name):
         moments = _moments.merge_over(moments, axis_name, axis_index_groups)
-    return transform.postproc(jax.tree.map(_unrounded, stored), moments)
+    return transform.postproc(as_prior(stored, moments), moments)
 
 
 def select(paths: str | Sequence[str], known: Iterable[str]) -> list[str]:
@@ -266,7 +265,3 @@ def takes_over(name: str, old: Container[str], new: Container[str]) -> bool:
 def natural(path: str) -> list[tuple[int, int | str]]:
     """Sorts numbers in names by value: BatchNorm_2 before BatchNorm_10, which is the order of Flax's own names."""
     return [(0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"(\d+)", path)]
-
-
-def _unrounded(stored: jax.Array) -> jax.Array:
-    return stored.astype(_dtypes.compute(stored))

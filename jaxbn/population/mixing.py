@@ -13,12 +13,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.typing import ArrayLike
 
 from jaxbn.core import axes as _axes
 from jaxbn.core import devices as _devices
 from jaxbn.core import dtypes as _dtypes
 from jaxbn.core.moments import Moments, merge_over
+from jaxbn.core.normalize import statistics_of_input
 from jaxbn.methods.base import NormTransform, State
 
 RULES = ("linear", "raw")
@@ -68,7 +70,8 @@ def mix(state: State, moments: Moments, weight: ArrayLike, *, rule: str = "linea
     r"""Moments between the stored statistics and those of a batch.
 
     For the pure functions of a method, `transform.postproc(state, jaxbn.mix(state, transform.measure(x), weight))` is a
-    state to evaluate with. `jaxbn.linen.adapt` and `jaxbn.nnx.adapt` adapt whole models, and say when to.
+    state to evaluate with. `jaxbn.linen.adapt` and `jaxbn.nnx.adapt` adapt whole models, and say when to. The mixture
+    is a differentiable function of its arguments, but `eval` takes a state as a constant; in `adapt` gradients flow.
 
     Args:
         state: A state of any method, with `mean` and `var`.
@@ -115,6 +118,15 @@ def mix(state: State, moments: Moments, weight: ArrayLike, *, rule: str = "linea
     return Moments(moments.count, between(stored_mean, moments.mean), moments.count * var)
 
 
+def as_prior(stored: State, moments: Moments) -> State:
+    """Stored statistics for something to be put in their place: constants, which will not round these moments."""
+
+    def widened(leaf: jax.Array) -> jax.Array:
+        return lax.stop_gradient(leaf.astype(_dtypes.promote(leaf.dtype, moments.m2.dtype)))
+
+    return jax.tree.map(widened, stored)
+
+
 def normalize_mixed(
     mixture: Mixture, norm: MixedNorm, moments: Moments, x: jax.Array, mask: Any, residual: Any, where: dict[str, Any]
 ) -> jax.Array:
@@ -126,7 +138,8 @@ def normalize_mixed(
         n = moments.count / space
         share = n / jnp.where(n > 0, n + mixture.prior_count, 1)
         state = _state(norm, moments, share, mixture.rule)
-        return norm.normalize(state, x, mask=mask, residual=residual, **where)
+        with statistics_of_input(True):
+            return norm.normalize(state, x, mask=mask, residual=residual, **where)
 
     assert mixture.example_weight is not None
     weight = mixture.example_weight
@@ -135,7 +148,8 @@ def normalize_mixed(
         x, mask, residual, where = jax.tree.map(lambda leaf: leaf[None], (x, mask, residual, where))
         own = norm.transform.measure(x, mask=mask, **where)
         state = _state(norm, own, weight, mixture.rule)
-        return norm.normalize(state, x, mask=mask, residual=residual, **where)[0]
+        with statistics_of_input(True):
+            return norm.normalize(state, x, mask=mask, residual=residual, **where)[0]
 
     weights = _axes.weights_like(mask, x.shape)
     weights = None if weights is None else jnp.broadcast_to(weights, x.shape)
@@ -145,8 +159,8 @@ def normalize_mixed(
 
 def _state(norm: MixedNorm, moments: Moments, weight: ArrayLike, rule: str) -> State:
     """The state with the mixture as its statistics, which each method installs in its own way."""
-    unrounded = jax.tree.map(lambda leaf: leaf.astype(_dtypes.compute(leaf)), norm.stored)
-    return norm.transform.postproc(unrounded, mix(unrounded, moments, weight, rule=rule))
+    stored = as_prior(norm.stored, moments)
+    return norm.transform.postproc(stored, mix(stored, moments, weight, rule=rule))
 
 
 def _check_input(mixture: Mixture, norm: MixedNorm, x: jax.Array) -> int:
