@@ -85,6 +85,11 @@ def name_of_function(equation: Equation) -> str:
     return str(equation.params.get("name"))
 
 
+def has_own_derivative(equation: Equation) -> bool:
+    """Whether it is the call of a `jax.custom_jvp` or `jax.custom_vjp`."""
+    return equation.primitive in (primitives.custom_jvp_call_p, primitives.custom_vjp_call_p)
+
+
 def is_recomputation(equation: Equation) -> bool:
     """Whether the call computes again, for a gradient, what the program has computed before."""
     return equation.primitive is primitives.remat_p and parameters(equation, "differentiated")[0]

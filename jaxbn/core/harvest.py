@@ -166,6 +166,8 @@ def _apply(eqn: _calls.Equation, values: list[Any]) -> _Result:
             return _calls.bind(eqn, values), []
         if (program := _calls.called_program(eqn)) is not None:
             outputs, records = _evaluate(program, values)
+            if _calls.has_own_derivative(eqn):
+                outputs = _differentiated_as(partial(_calls.bind, eqn), values, outputs)
             return outputs, [] if _calls.is_recomputation(eqn) else records
         if (name := eqn.primitive.name) not in _RULES:
             raise NotImplementedError(
@@ -174,6 +176,18 @@ def _apply(eqn: _calls.Equation, values: list[Any]) -> _Result:
                 f"move the layer out of it."
             )
         return _RULES[name](eqn, values)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _differentiated_as(fun: Callable[[list[Any]], list[Any]], values: list[Any], outputs: list[Any]) -> list[Any]:
+    """Gives back the outputs, whose derivative is that of `fun(values)`: a custom one, of a call that was inlined."""
+    return outputs
+
+
+@_differentiated_as.defjvp
+def _derivative_of_call(fun: Any, primals: Any, tangents: Any) -> tuple[list[Any], list[Any]]:
+    (values, outputs), (of_values, _) = primals, tangents
+    return outputs, jax.jvp(fun, (values,), (of_values,))[1]
 
 
 # The rules: the outputs of an equation with a mark inside, and the records of its marks.

@@ -376,6 +376,29 @@ def test_custom_gradient_of_what_has_no_mark_is_kept():
     np.testing.assert_allclose(gradient(x, jnp.asarray(FLAT_INDEX)), 7 * (1 - np.tanh(x) ** 2), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("jitted", [False, True], ids=["eager", "jit"])
+@pytest.mark.parametrize("custom", [jax.custom_jvp, jax.custom_vjp])
+def test_custom_gradient_around_a_mark_is_kept(custom, jitted):
+    def program(x, index):
+        layer = custom(lambda x, index: jnp.tanh(normed(2 * x, index)))
+        if custom is jax.custom_jvp:
+            layer.defjvp(lambda primals, tangents: (layer(*primals), 7 * tangents[0]))
+        else:
+            layer.defvjp(lambda x, index: (layer(x, index), None), lambda _, cotangent: (7 * cotangent, None))
+        return lax.scan(lambda x, _: (layer(x, index), None), 3 * x, length=2)[0]
+
+    def loss(x):
+        y, records = harvest(program)(x, jnp.asarray(FLAT_INDEX))
+        return y.sum(), collect(records)[FLAT]
+
+    gradient = jax.grad(loss, has_aux=True)
+    found, moments = (jax.jit(gradient) if jitted else gradient)(inputs())
+    np.testing.assert_array_equal(found, np.full(FULL, 3 * 7 * 7))
+    first = 6 * np.float64(inputs())
+    second = 2 * np.tanh(np.tanh(first))
+    assert_moments(moments, oracle([(FLAT_INDEX, first), (FLAT_INDEX, second)], FLAT.size))
+
+
 def test_configuration_of_an_equation_is_kept():
     """What jax keeps in an equation's context holds when it is bound again, or when a rule runs it."""
 
@@ -513,8 +536,11 @@ def test_moments_come_out_with_their_derivative(name):
         found = collect(harvest(program)(x, index)[1])[FLAT]
         return jnp.sin(found.mean) + found.m2
 
-    direction = inputs(seed=1)
-    got, expected = (jax.jit(lambda x: jax.jvp(f, (x,), (direction,)))(x)[1] for f in (harvested, by_hand))
+    @partial(jax.jit, static_argnums=0)
+    def derivative(fun, x, direction):
+        return jax.jvp(fun, (x,), (direction,))[1]
+
+    got, expected = (derivative(fun, x, inputs(seed=1)) for fun in (harvested, by_hand))
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
 
 
