@@ -1,11 +1,11 @@
 """What is wrong with the statistics of a linen model."""
 
-import functools
 from collections.abc import Iterable
 from typing import Any
 
 from jaxbn.linen.capture import Call, capture, find_states
 from jaxbn.population import diagnose as _diagnose
+from jaxbn.population.compiled import Recipe
 from jaxbn.population.diagnosis import Diagnosis
 from jaxbn.population.layers import Weights
 from jaxbn.population.observe import Look, looking, observe
@@ -59,10 +59,9 @@ def diagnose(
         variance of the means of the examples, with Bonferroni's correction for channels and layers.
     """
     _diagnose.check_bounds(r_max, d_max)
-    seen = observe(_look(call, weights), variables, batches, progress=progress)
+    seen = observe(Recipe(_looking, (call, weights)), variables, batches, progress=progress)
     return _diagnose.diagnose(seen, find_states(variables), r_max=r_max, d_max=d_max)
 
 
-@functools.lru_cache(maxsize=16)  # the same call is compiled once
-def _look(call: Call, weights: Weights | None) -> Look:
+def _looking(call: Call, weights: Weights | None) -> Look:
     return looking(*(capture(call, mode=mode, weights=weights, examples=True) for mode in ("batch", "eval")))

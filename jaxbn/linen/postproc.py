@@ -1,6 +1,5 @@
 """Population statistics for any linen model: the pass, and the write-back for those who run their own loop."""
 
-import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -15,6 +14,8 @@ from jaxbn.linen.modules import STATISTICS
 from jaxbn.methods.base import NormTransform, State
 from jaxbn.methods.batch_norm import batch_norm
 from jaxbn.population import postproc as _postproc
+from jaxbn.population.compiled import Recipe
+from jaxbn.population.estimate import Measure
 from jaxbn.population.estimators import Estimator, pooled
 from jaxbn.population.layers import Measured, Weights, checked
 from jaxbn.population.report import Report
@@ -44,8 +45,8 @@ def postproc(
     Args:
         call: Runs the model, for one `lambda variables, batch: net.apply(variables, batch["image"], train=False)`.
             Whatever flags it passes, layers use their batch's statistics, dropout may be off, and nothing needs to be
-            mutable. Pass the same function object again and it is not compiled again; what is compiled for a new one
-            each time is kept.
+            mutable. Pass the same function object again and it is not compiled again; what it closes over is not kept
+            in memory after you drop it.
         variables: All variables of the model; they are left untouched. What is spread over processes is gathered, for
             which each needs the memory of a replica, and comes back as it was spread.
         batches: Any iterable of batches, pytrees of arrays, or a function that returns an iterator. Sizes may differ:
@@ -68,7 +69,7 @@ def postproc(
         weights: `batch -> [N]`, booleans or real weights of the examples, such as 0 for those that fill up a batch.
             Layers that the model gives a mask follow that.
         skip_nonfinite: Leave batches out that give NaN or infinity in any layer, instead of raising; the report counts
-            them.
+            them. With `stop_when`, 100 batches in a row that add nothing are an error, as `batches` may be endless.
         mesh: Devices of this process over which each batch is spread; a batch that does not divide is whole on each.
             None: batches are used as they come, sharded or not.
         progress: Show a progress bar. None: if this is a terminal.
@@ -97,7 +98,7 @@ def postproc(
     """
     return _postproc.postproc(
         _postproc.Host(
-            measure=functools.partial(_measure, call, weights),
+            measure=lambda mode: Recipe(_measure, (call, weights), (mode,)),
             arrays=lambda variables: variables,
             with_arrays=lambda _, variables: variables,
             states=find_states,
@@ -209,8 +210,7 @@ def with_states(variables: Any, states: Mapping[str, State]) -> dict[str, Any]:
     return variables | {STATISTICS: flax.traverse_util.unflatten_dict(flat)}
 
 
-@functools.lru_cache(maxsize=16)  # the same call gives the same function, and so the same compiled step
-def _measure(call: Call, weights: Weights | None, mode: str) -> Any:
+def _measure(call: Call, weights: Weights | None, mode: str) -> Measure:
     captured = capture(call, mode=mode, weights=weights)
 
     def measure(variables: Any, batch: Any) -> Measured:

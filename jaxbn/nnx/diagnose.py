@@ -1,6 +1,5 @@
 """What is wrong with the statistics of a NNX model."""
 
-import functools
 from collections.abc import Iterable
 from typing import Any
 
@@ -8,6 +7,7 @@ from flax import nnx
 
 from jaxbn.nnx.capture import Call, capture, find_states, run_model
 from jaxbn.population import diagnose as _diagnose
+from jaxbn.population.compiled import Recipe
 from jaxbn.population.diagnosis import Diagnosis
 from jaxbn.population.layers import Weights
 from jaxbn.population.observe import Look, looking, observe
@@ -52,13 +52,12 @@ def diagnose(
     """
     _diagnose.check_bounds(r_max, d_max)
     graphdef, state = nnx.split(model)
-    look = _look(run_model if call is None else call, weights, graphdef)
+    look = Recipe(_looking, (run_model if call is None else call, weights), (graphdef,))
     seen = observe(look, state, batches, progress=progress)
     return _diagnose.diagnose(seen, find_states(model), r_max=r_max, d_max=d_max)
 
 
-@functools.lru_cache(maxsize=16)  # the same call and model structure are compiled once
-def _look(call: Call, weights: Weights | None, graphdef: Any) -> Look:
+def _looking(call: Call, weights: Weights | None, graphdef: Any) -> Look:
     def in_mode(mode: str) -> Any:
         captured = capture(call, mode=mode, weights=weights, examples=True)
         return lambda state, batch: captured(nnx.merge(graphdef, state), batch)

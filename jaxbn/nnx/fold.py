@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import weakref
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -133,7 +134,7 @@ def _follow(call: Call, model: Any, example: Any) -> _Found:
         cls: Any = type(module)
         is_linear = isinstance(module, _LINEAR)
         set_class(module, _tagged_linear(cls) if is_linear else with_call_of(cls, _OurTagged, _StockTagged))
-        module.jaxbn_fold = nnx.static((path, found))
+        module.jaxbn_fold = nnx.static((path, weakref.ref(found)))  # programs keep their keys, and must not keep arrays
     graphdef, state = nnx.split(copy)
 
     def run(state: Any, inputs: Any) -> Any:
@@ -162,7 +163,7 @@ def _values_of(model: Any, by_place: dict[str, _dataflow.Value]) -> dict[str, li
 
 def _tagged(module: Any, call: Callable[..., Any], name: str, *args: Any, **kwargs: Any) -> Any:
     """The call of a module of the copy."""
-    path, found = module.jaxbn_fold
+    path, found = module.jaxbn_fold[0], module.jaxbn_fold[1]()
     tagged = _dataflow.tag(args[0] if args else kwargs[name], Tag(path, "input"))
     args, kwargs = ((tagged, *args[1:]), kwargs) if args else ((), kwargs | {name: tagged})
     for variable in vars(module).values():

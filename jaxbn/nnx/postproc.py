@@ -1,6 +1,5 @@
 """Population statistics for any NNX model: the pass, and the write-back for those who run their own loop."""
 
-import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -14,6 +13,8 @@ from jaxbn.methods.batch_norm import batch_norm
 from jaxbn.nnx.capture import Call, capture, find_layers, find_states, run_model, transform_of
 from jaxbn.nnx.modules import Norm
 from jaxbn.population import postproc as _postproc
+from jaxbn.population.compiled import Recipe
+from jaxbn.population.estimate import Measure
 from jaxbn.population.estimators import Estimator, pooled
 from jaxbn.population.layers import Measured, Weights, checked
 from jaxbn.population.report import Report
@@ -44,7 +45,8 @@ def postproc(
         batches: Any iterable of batches, pytrees of arrays, or a function that returns an iterator. Sizes may differ:
             every value counts once. Each of several processes gives its own, none or any number of them.
         call: Runs the model; None: `lambda model, batch: model(batch)`. Whatever flags it passes, layers use their
-            batch's statistics. Pass the same function object again and it is not compiled again.
+            batch's statistics. Pass the same function object again and it is not compiled again; what it closes over
+            is not kept in memory after you drop it.
         estimator: `jaxbn.pooled()`, `jaxbn.mean_of_batches()` or `jaxbn.moving_average()`.
         consistent: Estimate the statistics of the network that will be used. One pass normalizes the layers before a
             layer with the statistics of each batch, so that deep statistics depend on the size of the batches. Here
@@ -63,7 +65,7 @@ def postproc(
         weights: `batch -> [N]`, booleans or real weights of the examples, such as 0 for those that fill up a batch.
             Layers that the model gives a mask follow that.
         skip_nonfinite: Leave batches out that give NaN or infinity in any layer, instead of raising; the report counts
-            them.
+            them. With `stop_when`, 100 batches in a row that add nothing are an error, as `batches` may be endless.
         mesh: Devices of this process over which each batch is spread; a batch that does not divide is whole on each.
             None: batches are used as they come, sharded or not.
         progress: Show a progress bar. None: if this is a terminal.
@@ -88,10 +90,10 @@ def postproc(
     References:
         Ioffe & Szegedy, `Batch Normalization <https://arxiv.org/abs/1502.03167>`_, 2015, Algorithm 2, steps 7-12.
     """
-    measure = functools.partial(_measure, run_model if call is None else call, weights, nnx.graphdef(model))
+    functions, graphdef = (run_model if call is None else call, weights), nnx.graphdef(model)
     return _postproc.postproc(
         _postproc.Host(
-            measure=measure,
+            measure=lambda mode: Recipe(_measure, functions, (graphdef, mode)),
             arrays=nnx.state,
             with_arrays=lambda model, state: nnx.merge(nnx.graphdef(model), state),
             states=find_states,
@@ -181,8 +183,7 @@ def _with_states(model: Any, moments: Mapping[str, Moments], new_state: Callable
     return copy
 
 
-@functools.lru_cache(maxsize=16)  # the same call and model structure give the same function, and so the compiled step
-def _measure(call: Call, weights: Weights | None, graphdef: Any, mode: str) -> Any:
+def _measure(call: Call, weights: Weights | None, graphdef: Any, mode: str) -> Measure:
     captured = capture(call, mode=mode, weights=weights)
 
     def measure(state: Any, batch: Any) -> Measured:

@@ -6,6 +6,7 @@ Accumulators stay on the device and no batch waits for the host; the step compil
 import collections
 import contextlib
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Generator, Iterable
 from typing import Any
@@ -16,12 +17,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxbn.core.devices import mesh_of, replicate, spread
+from jaxbn.population.compiled import Recipe, compiled
 from jaxbn.population.estimators import Estimator, Layers
 from jaxbn.population.layers import LayerKind, Measured
 from jaxbn.population.progress import track
 from jaxbn.population.spread import relative
 
-# A pure function (model, batch) -> Measured; the same function object is compiled once.
+# A pure function (model, batch) -> Measured.
 Measure = Callable[[Any, Any], Measured]
 
 # Batches that may be under way at once: enough to keep the device busy, few enough to bound the memory of the inputs.
@@ -29,6 +31,9 @@ _IN_FLIGHT = 8
 
 # The stop rule is asked after so many batches, and then each time when there are half as many again.
 _FIRST_CHECK, _CHECK_GROWTH = 8, 0.5
+
+# A pass that may stop early may read an endless iterable: so many batches in a row that add nothing are an error.
+_STUCK = 100
 
 
 @jax.tree_util.register_dataclass
@@ -44,7 +49,7 @@ class Pass:
 
 
 def stages(
-    measure: Measure,
+    measure: Recipe,
     model: Any,
     batches: Iterable[Any],
     *,
@@ -57,7 +62,7 @@ def stages(
     """Measures batch after batch.
 
     Args:
-        measure: How a batch is measured.
+        measure: How a batch is measured: a `Measure`, which is compiled once for the same functions of the user.
         model: A pytree, the parameters that stay fixed.
         batches: Any iterable of pytrees of arrays, of any sizes.
         estimator: How moments are accumulated.
@@ -71,17 +76,21 @@ def stages(
         behind the last that was measured.
     """
     state: Pass | None = None
+    step = compiled(measure, _step, estimator)
     under_way: collections.deque[jax.Array] = collections.deque()
     check = _FIRST_CHECK
     with contextlib.closing(track(batches, title, progress)) as tracked:
         for seen, batch in enumerate(tracked, 1):
             batch = batch if mesh is None else spread(batch, mesh)
             if state is None:
-                state = start(measure, model, batch, estimator=estimator)
-            state = _jitted_update(state, model, batch, measure=measure, estimator=estimator)
+                state = earlier = start(compiled(measure), model, batch, estimator=estimator)
+            state = step(state, model, batch)
             under_way.append(state.batches)
             if len(under_way) > _IN_FLIGHT:
                 under_way.popleft().block_until_ready()
+            if checks and seen % _STUCK == 0:
+                _check_progress(earlier, state)
+                earlier = state
             if checks and seen == check:
                 check += math.ceil(check * _CHECK_GROWTH)
                 yield state, False
@@ -121,7 +130,20 @@ def update(state: Pass, model: Any, batch: Any, *, measure: Measure, estimator: 
     )
 
 
-_jitted_update = jax.jit(update, static_argnames=("measure", "estimator"))
+def _step(measure: Measure, estimator: Estimator) -> Callable[[Pass, Any, Any], Pass]:
+    return functools.partial(update, measure=measure, estimator=estimator)
+
+
+def _check_progress(earlier: Pass, state: Pass) -> None:
+    """Raises a ValueError if all batches between two states of a pass added nothing to it."""
+    if all(map(np.array_equal, jax.tree.leaves(earlier.estimate), jax.tree.leaves(state.estimate))):
+        skipped = int(state.skipped - earlier.skipped)
+        raise ValueError(
+            f"The last {_STUCK} batches, up to batch {int(state.batches) - 1} (counted from 0), added nothing to the "
+            f"statistics: {skipped} of them gave NaN or infinity and were skipped. The batches may be endless, so the "
+            f"pass ends here and nothing was installed. Look for NaN in the parameters, as in a network that diverged, "
+            f"for weights or masks that are 0, and whether `call` runs the model that it is given."
+        )
 
 
 def check_finite(state: Pass) -> None:

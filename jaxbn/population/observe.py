@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxbn.core.moments import Moments
+from jaxbn.population.compiled import Recipe, compiled
 from jaxbn.population.layers import Measured, count_examples
 from jaxbn.population.progress import track
 
@@ -43,22 +44,23 @@ Look = Callable[[Any, Any], Seen]
 
 
 def looking(training: Capture, evaluation: Capture) -> Look:
-    """How a batch is looked at, compiled once for each shape of a batch."""
+    """How a batch is looked at."""
 
     def look(model: Any, batch: Any) -> Seen:
         (trained, in_training), (evaluated, stored) = training(model, batch), evaluation(model, batch)
         rows = count_examples(batch)
         return Seen(in_training, stored, jnp.float32(np.nan if rows is None else rows), _gap(trained, evaluated))
 
-    return jax.jit(look)
+    return look
 
 
-def observe(look: Look, model: Any, batches: Iterable[Any], *, progress: bool | None) -> list[Seen]:
-    """What each batch shows, on the host."""
+def observe(look: Recipe, model: Any, batches: Iterable[Any], *, progress: bool | None) -> list[Seen]:
+    """What each batch shows, on the host. `look` makes a `Look`, which is compiled once for each shape of a batch."""
+    program = compiled(look)
     seen: list[Seen] = []
     under_way: collections.deque[Seen] = collections.deque()
     for batch in track(batches, "Diagnosing", progress):
-        under_way.append(look(model, batch))
+        under_way.append(program(model, batch))
         if len(under_way) > _IN_FLIGHT:
             seen.append(jax.device_get(under_way.popleft()))
     return seen + [jax.device_get(one) for one in under_way]

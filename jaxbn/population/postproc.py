@@ -14,7 +14,8 @@ from jaxbn.core.devices import replicate
 from jaxbn.methods.base import State
 from jaxbn.population import estimate as _estimate
 from jaxbn.population import processes as _processes
-from jaxbn.population.estimate import Measure, Pass
+from jaxbn.population.compiled import Recipe
+from jaxbn.population.estimate import Pass
 from jaxbn.population.estimators import Estimator, Layers
 from jaxbn.population.report import Report, report
 from jaxbn.population.spread import rounding
@@ -23,7 +24,7 @@ from jaxbn.population.spread import rounding
 class Host(NamedTuple):
     """What the pass needs to know of a kind of model."""
 
-    measure: Callable[[str], Measure]  # how a batch is measured in a mode
+    measure: Callable[[str], Recipe]  # how a batch is measured in a mode: a `Measure`
     arrays: Callable[[Any], Any]  # the pytree that `measure` takes for a model
     with_arrays: Callable[[Any, Any], Any]  # a model of the structure of one, and such a pytree
     states: Callable[[Any], dict[str, State]]  # the statistics of each layer

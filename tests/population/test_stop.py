@@ -141,3 +141,25 @@ def test_what_cannot_stop_is_refused_before_the_first_batch(host):
         with pytest.raises(ValueError, match=f"stop_when={bound} must be positive"):
             layer_alone(host, source, stop_when=bound)
     np.testing.assert_array_equal(next(source), next(endless()))
+
+
+@every_host
+@pytest.mark.parametrize("good", [0, 130])
+def test_an_endless_source_of_nan_is_an_error(host, good):
+    """A network that diverged, before the pass or, for all that the pass can know, in the middle of it."""
+    source = itertools.chain(itertools.islice(endless(), good), itertools.repeat(np.full((ROWS, 3), np.nan)))
+    with pytest.raises(ValueError, match="The last 100 batches.* 100 of them gave NaN"):
+        layer_alone(host, source, stop_when=1e-9, skip_nonfinite=True)
+
+
+@every_host
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_an_endless_source_that_no_layer_counts_is_an_error(host, weight):
+    """Weights of 0; with weights of 1 the same source only stops late."""
+    source = itertools.islice(endless(), None if weight == 0 else 150)
+    options = {"stop_when": 1e-9, "weights": lambda batch: jax.numpy.full(len(batch), weight)}
+    if weight:
+        assert layer_alone(host, source, **options)[1].batches == 150
+    else:
+        with pytest.raises(ValueError, match="The last 100 batches.* 0 of them gave NaN"):
+            layer_alone(host, source, **options)
