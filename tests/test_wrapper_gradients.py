@@ -41,6 +41,9 @@ def every_layer(fast, among=ALL):
     return pytest.mark.parametrize(("framework", "name"), rows)
 
 
+every_framework = pytest.mark.parametrize("framework", ["linen", "nnx"])
+
+
 class LinenNet(nn.Module):
     norm: functools.partial
 
@@ -84,7 +87,11 @@ class Model:
         else:
             self.net = NNXNet(norm)
             self.graph, *parts = nnx.split(self.net, nnx.Param, ...)
-        self.learned, self.statistics = jax.tree.map(lambda a: np.float64(a) + rng.uniform(0.1, 0.4, a.shape), parts)
+
+        def moved(a):  # counters are float32
+            return np.float64(a) + rng.uniform(0.1, 0.4, a.shape) if a.ndim else a
+
+        self.learned, self.statistics = jax.tree.map(moved, parts)
 
     def together(self, learned, statistics):
         """What the functions of the framework take."""
@@ -133,8 +140,13 @@ class Model:
 
     def folded(self):
         """The call of the folded net, whose variables stay."""
-        call, moving, _ = self.package.fold(self.call, self.together(self.learned, self.statistics), self.x)
-        return lambda _, x: call(moving, x)
+        moving = self.together(self.learned, self.statistics)
+        if self.framework == "linen":
+            call, variables, _ = self.package.fold(self.call, moving, self.x)
+            return lambda _, x: call(variables, x)
+        moving.eval()
+        model, _ = self.package.fold(moving, self.x, call=lambda model, x: model(x, self.where))
+        return lambda _, x: model(x, self.where)
 
 
 def assert_derivatives(model, losses):
@@ -190,7 +202,7 @@ def test_no_gradient_flows_into_stored_statistics(framework, name):
         assert_zero(assert_derivatives(model, [model.of_capture("eval"), model.of_capture("as_called"), *runs]))
 
 
-@pytest.mark.parametrize("framework", ["linen", "nnx"])
+@every_framework
 def test_stock_layers_have_the_gradients_of_flax(framework):
     """Of their statistics too."""
     with in_float64("stock"):
@@ -214,3 +226,106 @@ def test_a_training_call_that_is_captured_has_its_own_gradients(framework, name)
         gradients = jax.jit(lambda *z: [jax.grad(model.of_outputs(run), (0, 2))(*z) for run in runs])
         expected, found = gradients(model.learned, model.statistics, model.x)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12), found, expected)
+
+
+@every_framework
+@pytest.mark.parametrize("stock", [False, True], ids=["ours", "stock"])
+def test_padding_harms_no_gradient(framework, stock):
+    """NaN and infinity in it, in a stock layer too, which knows of no mask."""
+    package, weights, target = getattr(jaxbn, framework), np.arange(SHAPE[0]) < 2, jnp.ones(SHAPE).at[2:].set(0)
+    if framework == "linen":
+        layer = (nn if stock else package).BatchNorm(use_running_average=True)
+        model, call = layer.init(jax.random.key(0), jnp.ones(SHAPE)), layer.apply
+    else:
+        model, call = (nnx if stock else package).BatchNorm(SHAPE[-1], use_running_average=True, rngs=nnx.Rngs(0)), None
+    mixed = (
+        package.adapt(call, weights=lambda x: weights, **{name: 0.3}) for name in ("prior_count", "example_weight")
+    )
+    captured = package.capture_moments(call, weights=lambda x: weights)
+    runs = lambda *given: captured(*given)[0], *mixed
+    graph, state = nnx.split(model) if framework == "nnx" else (None, model)
+
+    @jax.jit
+    @functools.partial(jax.grad, argnums=(0, 1))
+    def gradients(state, x):
+        moving = state if graph is None else nnx.merge(graph, state, copy=True)
+        return sum((jnp.sin(3 * run(moving, x)) * target).sum() for run in runs)
+
+    x = np.float32(np.random.default_rng(0).normal(size=SHAPE))
+    expected = gradients(state, x)
+    for bad in (np.nan, np.inf):
+        x[2:] = bad
+        jax.tree.map(np.testing.assert_array_equal, gradients(state, x), expected)
+
+
+@every_framework
+def test_a_batch_of_padding_alone_has_the_gradients_of_evaluation(framework):
+    with in_float64("batch_norm"):
+        model = Model(framework, "batch_norm")
+        options = {"weights": lambda x: np.zeros(len(x))}
+        captured = model.package.capture_moments(model.call, **options)
+        runs = lambda *given: captured(*given)[0], model.package.adapt(model.call, prior_count=3, **options)
+        gradients = jax.jit(lambda *z: [jax.grad(model.of_outputs(run), (0, 1, 2))(*z) for run in (model.call, *runs)])
+        expected, *found = gradients(model.learned, model.statistics, model.x)
+        for one in found:
+            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12), one, expected)
+
+
+@every_layer([("linen", "stock"), ("nnx", "batch_norm")], [pair for pair in ALL if "domain" not in pair[1]])
+def test_a_folded_call_has_the_gradients_of_evaluation(framework, name):
+    with in_float64(name):
+        model = Model(framework, name)
+        runs = model.folded(), model.call
+        gradients = jax.jit(lambda *z: [jax.grad(model.of_outputs(run), 2)(*z) for run in runs])
+        found, expected = gradients(model.learned, model.statistics, model.x)
+        np.testing.assert_allclose(found, expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.transform().move], ids=lambda case: case.name)
+def test_no_gradient_flows_through_averages(case):
+    transform = case.transform()
+    _, state = transform.init(SHAPE[-1])
+
+    def loss(state, x):
+        moved = transform.move(state, transform.measure(x), 3.0)
+        return sum(jnp.sum(leaf) for leaf in jax.tree.leaves(moved))
+
+    x = np.float32(np.random.default_rng(0).normal(size=SHAPE))
+    assert_zero(jax.jit(jax.grad(loss, (0, 1)))(state, x))
+
+
+def test_derivatives_of_moments_that_are_put_together():
+    """With weights, and with a part that is empty."""
+    rng = np.random.default_rng(0)
+    x, direction = rng.normal(3, 2, (2, 3, 5, 2))
+    mask = rng.random((3, 5, 1))
+    mask[1] = 0
+
+    def by_hand(x):
+        rows, weights = x.reshape(15, 2), mask.reshape(15, 1)
+        mean = (weights * rows).sum(0) / weights.sum()
+        return jnp.sin(mean) + (weights * (rows - mean[None]) ** 2).sum(0) / weights.sum()
+
+    def over_devices(parts):
+        merged = jax.vmap(lambda part: jaxbn.merge_over(part, "devices"), axis_name="devices")(parts)
+        return jax.tree.map(lambda leaf: leaf[0], merged)
+
+    def in_turn(parts):
+        return functools.reduce(jaxbn.merge, (jax.tree.map(lambda leaf, i=i: leaf[i], parts) for i in range(len(x))))
+
+    def mixed(parts):
+        return jaxbn.mix(jaxbn.BatchNormState(jnp.zeros(2), jnp.ones(2)), jaxbn.pool(parts), 1.0)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def derivative(fun, x, direction):
+        return jax.jvp(fun, (x,), (direction,))
+
+    def put_together(function, x):
+        moments = function(jax.vmap(lambda x, mask: jaxbn.batch_moments(x, mask=mask))(x, mask))
+        return jnp.sin(moments.mean) + moments.var
+
+    with jax.enable_x64(True):
+        expected = derivative(by_hand, x, direction)
+        for function in (jaxbn.pool, over_devices, in_turn, mixed):
+            found = derivative(functools.partial(put_together, function), x, direction)
+            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), found, expected)

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import ArrayLike
 
 from jaxbn.core import axes as _axes
 from jaxbn.core import checkpoint_policies as _policies
@@ -267,6 +268,12 @@ def _centre(x: jax.Array, mean: jax.Array, weights: jax.Array | None) -> jax.Arr
 def _usable(x: jax.Array, weights: jax.Array) -> jax.Array:
     """False for padding that is NaN or infinite: its output is the bias, a constant, so that it harms nothing."""
     return (weights > 0) | jnp.isfinite(x)
+
+
+def without_padding(x: jax.Array, mask: ArrayLike | None) -> jax.Array:
+    """The input with 0 for padding that is NaN or infinite: by way of the statistics it would reach all gradients."""
+    weights = _axes.weights_like(mask, x.shape)
+    return x if weights is None else jnp.where(_usable(x, weights), x, jnp.zeros((), x.dtype))
 
 
 def _affine(operands: Operands, constants: _Constants) -> tuple[jax.Array | None, jax.Array | None]:

@@ -19,7 +19,6 @@ import jax
 from jaxbn.core import calls as _calls
 from jaxbn.core import harvest as _harvest
 from jaxbn.core import moments as _moments
-from jaxbn.core.normalize import statistics_of_input
 from jaxbn.linen.modules import STATISTICS, Norm
 from jaxbn.methods.base import NormParams, NormTransform, State
 from jaxbn.methods.batch_norm import BatchNormState, batch_norm
@@ -37,9 +36,9 @@ from jaxbn.population.layers import (
     mask_of_examples,
     measured,
     natural,
-    wanted_state,
+    normalize_as,
 )
-from jaxbn.population.mixing import MixedNorm, Mixture, normalize_mixed
+from jaxbn.population.mixing import CalledNorm, Mixture
 
 Call = Callable[[Any, Any], Any]
 
@@ -78,8 +77,8 @@ def capture_moments(
 
     Both results may be differentiated. In mode "batch" gradients flow through the statistics of the batch, as in
     training (for every method the plain derivative); the moments can be part of a loss, such as one that matches
-    statistics (DeepInversion). No gradient flows into the stored statistics of jaxbn's layers; into those of Flax's it
-    does in mode "eval", as without capture.
+    statistics (DeepInversion). No gradient flows into weights, nor into the stored statistics of jaxbn's layers; into
+    those of Flax's it does in mode "eval", as without capture.
 
     Args:
         call: Runs the model, for one `lambda variables, batch: net.apply(variables, batch["image"], train=False)`.
@@ -197,14 +196,10 @@ def _intercept(next_call: Callable[..., Any], args: Any, kwargs: Any, context: n
     stored, mode, synchronized = stored_state(layer), slot.layer.mode, (layer.axis_name, layer.axis_index_groups)
     if mode == "as_called":
         y = next_call(*args, **kwargs)
-    elif isinstance(mode, Mixture):
-        normalizing = functools.partial(normalize, layer)
-        norm = MixedNorm(slot.layer.path, transform, stored, normalizing, layer.axis, *synchronized)
-        y = normalize_mixed(mode, norm, moments, x, mask, residual, where)
     else:
-        state = wanted_state(transform, stored, moments, mode, *synchronized)
-        with statistics_of_input(mode == "batch"):
-            y = normalize(layer, state, x, mask=mask, residual=residual, **where)
+        normalizing = functools.partial(normalize, layer)
+        norm = CalledNorm(slot.layer.path, transform, stored, normalizing, layer.axis, *synchronized)
+        y = normalize_as(mode, norm, moments, x, mask, residual, where)
     marks_layer = dataclasses.replace(slot.layer, kind=kind_of(layer))
     return marked(y, slot.index, marks_layer, moments, x, axis=layer.axis, mask=mask)
 

@@ -26,7 +26,7 @@ def adapt(
     (Schneider 2020).
 
     Works for every method and for stock layers, whatever flags the model passes. Frozen layers keep their statistics.
-    Gradients flow through the statistics of what is evaluated, and none into the stored ones.
+    Gradients flow through the statistics of what is evaluated, and none into the stored ones or the weights.
 
     Args:
         call: Runs the model; None: `lambda model, batch: model(batch)`.

@@ -16,7 +16,6 @@ from flax import nnx
 
 from jaxbn.core import harvest as _harvest
 from jaxbn.core import moments as _moments
-from jaxbn.core.normalize import statistics_of_input
 from jaxbn.methods.base import NormTransform, State
 from jaxbn.methods.batch_norm import BatchNormState, batch_norm
 from jaxbn.nnx.modules import Norm
@@ -34,9 +33,9 @@ from jaxbn.population.layers import (
     mask_of_examples,
     measured,
     natural,
-    wanted_state,
+    normalize_as,
 )
-from jaxbn.population.mixing import MixedNorm, Mixture, normalize_mixed
+from jaxbn.population.mixing import CalledNorm, Mixture
 
 Call = Callable[[Any, Any], Any]
 
@@ -57,8 +56,8 @@ def capture_moments(
 
     Both results may be differentiated. In mode "batch" gradients flow through the statistics of the batch, as in
     training (for every method the plain derivative); the moments can be part of a loss, such as one that matches
-    statistics (DeepInversion). No gradient flows into the stored statistics of jaxbn's layers; into those of Flax's it
-    does in mode "eval", as without capture.
+    statistics (DeepInversion). No gradient flows into weights, nor into the stored statistics of jaxbn's layers; into
+    those of Flax's it does in mode "eval", as without capture.
 
     Args:
         call: Runs the model; None: `lambda model, batch: model(batch)`.
@@ -209,14 +208,10 @@ def _measured(
     stored, synchronized = state_of(module), (module.axis_name, module.axis_index_groups)
     if layer.mode == "as_called":
         y = plain(*args, **kwargs)
-    elif isinstance(layer.mode, Mixture):
-        normalizing = functools.partial(normalize, module)
-        norm = MixedNorm(layer.path, transform, stored, normalizing, module.axis, *synchronized)
-        y = normalize_mixed(layer.mode, norm, moments, x, mask, residual, where)
     else:
-        state = wanted_state(transform, stored, moments, layer.mode, *synchronized)
-        with statistics_of_input(layer.mode == "batch"):
-            y = normalize(module, state, x, mask=mask, residual=residual, **where)
+        normalizing = functools.partial(normalize, module)
+        norm = CalledNorm(layer.path, transform, stored, normalizing, module.axis, *synchronized)
+        y = normalize_as(layer.mode, norm, moments, x, mask, residual, where)
     return marked(y, module.jaxbn_slot[...], layer, moments, x, axis=module.axis, mask=mask)
 
 

@@ -17,8 +17,9 @@ from jaxbn.core import harvest as _harvest
 from jaxbn.core import marks as _marks
 from jaxbn.core import moments as _moments
 from jaxbn.core.moments import Moments
+from jaxbn.core.normalize import statistics_of_input, without_padding
 from jaxbn.methods.base import NormTransform, State
-from jaxbn.population.mixing import Mixture, as_prior
+from jaxbn.population.mixing import CalledNorm, Mixture, as_prior, normalize_mixed
 
 # What layers normalize with while they are measured: the statistics of their batch, the stored ones, or as they are
 # asked to.
@@ -177,19 +178,29 @@ def call_arguments(
     return jnp.asarray(x), mask, residual, {} if domain is None else {"domain": domain}
 
 
-def wanted_state(
-    transform: NormTransform, stored: State, moments: Moments, mode: str, axis_name: Any, axis_index_groups: Any
-) -> State:
-    """The statistics that a layer is to normalize with: the stored ones, or in mode "batch" those of its batch.
+def normalize_as(
+    mode: str | Mixture,
+    norm: CalledNorm,
+    moments: Moments,
+    x: jax.Array,
+    mask: Any,
+    residual: Any,
+    where: dict[str, Any],
+) -> jax.Array:
+    """What a layer makes of its input in a mode that says with what statistics; `moments` are those of the input.
 
-    These are what `postproc` makes of the batch's moments, which is right for every method. An axis that is not there
-    is left out: on one device the batch is all there is.
+    In mode "batch" they are what `postproc` makes of the batch's moments, which is right for every method, and
+    gradients flow through them. An axis that is not there is left out: on one device the batch is all there is.
     """
+    if isinstance(mode, Mixture):
+        return normalize_mixed(mode, norm, moments, x, mask, residual, where)
     if mode == "eval":
-        return stored
-    if axis_name is not None and _devices.is_bound(axis_name):
-        moments = _moments.merge_over(moments, axis_name, axis_index_groups)
-    return transform.postproc(as_prior(stored, moments), moments)
+        return norm.normalize(norm.stored, x, mask=mask, residual=residual, **where)
+    if norm.axis_name is not None and _devices.is_bound(norm.axis_name):
+        moments = _moments.merge_over(moments, norm.axis_name, norm.axis_index_groups)
+    state = norm.transform.postproc(as_prior(norm.stored, moments), moments)
+    with statistics_of_input(True):
+        return norm.normalize(state, without_padding(x, mask), mask=mask, residual=residual, **where)
 
 
 def select(paths: str | Sequence[str], known: Iterable[str]) -> list[str]:

@@ -20,7 +20,7 @@ from jaxbn.core import axes as _axes
 from jaxbn.core import devices as _devices
 from jaxbn.core import dtypes as _dtypes
 from jaxbn.core.moments import Moments, merge_over
-from jaxbn.core.normalize import statistics_of_input
+from jaxbn.core.normalize import statistics_of_input, without_padding
 from jaxbn.methods.base import NormTransform, State
 
 RULES = ("linear", "raw")
@@ -34,8 +34,8 @@ class Mixture(NamedTuple):
     rule: str
 
 
-class MixedNorm(NamedTuple):
-    """What mixing needs to know of a layer."""
+class CalledNorm(NamedTuple):
+    """What is to be known of a layer to normalize for it, with other statistics than it would."""
 
     path: str
     transform: NormTransform
@@ -128,10 +128,11 @@ def as_prior(stored: State, moments: Moments) -> State:
 
 
 def normalize_mixed(
-    mixture: Mixture, norm: MixedNorm, moments: Moments, x: jax.Array, mask: Any, residual: Any, where: dict[str, Any]
+    mixture: Mixture, norm: CalledNorm, moments: Moments, x: jax.Array, mask: Any, residual: Any, where: dict[str, Any]
 ) -> jax.Array:
     """What a layer makes of its input with the mixture; `moments` are those of the input on this device."""
     space = _check_input(mixture, norm, x)
+    x = without_padding(x, mask)
     if mixture.prior_count is not None:
         if norm.axis_name is not None and _devices.is_bound(norm.axis_name):
             moments = merge_over(moments, norm.axis_name, norm.axis_index_groups)
@@ -157,13 +158,13 @@ def normalize_mixed(
     return jax.vmap(of_example)(x, weights, residual, where)
 
 
-def _state(norm: MixedNorm, moments: Moments, weight: ArrayLike, rule: str) -> State:
+def _state(norm: CalledNorm, moments: Moments, weight: ArrayLike, rule: str) -> State:
     """The state with the mixture as its statistics, which each method installs in its own way."""
     stored = as_prior(norm.stored, moments)
     return norm.transform.postproc(stored, mix(stored, moments, weight, rule=rule))
 
 
-def _check_input(mixture: Mixture, norm: MixedNorm, x: jax.Array) -> int:
+def _check_input(mixture: Mixture, norm: CalledNorm, x: jax.Array) -> int:
     """How many values of a channel an example has; a ValueError where what is mixed would have no variance."""
     axes = _axes.split(x.ndim, norm.axis)
     if not axes.reduced or axes.reduced[0] != 0:
