@@ -15,6 +15,7 @@ import optax
 import pytest
 from cases import CASES
 from flax import nnx
+from meshes import AXIS, DEVICES, NAMED, WAYS, run, sum_gradients
 
 import jaxbn
 import jaxbn.linen
@@ -329,3 +330,40 @@ def test_derivatives_of_moments_that_are_put_together():
         for function in (jaxbn.pool, over_devices, in_turn, mixed):
             found = derivative(functools.partial(put_together, function), x, direction)
             jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), found, expected)
+
+
+@pytest.mark.parametrize(
+    "way", [pytest.param(w, marks=[pytest.mark.slow] * (w not in ("jit", "shard_map"))) for w in WAYS]
+)
+def test_gradients_on_devices_are_those_of_one(way):
+    """With a mask that is different on each, of the outputs and of the moments of all rows."""
+    rng = np.random.default_rng(0)
+    x = np.float32(rng.normal(1, 2, (2 * DEVICES, *SHAPE[1:])))
+    batch = {
+        "x": x,
+        "target": np.float32(rng.normal(size=x.shape)),
+        "w": rng.random(len(x)) > 0.4,
+    }
+
+    def gradients(way, params, batch):
+        axis = AXIS if way in NAMED else None
+        call = jaxbn.linen.BatchNorm(True, axis_name=axis).apply
+        options = {"call": lambda v, batch: call(v, batch["x"]), "weights": lambda batch: batch["w"]}
+        capture, adapt = jaxbn.linen.capture_moments(**options), jaxbn.linen.adapt(**options, prior_count=3)
+
+        def loss(params, x):
+            given = {"params": params, "batch_stats": statistics}, batch | {"x": x}
+            outputs, moments = capture(*given)
+            total = jaxbn.merge_over(moments[""], AXIS) if axis else moments[""]
+            # The moments of all rows are the same on each device, and count once.
+            shared = (jnp.sin(total.mean) + total.var).sum() / (DEVICES if axis else 1)
+            return ((outputs + adapt(*given)) * batch["target"]).sum() + shared
+
+        of_params, of_x = jax.grad(loss, (0, 1))(params, batch["x"])
+        return sum_gradients(way, of_params), of_x
+
+    variables = jaxbn.linen.BatchNorm(True).init(jax.random.key(0), x)
+    params, statistics = variables["params"], variables["batch_stats"]
+    expected = jax.jit(lambda p, b: gradients("one", p, b))(params, batch)
+    found = run(way, lambda p, b: gradients(way, p, b), params, batch)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found, jax.device_get(expected))

@@ -289,6 +289,38 @@ def test_tent_in_nnx_moves_scale_and_bias_alone_and_the_entropy_falls(shared, da
     assert (np.diff(entropies) < 0).all()
 
 
+@pytest.mark.parametrize("framework", ["linen", "nnx"])
+def test_tent_follows_the_gradient_of_tent_by_hand(framework, shared, variables, data, monkeypatch):
+    """That of the entropy under the statistics of the batch, which depend on the parameters before them."""
+    monkeypatch.setattr(optax, "adam", optax.sgd)  # whose step is the gradient
+    tent, before = importlib.import_module("tent"), flat(variables["params"])
+    data = shared.take(data, slice(0, 32))
+    if framework == "linen":
+        opt_state, step = tent.make_tent(variables, 1.0)
+        after = flat(step(variables["params"], opt_state, data)[0])
+    else:
+        model = shared.NNXNet(nnx.Rngs(0))
+        for i, layer in enumerate([*model.denses, model.head]):
+            layer.kernel[...], layer.bias[...] = (before[f"Dense_{i}/{name}"] for name in ("kernel", "bias"))
+        for i, norm in enumerate(model.norms):
+            norm.scale[...], norm.bias[...] = (before[f"BatchNorm_{i}/{name}"] for name in ("scale", "bias"))
+        tent.make_tent_nnx(model, 1.0)(data)
+        after = {
+            f"BatchNorm_{i}/{k}": getattr(norm, k)[...] for i, norm in enumerate(model.norms) for k in ("scale", "bias")
+        }
+
+    def entropy(nudged):
+        return entropy_in_numpy(predict_by_hand(traverse_util.unflatten_dict(nudged, sep="/"), data))
+
+    for path in sorted(AFFINE):
+        nudges = 1e-5 * np.eye(before[path].size)
+        slopes = [
+            (entropy(before | {path: before[path] + n}) - entropy(before | {path: before[path] - n})) for n in nudges
+        ]
+        step = np.float64(before[path]) - after[path]
+        np.testing.assert_allclose(step, np.array(slopes) / 2e-5, rtol=1e-3, atol=1e-5, err_msg=path)
+
+
 def test_weight_decay_pulls_scales_to_one_and_leaves_biases_alone(run, variables):
     params, rate, learning_rate = variables["params"], 0.3, 0.5
     optimizer = importlib.import_module("weight_decay").make_optimizer(variables, rate, optax.sgd(learning_rate))
