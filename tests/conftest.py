@@ -1,5 +1,6 @@
 """Every test runs on 8 devices of the CPU, with strict dtype promotion, no rank promotion, and warnings as errors."""
 
+import collections
 import os
 from pathlib import Path
 
@@ -16,6 +17,19 @@ import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.hookimpl(tryfirst=True)  # before those that `-m` leaves out are left out
+def pytest_collection_modifyitems(items):
+    """Of the cases of a test marked `sample(every=n)`, all but each n-th are slow; those that are slow do not count."""
+    seen = collections.Counter()
+    for item in items:
+        sample = item.get_closest_marker("sample")
+        if sample is not None and item.get_closest_marker("slow") is None:
+            name = item.nodeid.split("[")[0]
+            if seen[name] % sample.kwargs["every"]:
+                item.add_marker(pytest.mark.slow)
+            seen[name] += 1
 
 
 @pytest.fixture

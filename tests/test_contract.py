@@ -194,6 +194,7 @@ def test_one_trace_serves_many_steps(case, x):
     assert len(traces) == 1
 
 
+@pytest.mark.sample(every=2)
 @every_case
 def test_no_gradient_flows_through_the_state(case, x):
     transform, params, state = started(case)
@@ -220,6 +221,7 @@ def test_masked_batch_is_the_batch_of_valid_rows(case, x):
     chex.assert_trees_all_close(after, after_subset, rtol=1e-6)
 
 
+@pytest.mark.sample(every=2)
 @every_case
 def test_nan_in_masked_positions_harms_no_gradient(case, x, target):
     transform, params, state = started(case)
@@ -285,6 +287,7 @@ def test_statistics_that_are_not_finite_stay_out_of_the_state(case, x, bad):
         assert moved.all()
 
 
+@pytest.mark.sample(every=3)
 @every_case_and("way", WAYS, few=["jit", "shard_map"], slow=SLOW_WAYS)
 def test_devices_equal_one_device(case, way, x, target, rng):
     """Outputs, statistics and gradients, with unequal masks and a shard without a valid position."""
@@ -305,6 +308,7 @@ def test_devices_equal_one_device(case, way, x, target, rng):
     chex.assert_trees_all_close(found, jax.tree.map(np.asarray, expected), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.sample(every=4)
 @every_case_and("way", [way for way in WAYS if way != "vmap"], few=["jit", "shard_map"], slow=SLOW_WAYS)
 @pytest.mark.parametrize("masked", [pytest.param(False, marks=pytest.mark.slow), True], ids=["", "masked"])
 def test_one_collective_forward_and_one_backward(case, masked, way, x, target, rng):
@@ -404,6 +408,7 @@ def test_vmap_is_a_loop(case, x):
         chex.assert_trees_all_close(found, transform.train(params, state, batch), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.sample(every=3)
 @every_case
 def test_remat_changes_no_number(case, x, target):
     transform, params, state = started(case)

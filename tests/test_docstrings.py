@@ -92,6 +92,7 @@ def section(doc, title):
 EXAMPLES = [pytest.param(test, id=test.name) for module in MODULES for test in doctests(module)]
 
 
+@pytest.mark.sample(every=4)
 @pytest.mark.parametrize("test", EXAMPLES)
 def test_examples_run(test):
     report = []

@@ -108,6 +108,7 @@ def test_layers_left_alone_would_move_once_for_each_micro_batch(host):
         assert (abs(naive[layer]["var"] / right["var"] - 1) > 0.05).any()
 
 
+@pytest.mark.sample(every=2)
 @every_host
 def test_micro_batches_of_a_scan_inside_the_call_are_pooled(host):
     """One compiled program that accumulates the gradients and hands out the moments of all."""
@@ -136,6 +137,7 @@ def test_micro_batches_of_a_scan_inside_the_call_are_pooled(host):
     chex.assert_trees_all_close(grads, jax.tree.map(lambda *parts: sum(parts), *each), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.sample(every=2)
 @every_host
 def test_with_multi_steps_of_optax_the_averages_move_when_the_parameters_do(host):
     loop, batches = Loop(host), make_batches(2 * PARTS)

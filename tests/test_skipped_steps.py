@@ -73,6 +73,7 @@ def scale_of(value):
     return DynamicScale(scale=jnp.float32(value), fin_steps=jnp.int32(0))
 
 
+@pytest.mark.sample(every=2)
 @every_host
 def test_a_step_whose_gradients_overflow_leaves_everything(host):
     state, step = make_step(host)
@@ -95,6 +96,7 @@ def test_a_step_whose_gradients_overflow_leaves_everything(host):
     assert state.step == sum(taken)
 
 
+@pytest.mark.sample(every=4)
 @every_host
 @pytest.mark.parametrize("way", ["shard_map unchecked", "pmap"])
 def test_all_devices_skip_where_the_gradients_of_one_overflow(host, way):

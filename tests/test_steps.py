@@ -122,6 +122,7 @@ def hand_written_nnx(net, batches):
     return nnx.to_pure_dict(nnx.state(net, nnx.Param)), statistics_of(net)
 
 
+@pytest.mark.sample(every=3)
 @every_host
 @every_norm
 def test_a_loop_written_by_hand_gives_the_same(host, kind):
@@ -137,6 +138,7 @@ def rows_first(batches):
     return jax.tree.map(lambda *arrays: np.stack(arrays, 1), *batches)
 
 
+@pytest.mark.sample(every=3)
 @every_host
 @pytest.mark.parametrize(
     "kind, way",
@@ -175,6 +177,7 @@ def test_eight_devices_give_what_one_gives(host, kind, way):
     np.testing.assert_allclose(outputs, steps.eval_step(frozen, batches[0]), rtol=0, atol=2e-5)
 
 
+@pytest.mark.sample(every=2)
 @pytest.mark.parametrize("host, way", [(LINEN, "pmap"), (NNX, "shard_map")], ids=["linen pmap", "nnx shard_map"])
 def test_state_and_accumulator_stay_on_the_devices_from_call_to_call(host, way):
     """The steps mapped one by one, as in a loop, with the state and the accumulator donated."""
@@ -211,6 +214,7 @@ def test_state_and_accumulator_stay_on_the_devices_from_call_to_call(host, way):
 # --- Pure -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sample(every=2)
 @every_host
 def test_donated_state_is_gone_and_what_was_frozen_lives(host):
     steps, batches, *_ = trained(host)
@@ -312,6 +316,7 @@ def dropping(host):
     return steps, batches, steps.init(KEY, batches[0])
 
 
+@pytest.mark.sample(every=2)
 @every_host
 def test_dropout_follows_its_key(host):
     steps, (batch, *_), state = dropping(host)
@@ -332,6 +337,7 @@ def test_linen_dropout_is_that_of_a_key_for_all_streams():
         steps.train_step(state, batch)
 
 
+@pytest.mark.slow
 def test_nnx_dropout_without_a_key_goes_on_as_in_flax():
     steps, batches, _ = dropping(NNX)
     state = train(steps, steps.init(None, batches[0]), batches)
@@ -578,6 +584,7 @@ def test_layers_that_do_not_synchronize_are_an_error(host, kind, axis_name):
         train()
 
 
+@pytest.mark.sample(every=2)
 @pytest.mark.parametrize("host, way", [(LINEN, "pmap"), (NNX, "shard_map")], ids=["linen pmap", "nnx shard_map"])
 def test_a_pass_merges_what_unsynchronized_layers_saw(host, way):
     """Layers that keep no averages may normalize with the rows of their own device."""

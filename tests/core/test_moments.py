@@ -36,6 +36,7 @@ def relative_error(moments: jaxbn.Moments, x: np.ndarray) -> float:
     return float(np.abs(np.float64(moments.var) / exact - 1).max())
 
 
+@pytest.mark.sample(every=2)
 @table
 @pytest.mark.parametrize("way", WAYS)
 def test_variance_is_that_of_float64(mean, std, way):
@@ -55,6 +56,7 @@ def test_variance_over_space_whose_size_is_no_power_of_two(mean, std, fast):
         assert relative_error(function(x, use_fast_variance=fast), x) < SUMMATION
 
 
+@pytest.mark.sample(every=2)
 @table
 @pytest.mark.parametrize("way", ["jit", "jit explicit", "shard_map", "pmap"])
 def test_variance_with_a_mask_that_differs_over_devices(mean, std, way):

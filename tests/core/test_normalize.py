@@ -34,6 +34,7 @@ def step(x, residual, params, **arguments):
 PARAMS = jaxbn.NormParams(jnp.array([1.5, -0.5, 0.3, 2.0]), jnp.array([0.1, 0.2, -0.7, 0.0]))
 
 
+@pytest.mark.sample(every=3)
 @every_activation
 @with_residual
 def test_the_rule_is_jaxs_own_derivative(activation, with_residual, x, residual, rng):
@@ -118,6 +119,7 @@ def test_gradients_at_large_means_are_those_of_float64(mean, std, way, rng):
     assert error(dx) < 1e-3 < error(flax(x, fast=True))
 
 
+@pytest.mark.sample(every=4)
 @every_activation
 @pytest.mark.parametrize(
     "way", [way if way in ("jit", "shard_map") else pytest.param(way, marks=pytest.mark.slow) for way in WAYS]

@@ -40,6 +40,7 @@ def cells(lines):
     return [[cell.strip() for cell in line.strip("│").split("│")] for line in lines if line.startswith("│")]
 
 
+@pytest.mark.slow
 def test_linen_is_measured_and_what_is_not_installed_is_skipped(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
 

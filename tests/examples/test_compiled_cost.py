@@ -19,11 +19,14 @@ H100_NORMS = ["jaxbn", "jaxbn-nnx", "fused", "fused-nnx"]
 
 @pytest.fixture(scope="module")
 def cost():
-    """What a program costs; each is compiled once."""
+    """What a program costs, compiled as for users; each is compiled once."""
+    before = jax.config.jax_disable_most_optimizations
+    jax.config.update("jax_disable_most_optimizations", False)
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(EXAMPLES / "benchmarks"))
         benchmark = load_program("benchmarks/compiled_cost.py")
         yield functools.cache(functools.partial(compile_once, benchmark))
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 def compile_once(benchmark, device, what, norm, dtype="bfloat16", batch=None):

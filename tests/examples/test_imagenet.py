@@ -96,6 +96,7 @@ def test_resnet_50_is_resnet_50(resnet, api):
     assert {leaf.dtype for leaf in jax.tree.leaves((params, stats))} == {jnp.dtype("float32")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("api", APIS)
 def test_other_stages_make_resnet_101(resnet, api):
     assert size(shapes(resnet, api, stages=(3, 4, 23, 3))[0]) == 44_549_160

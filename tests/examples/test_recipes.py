@@ -142,6 +142,7 @@ def test_averaged_weights_have_the_statistics_of_the_weights_that_are_evaluated(
     assert [row[:2] for row in printed[1:]] == [[round(a, 3) for a in pair] for pair in found.values()]
 
 
+@pytest.mark.slow
 def test_another_domain_is_seen_with_its_own_statistics(run, shared, data, variables):
     adapt = importlib.import_module("another_domain").adapt
     batches = shared.in_batches(shared.another_camera(data))
@@ -321,6 +322,7 @@ def test_tent_follows_the_gradient_of_tent_by_hand(framework, shared, variables,
         np.testing.assert_allclose(step, np.array(slopes) / 2e-5, rtol=1e-3, atol=1e-5, err_msg=path)
 
 
+@pytest.mark.slow
 def test_weight_decay_pulls_scales_to_one_and_leaves_biases_alone(run, variables):
     params, rate, learning_rate = variables["params"], 0.3, 0.5
     optimizer = importlib.import_module("weight_decay").make_optimizer(variables, rate, optax.sgd(learning_rate))
@@ -339,6 +341,7 @@ def test_weight_decay_pulls_scales_to_one_and_leaves_biases_alone(run, variables
     assert [row[-2] for row in printed[1:]] == [round(mean, 3) for mean in means.values()]
 
 
+@pytest.mark.slow
 def test_input_distributions_are_those_of_every_layer_and_step(run, shared, data, tmp_path, monkeypatch):
     recipe = importlib.import_module("input_distributions")
     net = shared.Net()

@@ -231,6 +231,7 @@ def oracle_of_devices(x, mode, synchronized):
     return x, given
 
 
+@pytest.mark.sample(every=5)
 @every_norm
 @pytest.mark.parametrize("synchronized", [True, False], ids=["synchronized", "each device for itself"])
 @pytest.mark.parametrize(

@@ -91,6 +91,7 @@ def through_orbax(state, empty, path):
     return empty.replace(opt_state=found.pop("opt"), **found)
 
 
+@pytest.mark.sample(every=3)
 @BOTH_WAYS
 @pytest.mark.parametrize("through", [through_msgpack, through_orbax], ids=["msgpack", "orbax"])
 def test_checkpoint_goes_on_in_the_other_layer(written, read, through, tmp_path):

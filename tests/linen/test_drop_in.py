@@ -117,6 +117,7 @@ def test_float_dtypes_only():
 # --- Variables --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sample(every=2)
 @pytest.mark.parametrize(
     "shape, fields",
     [
@@ -197,6 +198,7 @@ SHAPES = [
 ]
 
 
+@pytest.mark.sample(every=3)
 @pytest.mark.parametrize("shape, fields, masked", SHAPES, ids=str)
 def test_training_gives_the_numbers_of_flax(shape, fields, masked):
     """Outputs, gradients and statistics in both of our forms, against Flax's two-pass variance."""
@@ -237,6 +239,7 @@ def test_evaluation_is_equal_to_the_last_bit(fields, dtype, jit):
     chex.assert_trees_all_equal(ours, stock, strict=True)
 
 
+@pytest.mark.sample(every=3)
 @pytest.mark.parametrize("use_running_average", [True, False], ids=["eval", "train"])
 @pytest.mark.parametrize("param_dtype", [jnp.float32, jnp.bfloat16], ids=["", "params bfloat16"])
 @pytest.mark.parametrize("dtype", [None, jnp.float32, jnp.bfloat16], ids=["", "to float32", "to bfloat16"])
@@ -276,6 +279,7 @@ def test_input_of_any_type_is_normalized_in_float32(convert):
     chex.assert_trees_all_equal_dtypes(ours, stock)
 
 
+@pytest.mark.sample(every=2)
 @pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
 @pytest.mark.parametrize("dtype", [None, jnp.complex64], ids=["", "complex64"])
 def test_complex_input(dtype, masked):
@@ -542,6 +546,7 @@ HOSTS = [in_sequential, in_partial, in_setup, in_jit, in_remat, in_scan_over_lay
 HOSTS += [in_vmap_with_axis_name, in_spectral_norm]
 
 
+@pytest.mark.sample(every=3)
 @pytest.mark.parametrize("host", HOSTS, ids=lambda host: host.__name__)
 def test_works(host):
     x = jnp.asarray(normal(16, 4))

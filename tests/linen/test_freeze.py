@@ -118,6 +118,7 @@ def moved(before, after):
 # --- What a layer that stands still does ------------------------------------------------------------------------------
 
 
+@pytest.mark.sample(every=3)
 @every_norm
 @pytest.mark.parametrize(
     "how", [how if how in ("plain", "nn.vmap", "nn.scan") else pytest.param(how, marks=pytest.mark.slow) for how in HOW]
@@ -275,6 +276,7 @@ def sgd_with_decay(mask):
     return optax.chain(decay, optax.sgd(RATE), optax.masked(optax.set_to_zero(), mask))
 
 
+@pytest.mark.sample(every=2)
 @every_norm
 @pytest.mark.parametrize("what", WHAT)
 def test_training_moves_all_but_what_is_frozen(what, norm):
@@ -358,6 +360,7 @@ def test_a_pass_leaves_frozen_layers_alone_and_estimates_the_others_downstream_o
     assert info.layer("block/first").estimator == "as given" and info.layer("last").estimator == "pooled"
 
 
+@pytest.mark.sample(every=3)
 @every_norm
 @pytest.mark.parametrize(
     "mode, outside", [("batch", "capture"), ("eval", "capture"), ("as_called", "capture"), ("batch", "freeze")]
@@ -515,6 +518,7 @@ def test_a_model_of_frozen_layers_does_not_need_their_axis():
 # --- Frozen networks --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sample(every=3)
 @pytest.mark.parametrize(
     "how, norm",
     [("nn.jit", nn.BatchNorm), ("nn.remat", OURS), ("nn.vmap", OURS), ("nn.scan", nn.BatchNorm)],

@@ -114,6 +114,7 @@ def moments(calls):
     return mean, (weights * (z - mean) ** 2).sum(0) / weights.sum(0)
 
 
+@pytest.mark.sample(every=2)
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow) if name == "resnet" else name for name in MODELS]
 )
@@ -151,6 +152,7 @@ def part(tree, index):
     return jax.tree.map(lambda leaf: leaf[index], tree)
 
 
+@pytest.mark.slow
 def test_critics_of_an_ensemble_keep_their_axis(rng):
     ensemble = nn.vmap(
         Critic, variable_axes={"params": 0, "batch_stats": 0}, split_rngs={"params": True}, in_axes=None, axis_size=3

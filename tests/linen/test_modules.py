@@ -38,6 +38,7 @@ def init(layer, shape=(8, 4)):
 # --- Activation and residual ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sample(every=5)
 @pytest.mark.parametrize("use_running_average", [True, False], ids=["eval", "train"])
 @pytest.mark.parametrize("with_residual", [False, True], ids=["", "residual"])
 @every_activation

@@ -104,6 +104,7 @@ def test_evaluation_uses_the_new_statistics(norm, batches):
     np.testing.assert_allclose(evaluated, captured(variables, batches[0])[0], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.sample(every=2)
 @every_norm
 def test_any_iterable_will_do_and_flags_do_not_matter(norm, batches):
     net, variables = started(norm)

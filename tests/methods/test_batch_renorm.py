@@ -92,6 +92,7 @@ every_schedule = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCH
 # --- The algorithm ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sample(every=3)
 @pytest.mark.parametrize("track_variance", [False, True], ids=["", "variance"])
 @every_schedule
 def test_the_paper_over_1200_steps(schedule, track_variance):

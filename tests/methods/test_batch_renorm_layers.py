@@ -60,6 +60,7 @@ def test_no_field_of_batch_norm_is_swallowed():
 # --- The pass, and what comes behind it -------------------------------------------------------------------------------
 
 
+@pytest.mark.sample(every=2)
 @every_host
 def test_the_pass_normalizes_with_the_statistics_of_the_batch_alone(host):
     """As batch norm of this epsilon does: r = 1 and d = 0, whatever the averages are."""
@@ -111,6 +112,7 @@ def test_train_postproc_freeze_save_and_load(host, tmp_path):
     np.testing.assert_allclose(evaluate(x), expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.sample(every=2)
 @every_host
 def test_make_steps(host):
     batches = make_batches(4)

@@ -65,6 +65,7 @@ def started(dtype=jnp.float32, **arguments):
     return transform, params, state
 
 
+@pytest.mark.sample(every=3)
 @pytest.mark.parametrize(
     ("cumulative", "dtype", "tolerance"),
     [(False, "float32", 1e-5), (False, "float64", 1e-12), (True, "float32", 1e-5)],  # counts are float32
@@ -90,6 +91,7 @@ def test_more_than_a_thousand_steps_follow_the_formula(cumulative, dtype, tolera
         np.testing.assert_array_equal(after.count, count)
 
 
+@pytest.mark.sample(every=2)
 @pytest.mark.parametrize("autodiff", [False, True], ids=["", "autodiff"])
 def test_equals_a_batch_norm_for_each_domain_on_its_rows(autodiff):
     """Outputs, statistics and gradients."""
@@ -150,6 +152,7 @@ def test_gradients_are_differences_of_the_formula():
         np.testing.assert_allclose((dparams.scale[k, c], dparams.bias[k, c]), slopes, rtol=1e-8, atol=1e-9)
 
 
+@pytest.mark.sample(every=2)
 @pytest.mark.parametrize("share_affine", [False, True])
 def test_one_domain_is_batch_norm(share_affine):
     transform, _, _ = started(num_domains=1, share_affine=share_affine)
@@ -166,6 +169,7 @@ def test_one_domain_is_batch_norm(share_affine):
     np.testing.assert_allclose(evaluated, one.eval(params, after, x), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.sample(every=2)
 @pytest.mark.parametrize("way", ["jit", "jit explicit", "shard_map", "vmap"])
 def test_devices_with_unequal_mixes_and_masks_equal_one_device(way):
     """Sorted by domain, so that most devices hold one domain alone; one of them nothing that is valid."""
@@ -239,6 +243,7 @@ def test_a_huge_mean_beside_a_small_one_loses_no_digits():
         np.testing.assert_allclose(found.var[k], np.float64(x[k::2]).var(0), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_what_a_step_costs_hardly_depends_on_the_number_of_domains():
     """Of images of 32 by 32; measured in the program that is compiled for it, against D = 2."""
     x, ids = np.zeros((16, 32, 32, 8), np.float32), np.zeros(16, np.int32)
@@ -377,6 +382,7 @@ def test_postproc_is_exact_in_each_domain_in_linen(tmp_path):
     np.testing.assert_array_equal(linen_call(loaded.variables, batches[0]), linen_call(variables, batches[0]))
 
 
+@pytest.mark.slow
 def test_postproc_is_exact_in_each_domain_in_nnx():
     x, ids, _ = batches_of_domains()
     model, report = nnx_pass()
@@ -399,6 +405,7 @@ def test_the_pass_of_one_domain_leaves_the_others_alone():
         jaxbn.linen.freeze(new, report)
 
 
+@pytest.mark.slow
 def test_weights_of_examples_reach_their_domains():
     x, ids, _ = batches_of_domains()
     variables = linen_started()
@@ -422,12 +429,14 @@ def test_frozen_layers_normalize_each_domain_with_what_is_stored():
     np.testing.assert_array_equal(nnx_call(fixed, batches[0]), expected)
 
 
+@pytest.mark.slow
 def test_diagnose_looks_at_all_domains_at_once():
     x, ids, batches = batches_of_domains()
     variables, _ = linen_pass()
     assert set(jaxbn.linen.diagnose(linen_call, variables, batches).layers) == {"first", "second"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share_affine", [False, True])
 def test_starts_from_a_trained_batch_norm(share_affine):
     """Every domain has a copy, and evaluates as the layer did."""

@@ -194,6 +194,7 @@ OTHER_WAYS += [(32, "contiguous", "jit explicit"), (16, "strided", "jit explicit
 ON_DEVICES += [pytest.param(*layout, marks=pytest.mark.slow) for layout in OTHER_WAYS]
 
 
+@pytest.mark.sample(every=7)
 @pytest.mark.parametrize("size, grouping, way", ON_DEVICES)
 def test_devices_equal_one_device(size, grouping, way, x, rng):
     """Outputs, statistics and gradients, with masks that leave some devices and groups nothing."""
@@ -216,6 +217,7 @@ def test_devices_equal_one_device(size, grouping, way, x, rng):
     chex.assert_trees_all_close(found, jax.tree.map(np.asarray, expected), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.sample(every=3)
 @pytest.mark.parametrize("momentum, count", [(None, 0), (0.9, 1)], ids=["no averages", "averages"])
 @pytest.mark.parametrize("size, way", [(2, "jit"), (2, "jit explicit"), (2, "shard_map"), (4, "jit"), (4, "pmap")])
 def test_groups_that_fit_stay_on_their_device(size, way, momentum, count, x):

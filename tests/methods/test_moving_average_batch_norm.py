@@ -214,6 +214,7 @@ def test_a_loss_scale_changes_neither_psi_nor_the_gradient():
         chex.assert_trees_all_close(scaled._replace(loss_scale=plain.loss_scale), plain, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.sample(every=3)
 @pytest.mark.parametrize(
     "host, way",
     [pytest.param(LINEN, "jit", marks=pytest.mark.slow), (LINEN, "shard_map"), (LINEN, "pmap"), (NNX, "shard_map")],
@@ -406,6 +407,7 @@ def test_in_a_plain_loop_of_nnx():
     np.testing.assert_allclose(np.sort(model.gradient_window[...], 0), np.sort(ring_gz, 0), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_layers_under_vmap_learn_each_from_its_own_gradient():
     x = jnp.asarray(drifting(1)[0][0])
     layer = jaxbn.linen.MovingAverageBatchNorm

@@ -432,6 +432,7 @@ def oracle_of_devices(model, x, mode, synchronized):
     return x, {path: np.concatenate(parts) for path, parts in given.items()}
 
 
+@pytest.mark.sample(every=3)
 @every_norm
 @pytest.mark.parametrize(("mode", "synchronized"), [("batch", True), ("batch", False), ("eval", False)])
 @pytest.mark.parametrize(
@@ -448,6 +449,7 @@ def test_models_that_run_on_devices_of_their_own(run, synchronized, mode, norm, 
     assert_moments_of(moments, given)
 
 
+@pytest.mark.sample(every=3)
 @every_norm
 @pytest.mark.parametrize(("train", "synchronized"), [(True, True), (True, False), (False, False)])
 def test_models_on_devices_of_their_own_as_called(train, synchronized, norm, rng):
@@ -460,6 +462,7 @@ def test_models_on_devices_of_their_own_as_called(train, synchronized, norm, rng
     assert_moments_of(moments, given)
 
 
+@pytest.mark.sample(every=5)
 @every_norm
 @pytest.mark.parametrize(("synchronized", "consistent"), [(True, False), (False, False), (False, True)])
 def test_statistics_of_models_on_devices_of_their_own(consistent, synchronized, norm, rng):

@@ -224,6 +224,7 @@ def test_missing_rngs_are_an_error():
 # --- Numbers ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sample(every=4)
 @pytest.mark.parametrize(
     "shape, fields, masked",
     [
@@ -446,6 +447,7 @@ HOSTS = {
 }
 
 
+@pytest.mark.sample(every=3)
 @pytest.mark.parametrize("make, forward", HOSTS.values(), ids=HOSTS.keys())
 def test_works_in(make, forward):
     x = jnp.asarray(normal(16, 4))

@@ -134,6 +134,7 @@ def stock_step(how, held):
     return y, values(of_model), of_x, statistics(model)
 
 
+@pytest.mark.sample(every=3)
 @every_norm
 @pytest.mark.parametrize(
     "how", [how if how in ("plain", *STACKED) else pytest.param(how, marks=pytest.mark.slow) for how in HOW]
@@ -276,6 +277,7 @@ def test_shared_layers_are_frozen_once_for_all_their_names(norm):
         jaxbn.nnx.freeze_layers(model, "two")
 
 
+@pytest.mark.sample(every=2)
 @every_norm
 def test_models_may_be_frozen_twice_and_be_thawed(norm):
     model = started(Net(norm))
@@ -447,6 +449,7 @@ def result_and_program(way, model, x):
     return y, statistics(model), compiled.as_text()
 
 
+@pytest.mark.sample(every=4)
 @pytest.mark.parametrize(
     "way, norm",
     [*((way, OURS) for way in WAYS), *((way, nnx.BatchNorm) for way in ("jit", "shard_map", "pmap"))],

@@ -28,6 +28,7 @@ def values(layer):
 # --- Activation and residual ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sample(every=5)
 @pytest.mark.parametrize("use_running_average", [True, False], ids=["eval", "train"])
 @pytest.mark.parametrize("with_residual", [False, True], ids=["", "residual"])
 @every_activation

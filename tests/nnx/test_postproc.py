@@ -116,6 +116,7 @@ class LinenNet(nn.Module):
         return nn.Dense(5, name="head")(x.mean((1, 2)))
 
 
+@pytest.mark.sample(every=3)
 @pytest.mark.parametrize(
     "estimator", [jaxbn.pooled(), jaxbn.mean_of_batches(), jaxbn.moving_average()], ids=lambda e: e.name
 )
@@ -145,6 +146,7 @@ def test_evaluation_uses_the_new_statistics(norm, batches):
     np.testing.assert_allclose(call(new, batches[0]), outputs, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @every_norm
 def test_any_iterable_will_do_and_flags_do_not_matter(norm, batches):
     expected = values(jaxbn.nnx.postproc(started(norm), batches, call=call)[0], nnx.BatchStat)

@@ -25,12 +25,12 @@ def named(disease, seed):
 
 
 def test_healthy_networks_are_left_alone():
-    assert [seed for seed in range(8) if named(None, seed)] == []
+    assert [seed for seed in range(2) if named(None, seed)] == []
 
 
 @pytest.mark.parametrize("disease", DISEASES)
 def test_each_disease_is_found(disease):
-    assert [named(disease, seed)[:1] for seed in range(4)] == [[disease]] * 4
+    assert [named(disease, seed)[:1] for seed in range(2)] == [[disease]] * 2
 
 
 @pytest.mark.slow
@@ -54,6 +54,7 @@ def test_values_of_one_image_do_not_count_as_independent():
     assert (pixels.mean((1, 2, 3)).var(0) / within).mean() > 5
 
 
+@pytest.mark.sample(every=3)
 @every_host
 @pytest.mark.parametrize("masked", [False, True], ids=["", "weighted"])
 def test_numbers_are_those_of_numpy(host, masked, rng):

@@ -179,6 +179,7 @@ def estimated(host, norm, *, begin=started, count=2, upto=2, estimator=POOLED):
 # --- What a frozen network holds --------------------------------------------------------------------------------------
 
 
+@pytest.mark.sample(every=2)
 @every_network
 def test_running_averages_are_frozen_as_they_are(host, norm):
     network = trained(host, norm)
@@ -206,6 +207,7 @@ every_estimator = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.sample(every=2)
 @every_estimator
 def test_statistics_of_a_pass_are_frozen_with_what_is_known_of_them(host, norm, estimator):
     network, report = estimated(host, norm, estimator=estimator)

@@ -115,6 +115,7 @@ def test_what_weighs_nothing_may_be_anything():
 # --- Every method, in both hosts --------------------------------------------------------------------------------------
 
 
+@pytest.mark.sample(every=3)
 @every_host
 @every_method
 def test_a_prior_count_follows_the_formula(case, host):
@@ -134,6 +135,7 @@ def test_a_prior_count_follows_the_formula(case, host):
         np.testing.assert_allclose(rows(y), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.sample(every=3)
 @every_host
 @every_method
 def test_an_example_weighs_in_its_own_statistics(case, host):
@@ -153,6 +155,7 @@ def test_an_example_weighs_in_its_own_statistics(case, host):
     np.testing.assert_allclose(adapted(model, x[:1]), y[:1], rtol=1e-5, atol=1e-6)  # whatever its batch
 
 
+@pytest.mark.sample(every=3)
 @every_host
 @every_method
 def test_the_ends_are_evaluation_and_the_statistics_of_the_batch(case, host):

@@ -53,6 +53,7 @@ def in_batches(x, size):
     return [x[start : start + size] for start in range(0, len(x), size)]
 
 
+@pytest.mark.sample(every=2)
 @every_host
 @pytest.mark.parametrize("layer", ["stock", pytest.param("ours", marks=pytest.mark.slow)])
 def test_consistent_statistics_are_those_of_all_data_whatever_the_batches(host, layer, data, rng):
@@ -71,6 +72,7 @@ def test_consistent_statistics_are_those_of_all_data_whatever_the_batches(host, 
         assert_same_statistics(once, exact, 0.01)
 
 
+@pytest.mark.sample(every=2)
 @every_host
 def test_layer_k_stands_still_after_k_sweeps(host, data):
     model, exact = Model(host), pooled_in_float64(Model(host).params, [data])
@@ -91,6 +93,7 @@ def test_the_last_change_is_that_of_each_layer(host, data):
     assert first < 1e-6 < 1e-2 < second == report.change
 
 
+@pytest.mark.slow
 @every_host
 def test_one_pass_with_everything_as_the_batch_is_the_same_at_once(host, data):
     model = Model(host)
@@ -112,6 +115,7 @@ def test_other_estimators_sweep_too(host, data):
     np.testing.assert_allclose(statistics["norm_0"]["var"], np.mean(variances, 0), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_layer_downstream_of_itself_is_swept_until_it_settles(data):
     class Loop(nn.Module):
         @nn.compact
@@ -169,6 +173,7 @@ def filled(batches, size):
     return [np.concatenate([b, np.full((size - len(b), b.shape[1]), np.nan, np.float32)]) for b in batches]
 
 
+@pytest.mark.sample(every=3)
 @every_host
 @pytest.mark.parametrize("consistent, devices", [(False, None), (True, mesh())], ids=["once", "consistent, 8 devices"])
 def test_examples_of_weight_0_are_as_if_they_were_not_there(host, consistent, devices, data):
@@ -181,6 +186,7 @@ def test_examples_of_weight_0_are_as_if_they_were_not_there(host, consistent, de
     assert (report.batches, report.skipped) == (3, 0)
 
 
+@pytest.mark.sample(every=2)
 @every_host
 def test_real_weights_repeat_examples(host, data):
     model, counts = Model(host), np.arange(20) % 4
@@ -225,6 +231,7 @@ LIFTS = {
 }  # fmt: skip
 
 
+@pytest.mark.sample(every=2)
 @pytest.mark.parametrize("lift", LIFTS)
 def test_weights_reach_layers_inside_transformations(lift, data):
     net = LIFTS[lift]()
@@ -296,6 +303,7 @@ def test_the_layer_is_named_in_which_it_appeared_first(data):
 # Devices.
 
 
+@pytest.mark.sample(every=2)
 @pytest.mark.parametrize("host, consistent", [(LINEN, True), (NNX, False)], ids=["linen, consistent", "nnx"])
 def test_on_a_mesh_as_on_one_device(host, consistent, data):
     """The last batch does not divide, and is whole on each device."""
@@ -307,6 +315,7 @@ def test_on_a_mesh_as_on_one_device(host, consistent, data):
     assert len(batches[-1]) == 5
 
 
+@pytest.mark.sample(every=2)
 @every_host
 def test_batches_that_are_spread_already_compile_once(host, data):
     model, on, traces = Model(host), mesh(), []
@@ -326,6 +335,7 @@ def test_batches_that_are_spread_already_compile_once(host, data):
     assert_same_statistics(statistics_of(new), model.postproc(in_batches(data[:256], 64))[0], 1e-5)
 
 
+@pytest.mark.slow
 def test_parameters_may_be_sharded(data):
     """As in fully sharded data parallelism: kernels are spread over the same devices as the batch."""
     net = nn.Sequential([nn.Dense(16), nn.BatchNorm(True), nn.relu, nn.Dense(8), jaxbn.linen.BatchNorm(True)])

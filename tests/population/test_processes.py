@@ -29,16 +29,17 @@ def worker():
     return module
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    """What each of two processes says of each scenario."""
+def of_processes(folder, *names):
+    """What each of two processes says of the scenarios, all of them where none is named."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
-    paths = [tmp_path_factory.mktemp("processes") / f"{i}.json" for i in range(2)]
+    paths = [folder / f"{i}.json" for i in range(2)]
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
     started = [
-        subprocess.Popen([sys.executable, WORKER, address, str(i), path], env=environment, stderr=subprocess.PIPE)
+        subprocess.Popen(
+            [sys.executable, WORKER, address, str(i), path, *names], env=environment, stderr=subprocess.PIPE
+        )
         for i, path in enumerate(paths)
     ]
     try:
@@ -50,12 +51,29 @@ def results(tmp_path_factory):
     return [json.loads(path.read_text()) for path in paths]
 
 
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """What each of two processes says of each scenario."""
+    return of_processes(tmp_path_factory.mktemp("processes"))
+
+
 def of_all(worker, parts, **options):
     """What one process makes of all the batches, in the order of the processes."""
     batches = [batch for process, count in enumerate(parts) for batch in worker.batches_of(process, count)]
     return worker.statistics(batches, **options)
 
 
+def test_two_processes_end_with_the_same_statistics_or_both_with_an_error(worker, tmp_path):
+    """In short; the slow tests below look at every scenario."""
+    first, second = of_processes(tmp_path, "three and two", "one breaks")
+    assert first["three and two"] == second["three and two"]
+    expected = of_all(worker, (3, 2))["leaves"]
+    for found, wanted in zip(first["three and two"]["result"]["leaves"], expected, strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
+    assert [result["one breaks"]["error"] for result in (first, second)] == ["RuntimeError", "OSError"]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, parts, options",
     [
@@ -81,6 +99,7 @@ def test_processes_agree_with_one_that_has_all_batches(name, parts, options, res
     assert [kind[0] for kind in first["kinds"].values()] == ["batch_norm", "batch_norm"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, process, count, options",
     [
@@ -101,6 +120,7 @@ def test_processes_stop_together(name, process, count, options, results, worker)
         np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_parameters_may_be_spread_over_both(results, worker):
     expected = of_all(worker, (3, 2))["leaves"]
     nnx_model = worker.linear_and_norm()
@@ -113,6 +133,7 @@ def test_parameters_may_be_spread_over_both(results, worker):
             np.testing.assert_allclose(found, value, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_nnx_models_too(results, worker):
     rows = np.concatenate([*worker.batches_of(0, 3), *worker.batches_of(1, 2)]).astype(np.float64)
     assert results[0]["nnx"] == results[1]["nnx"]
@@ -121,6 +142,7 @@ def test_nnx_models_too(results, worker):
     np.testing.assert_allclose(var, rows.var(0), rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, errors, messages",
     [
@@ -150,6 +172,7 @@ def test_what_fails_in_one_fails_in_all(name, errors, messages, results):
             raise AssertionError(result[name]["message"])
 
 
+@pytest.mark.slow
 def test_every_scenario_is_looked_at(results, worker):
     assert [list(result) for result in results] == [list(worker.SCENARIOS)] * 2
 

@@ -84,6 +84,7 @@ def test_batches_that_end_before_it_are_all_read(count):
     assert "not stopped early: 0.001 was wanted, and the largest standard error is " in str(report)
 
 
+@pytest.mark.sample(every=2)
 @every_host
 def test_later_sweeps_read_as_many_batches_as_the_first(host):
     net, read = host.net(host.stock), []

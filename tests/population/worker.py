@@ -144,14 +144,14 @@ SCENARIOS = {
 }
 
 
-def main(address, process, path):
+def main(address, process, path, *names):
     warnings.simplefilter("error")
     jax.config.update("jax_num_cpu_devices", 2)
     jax.distributed.initialize(address, 2, process)
     results = {}
-    for name, scenario in SCENARIOS.items():
+    for name in names or SCENARIOS:
         try:
-            results[name] = {"result": scenario(process)}
+            results[name] = {"result": SCENARIOS[name](process)}
         except Exception as error:
             results[name] = {"error": type(error).__name__, "message": str(error)}
     with open(path, "w") as file:
@@ -160,4 +160,4 @@ def main(address, process, path):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), sys.argv[3])
+    main(sys.argv[1], int(sys.argv[2]), *sys.argv[3:])

@@ -151,6 +151,7 @@ def predict_in_nnx(model):
         return nnx.jit(lambda model: model(IMAGES))(model)
 
 
+@pytest.mark.sample(every=2)
 @pytest.mark.parametrize("dtype", [None, jnp.bfloat16], ids=["float32", "bfloat16"])
 def test_a_model_trained_in_stock_linen_is_served_by_our_layers_to_the_last_bit(dtype, path):
     variables = trained_in_linen(dtype)

@@ -171,6 +171,7 @@ def check(calls, vector, dtype):
             states[host] = state
 
 
+@pytest.mark.sample(every=4)
 @every_dtype
 @every_method
 def test_every_host_gives_the_numbers_of_the_vector(vector, dtype):
