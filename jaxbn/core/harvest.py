@@ -3,7 +3,7 @@
 `harvest(fun)` traces `fun` to a jaxpr and evaluates that. An equation without a mark inside is bound again untouched;
 one with a mark inside has a rule, by which the moments become outputs: stacked by scan, zero where cond took another
 branch, pooled in the carry of while and over the devices of shard_map, which pmap is too. So nothing leaks and nothing
-is written. `collect` pools all that a layer saw.
+is written.
 
 Counts are multiples (mean and variance stay right) where JAX itself rewrites `fun` before it is seen here: a second
 derivative of checkpoint, or a gradient of a scan whose layer sees only constants of the scan. So they are where the
@@ -13,7 +13,7 @@ cond or while whose predicate differs per lane runs every branch on every lane: 
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
@@ -26,19 +26,9 @@ from jaxbn.core import calls as _calls
 from jaxbn.core import devices as _devices
 from jaxbn.core import marks as _marks
 from jaxbn.core import moments as _moments
+from jaxbn.core.records import Record, by_layer, collect, pool, pool_by_index
 
 _Output = TypeVar("_Output")
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Record:
-    """One mark, or a stack of them; a pytree with a static layer, so that jit, scan and the like may return it."""
-
-    layer: _marks.Layer = dataclasses.field(metadata={"static": True})
-    index: jax.Array  # i32[..., C]: flat positions in the layer; of no matter where the count is 0
-    moments: _moments.Moments  # f32[..., C] each
-
 
 # What a rule and the evaluator return: the values of the equation's outputs, and the marks met on the way.
 _Result = tuple[list[Any], list[Record]]
@@ -64,52 +54,6 @@ def harvest(fun: Callable[..., _Output]) -> Callable[..., tuple[_Output, list[Re
         return jax.tree.unflatten(jax.tree.structure(shapes), outputs)(), records
 
     return harvested
-
-
-def collect(records: Iterable[Record], whole: Mapping[Any, jax.Array] | None = None) -> dict[Any, _moments.Moments]:
-    """Exact pooled moments, flat `[layer.size]`, of each layer that has a record; 0 at positions that have none.
-
-    Args:
-        records: What :func:`harvest` returned.
-        whole: The index `arange(size)`, of any shape, that went into the program for each layer. A mark that carries
-            this very array met no transformation on its way, so its moments are in place and need no scatter.
-    """
-    pooled = {}
-    for layer, group in _by_layer(records).items():
-        in_place = whole is not None and all(record.index is whole.get(layer) for record in group)
-        pooled[layer] = jax.tree.map(jnp.ravel, _pool(group)) if in_place else _pool_by_index(group, layer.size)
-    return pooled
-
-
-def _by_layer(records: Iterable[Record]) -> dict[Any, list[Record]]:
-    by_layer: dict[Any, list[Record]] = {}
-    for record in records:
-        by_layer.setdefault(record.layer, []).append(record)
-    return by_layer
-
-
-def _pool(records: Sequence[Record]) -> _moments.Moments:
-    """Moments of records that have one and the same index."""
-    parts = [record.moments for record in records]
-    return parts[0] if len(parts) == 1 else _moments.pool(jax.tree.map(lambda *part: jnp.stack(part), *parts))
-
-
-def _pool_by_index(records: Sequence[Record], size: int) -> _moments.Moments:
-    """What `moments.pool` computes, with the sum over parts replaced by a sum over equal positions."""
-    columns = zip(*((record.index, *record.moments) for record in records), strict=True)
-    index, count, mean, m2 = (jnp.concatenate([jnp.ravel(part) for part in column]) for column in columns)
-
-    def total(values: jax.Array) -> jax.Array:
-        return jnp.zeros(size, values.dtype).at[index].add(values)
-
-    count_total = total(count)
-    weight = (count / jnp.where(count_total > 0, count_total, 1)[index]).astype(mean.dtype)
-    # Once more about a first estimate: deviations from a mean rounded at 1e4 would swamp a deviation of 1e-2.
-    origin = total(weight * mean)
-    offset = mean - origin[index]
-    correction = total(weight * offset)
-    deviation = jnp.abs(offset - correction[index])  # real for complex means too
-    return _moments.Moments(count_total, origin + correction, total(m2 + count * jnp.square(deviation)))
 
 
 def over_arrays(tree: Any) -> Any:
@@ -269,14 +213,14 @@ def _shard_map(eqn: _calls.Equation, values: list[Any]) -> _Result:
     def pooled(layer: Any, group: list[Record], args: Sequence[Any]) -> Record:
         known = [position for position in whole if all(record.index is args[position] for record in group)]
         index: Any = _Argument(known[0]) if known else jnp.arange(layer.size, dtype=jnp.int32)
-        moments = _pool(group) if known else _pool_by_index(group, layer.size)
+        moments = pool(group) if known else pool_by_index(group, layer.size)
         differing = unchecked.union(*map(_devices.varying, moments))
         over = tuple(axis for axis in axes if axis in differing)
         return Record(layer, index, _moments.merge_over(moments, over) if over else moments)
 
     def shard(*args: Any) -> Any:
         outputs, records = _evaluate(program, args)
-        return outputs, [pooled(layer, group, args) for layer, group in _by_layer(records).items()]
+        return outputs, [pooled(layer, group, args) for layer, group in by_layer(records).items()]
 
     def restored(record: Record) -> Record:
         at: Any = record.index

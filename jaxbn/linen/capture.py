@@ -27,6 +27,7 @@ from jaxbn.population.layers import (
     LayerKind,
     Measured,
     Weights,
+    asked_stored,
     call_arguments,
     carry_weights,
     check_mode,
@@ -37,6 +38,7 @@ from jaxbn.population.layers import (
     measured,
     natural,
     normalize_as,
+    wanted_mode,
 )
 from jaxbn.population.mixing import CalledNorm, Mixture
 
@@ -103,6 +105,7 @@ def capture_moments(
         >>> float(moments[""].mean[0])
         2.0
     """
+    check_mode(mode)
     capturing = capture(call, mode=mode, weights=weights)
 
     def captured(variables: Any, batch: Any) -> tuple[Any, dict[str, _moments.Moments]]:
@@ -116,7 +119,6 @@ def capture(
     call: Call, *, mode: str | Mixture, weights: Weights | None = None, examples: bool = False
 ) -> Callable[[Any, Any], tuple[Any, Measured]]:
     """As `capture_moments`, with the kind of each layer, and the moments of the means of the examples."""
-    check_mode(mode)
 
     def captured(variables: Any, batch: Any) -> tuple[Any, Measured]:
         variables = flax.core.unfreeze(variables)
@@ -134,7 +136,7 @@ def capture(
                 return without(_WEIGHTS, call(variables, batch))
 
         outputs, records = _harvest.harvest(run)(with_leaves(variables, _SLOT, slots), batch)
-        return without(_SLOT, outputs), measured(records, whole)
+        return without(_SLOT, outputs), measured(records, whole, calls=examples)
 
     return captured
 
@@ -193,14 +195,16 @@ def _intercept(next_call: Callable[..., Any], args: Any, kwargs: Any, context: n
     if mask is None and layer.has_variable(STATISTICS, _WEIGHTS):
         mask = mask_of_examples(layer.get_variable(STATISTICS, _WEIGHTS), x, slot.layer.path, layer.axis)
     moments = transform.measure(x, mask=mask, **where)
-    stored, mode, synchronized = stored_state(layer), slot.layer.mode, (layer.axis_name, layer.axis_index_groups)
+    stored, synchronized = stored_state(layer), (layer.axis_name, layer.axis_index_groups)
+    asked = asked_stored(layer, *args, **kwargs)
+    mode = wanted_mode(slot.layer, asked)
     if mode == "as_called":
         y = next_call(*args, **kwargs)
     else:
         normalizing = functools.partial(normalize, layer)
         norm = CalledNorm(slot.layer.path, transform, stored, normalizing, layer.axis, *synchronized)
         y = normalize_as(mode, norm, moments, x, mask, residual, where)
-    marks_layer = dataclasses.replace(slot.layer, kind=kind_of(layer))
+    marks_layer = dataclasses.replace(slot.layer, kind=kind_of(layer), asked_stored=asked)
     return marked(y, slot.index, marks_layer, moments, x, axis=layer.axis, mask=mask)
 
 

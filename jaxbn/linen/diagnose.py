@@ -28,7 +28,9 @@ def diagnose(
     stored ones; nothing is trained, and the variables are left untouched.
 
     Args:
-        call: Runs the model, for one `lambda variables, batch: net.apply(variables, batch["image"], train=False)`.
+        call: Runs the model, for one `lambda variables, batch: net.apply(variables, batch["image"], train=False)`. Give
+            the call of training to see as well which layers it never updates: those that it asks for their stored
+            statistics, while it asks others for the batch's, run as they are asked to.
         variables: All variables of the model.
         batches: Any iterable of batches, pytrees of arrays whose leading axis is that of the examples. They are all
             read, so pass `itertools.islice(loader, 100)` of a large set.
@@ -38,7 +40,7 @@ def diagnose(
         progress: Show a progress bar. None: if this is a terminal.
 
     Returns:
-        A `Diagnosis`: print it.
+        A `Diagnosis`: print it. Calls of one layer inside a while loop or a shard_map are seen as one call.
 
     Raises:
         ValueError: If there are fewer than two batches that are finite, or no normalization layer; or for bounds that
@@ -64,4 +66,4 @@ def diagnose(
 
 
 def _looking(call: Call, weights: Weights | None) -> Look:
-    return looking(*(capture(call, mode=mode, weights=weights, examples=True) for mode in ("batch", "eval")))
+    return looking(lambda mode: capture(call, mode=mode, weights=weights, examples=True))

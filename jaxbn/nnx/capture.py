@@ -6,6 +6,7 @@ layer holds their flat positions as one more `BatchStat`, which every transforma
 layer it is and in which mode is static, so that nothing compiled with and without capture is mistaken for each other.
 """
 
+import dataclasses
 import functools
 import types
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from jaxbn.population.layers import (
     LayerKind,
     Measured,
     Weights,
+    asked_stored,
     call_arguments,
     carry_weights,
     check_mode,
@@ -34,6 +36,7 @@ from jaxbn.population.layers import (
     measured,
     natural,
     normalize_as,
+    wanted_mode,
 )
 from jaxbn.population.mixing import CalledNorm, Mixture
 
@@ -79,6 +82,7 @@ def capture_moments(
         >>> float(moments[""].mean[0])
         2.0
     """
+    check_mode(mode)
     capturing = capture(run_model if call is None else call, mode=mode, weights=weights)
 
     def captured(model: Any, batch: Any) -> tuple[Any, dict[str, _moments.Moments]]:
@@ -92,7 +96,6 @@ def capture(
     call: Call, *, mode: str | Mixture, weights: Weights | None = None, examples: bool = False
 ) -> Callable[[Any, Any], tuple[Any, Measured]]:
     """As `capture_moments`, with the kind of each layer, and the moments of the means of the examples."""
-    check_mode(mode)
 
     def captured(model: Any, batch: Any) -> tuple[Any, Measured]:
         copy = nnx.clone(model)  # new objects, the same arrays
@@ -105,7 +108,7 @@ def capture(
                 modules[layer.path].jaxbn_weights = Slot(carry_weights(per_example, layer))
         graphdef, state = nnx.split(copy)
         outputs, records = _harvest.harvest(lambda state, batch: call(nnx.merge(graphdef, state), batch))(state, batch)
-        return _without_hooks(outputs), measured(records, whole)
+        return _without_hooks(outputs), measured(records, whole, calls=examples)
 
     return captured
 
@@ -206,12 +209,15 @@ def _measured(
         mask = mask_of_examples(module.jaxbn_weights[...], x, layer.path, module.axis)
     moments = transform.measure(x, mask=mask, **where)
     stored, synchronized = state_of(module), (module.axis_name, module.axis_index_groups)
-    if layer.mode == "as_called":
+    asked = asked_stored(module, *args, **kwargs)
+    mode = wanted_mode(layer, asked)
+    if mode == "as_called":
         y = plain(*args, **kwargs)
     else:
         normalizing = functools.partial(normalize, module)
         norm = CalledNorm(layer.path, transform, stored, normalizing, module.axis, *synchronized)
-        y = normalize_as(layer.mode, norm, moments, x, mask, residual, where)
+        y = normalize_as(mode, norm, moments, x, mask, residual, where)
+    layer = dataclasses.replace(layer, asked_stored=asked)
     return marked(y, module.jaxbn_slot[...], layer, moments, x, axis=module.axis, mask=mask)
 
 

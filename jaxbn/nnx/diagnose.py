@@ -31,7 +31,8 @@ def diagnose(
         model: The model.
         batches: Any iterable of batches, pytrees of arrays whose leading axis is that of the examples. They are all
             read, so pass `itertools.islice(loader, 100)` of a large set.
-        call: Runs the model; None: `lambda model, batch: model(batch)`.
+        call: Runs the model; None: `lambda model, batch: model(batch)`. Give a model in training mode, `model.train()`,
+            to see as well which layers training never updates.
         r_max: Of Batch Renormalization: how often sigma_B / sigma is outside [1 / r_max, r_max] is counted. 1 or more.
         d_max: Likewise for |mu_B - mu| / sigma. Not negative.
         weights: `batch -> [N]`, booleans or real weights of the examples, such as 0 for those that fill up a batch.
@@ -48,7 +49,7 @@ def diagnose(
         >>> model = nnx.BatchNorm(4, rngs=nnx.Rngs(0))
         >>> batches = 7 + jax.random.normal(jax.random.key(0), (10, 32, 4))
         >>> jaxbn.nnx.diagnose(model, batches).findings[0].advice
-        'Run postproc, or let training move the running averages.'
+        'Run postproc, or let training update the running averages.'
     """
     _diagnose.check_bounds(r_max, d_max)
     graphdef, state = nnx.split(model)
@@ -62,4 +63,4 @@ def _looking(call: Call, weights: Weights | None, graphdef: Any) -> Look:
         captured = capture(call, mode=mode, weights=weights, examples=True)
         return lambda state, batch: captured(nnx.merge(graphdef, state), batch)
 
-    return looking(in_mode("batch"), in_mode("eval"))
+    return looking(in_mode)

@@ -7,7 +7,7 @@ import numpy as np
 
 from jaxbn.population.diagnosis import Diagnosis, LayerDiagnosis
 from jaxbn.population.findings import Pair, findings, nonfinite
-from jaxbn.population.observe import Batches, Seen, Spread
+from jaxbn.population.observe import Batches, Calls, Seen, Spread
 
 # A channel is dead if its variance is below this share of epsilon.
 _DEAD = 0.01
@@ -29,17 +29,18 @@ def diagnose(seen: Sequence[Seen], states: Mapping[str, Any], *, r_max: float, d
             f"There were {len(seen)} batches, {len(good)} of them finite; a diagnosis compares batches. Give it two or "
             f"more, and ten or more for a sharp one."
         )
-    kinds = dict(good[0].trained.kinds)
-    layers, pairs = {}, {}
+    kinds, first = dict(good[0].trained.kinds), good[0].trained
+    layers, pairs, held = {}, {}, first.held if first.is_mixed else ()
     for path, state in states.items():
         values = Batches.of((one.trained.moments for one in good), path)
         mean, var = (np.ravel(np.asarray(part)) * np.float64(1) for part in (state.mean, state.var))
         pair = Pair(*values.pooled(), mean, var, (kinds[path].epsilon or 0.0) if path in kinds else 0.0)
         alive = _alive(values, pair)
-        layers[path] = _layer(good, path, values, pair, alive, r_max, d_max)
+        layers[path] = _layer(good, path, values, pair, alive, r_max, d_max, path in held)
         pairs[path] = pair.of(alive)
-    found = nonfinite(seen, list(kinds)) + findings(layers, pairs)
-    return Diagnosis(len(seen), r_max, d_max, _gap(good), layers, tuple(found))
+    gap = _gap(good)
+    found = nonfinite(seen, list(kinds)) + findings(layers, pairs, gap)
+    return Diagnosis(len(seen), r_max, d_max, gap, layers, tuple(found))
 
 
 def _alive(values: Batches, pair: Pair) -> np.ndarray:
@@ -49,7 +50,14 @@ def _alive(values: Batches, pair: Pair) -> np.ndarray:
 
 
 def _layer(
-    seen: Sequence[Seen], path: str, values: Batches, pair: Pair, alive: np.ndarray, r_max: float, d_max: float
+    seen: Sequence[Seen],
+    path: str,
+    values: Batches,
+    pair: Pair,
+    alive: np.ndarray,
+    r_max: float,
+    d_max: float,
+    is_held: bool,
 ) -> LayerDiagnosis:
     reached, sigma = values.count.sum(0) > 0, np.where(alive, pair.sigma, 1)
     there = (values.count > 0) & alive
@@ -61,6 +69,7 @@ def _layer(
     trained = Spread.of(Batches.of((one.trained.examples for one in seen), path), rows)
     independent = Spread.of(Batches.of((one.stored.examples for one in seen), path), rows)
     ratios = independent.ratios(alive)
+    calls = Calls.of((one.trained.calls for one in seen), path, sigma, alive)
     return LayerDiagnosis(
         channels=reached.size,
         values=float(values.count.mean()),
@@ -78,6 +87,10 @@ def _layer(
         dead=int((reached & ~alive).sum()),
         exploding=int((np.sqrt(np.abs(pair.mean) ** 2 + pair.var) > _EXPLODING).sum()),
         huge_mean=float((np.abs(pair.mean) / sigma)[alive].max(initial=0)),
+        held=is_held,
+        calls=calls.number,
+        calls_differ=calls.differ,
+        calls_noise=calls.noise,
     )
 
 
@@ -89,9 +102,10 @@ def _noise(trained: Spread, sigma: np.ndarray, alive: np.ndarray, d: np.ndarray)
 
 
 def _gap(seen: Sequence[Seen]) -> float:
-    """Rms of outputs in training minus those in evaluation, in standard deviations of the former."""
+    """Rms of the outputs in training minus in evaluation, in std of the former; of the worst of several outputs."""
     difference, variance = np.sum([one.gap for one in seen], 0, dtype=float)
-    return float(np.sqrt(difference / variance)) if variance > 0 else np.nan
+    known = variance > 0
+    return float(np.sqrt((difference[known] / variance[known]).max())) if known.any() else np.nan
 
 
 def _mean(values: np.ndarray) -> float:

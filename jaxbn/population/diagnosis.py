@@ -2,6 +2,7 @@
 
 import dataclasses
 import textwrap
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,10 @@ class LayerDiagnosis:
     dead: int  # channels whose input is constant, or small beside epsilon
     exploding: int  # channels whose input is above 1e4
     huge_mean: float  # the largest |mean| / std of a channel
+    held: bool  # whether the call asks for its stored statistics, and asks other layers for those of the batch
+    calls: int  # in one run of the model, as far as they can be told apart
+    calls_differ: float  # rms error of the normalized input with the moments of all calls; noise is taken out
+    calls_noise: float  # and how much that was
 
     @property
     def reached(self) -> bool:
@@ -70,7 +75,7 @@ class Diagnosis:
     batches: int
     r_max: float
     d_max: float
-    output_gap: float  # rms of outputs in training minus in evaluation, in standard deviations of the former
+    output_gap: float  # rms of outputs in training minus in evaluation, in std of the former; of several, the worst
     layers: dict[str, LayerDiagnosis]
     findings: tuple[Finding, ...]
 
@@ -78,15 +83,33 @@ class Diagnosis:
         lines = [*self._table(), ""]
         if np.isfinite(self.output_gap):
             lines += [f"Outputs in training and in evaluation differ by {self.output_gap:.2g} std."]
-        if not self.findings:
+        if not self.findings and not self.unjudged:
             lines += ["Nothing is wrong with the statistics that these batches could show."]
         for number, finding in enumerate(self.findings, 1):
             size = f"{finding.effect:.2g} std; " if np.isfinite(finding.effect) else ""
-            where = ", ".join(repr(path) for path in finding.layers[:3]) or "after the last layer"
-            more = f" and {len(finding.layers) - 3} more" if len(finding.layers) > 3 else ""
-            lines += _wrapped(f"{number}. ", f"{finding.text} ({size}{where}{more})")
+            where = _listed(finding.layers) or "after the last layer"
+            lines += _wrapped(f"{number}. ", f"{finding.text} ({size}{where})")
             lines += _wrapped("   -> ", finding.advice)
+        for reason in self.unjudged:
+            lines += _wrapped("Not judged: ", reason)
         return "\n".join(lines)
+
+    @property
+    def unjudged(self) -> tuple[str, ...]:
+        """What these batches could not show, each as a sentence; empty if all was judged."""
+        missed = [path for path, layer in self.layers.items() if not layer.reached]
+        untested = [path for path, layer in self.layers.items() if layer.reached and np.isnan(layer.p_value)]
+        found = [
+            (missed, "No batch went through {}, or the layer is frozen."),
+            (
+                untested,
+                "Whether batches are drawn at random, at {}: the examples are not along the leading axis there.",
+            ),
+        ]
+        reasons = [text.format(_listed(paths)) for paths, text in found if paths]
+        if np.isnan(self.output_gap):
+            reasons += ["Whether outputs differ between training and evaluation: they do not vary, or there are none."]
+        return tuple(reasons)
 
     def to_dict(self) -> dict[str, Any]:
         """All of it as numbers, strings, lists and dicts, for JSON; NaN becomes None."""
@@ -122,6 +145,11 @@ def _cells(layer: LayerDiagnosis) -> str:
         f"  {short(layer.examples):>8}  {short(layer.d_bound):>7} {short(layer.r_bound):>7}  {outside:>6}"
         f"  {short(layer.ratio):>7}  {p_value:>6}  {short(layer.off):>6}  {dead:>8}"
     )
+
+
+def _listed(paths: Sequence[str]) -> str:
+    more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
+    return ", ".join(repr(path) for path in paths[:3]) + more
 
 
 def _wrapped(start: str, text: str) -> list[str]:

@@ -8,7 +8,11 @@
 | dead | the variance of a channel is rounding errors, or less than a hundredth of epsilon |
 | exploding | the input of a channel is above 1e4: float16 ends at 65504 |
 | huge_mean | the mean of a channel is 100 std or more: bfloat16 has less than three steps within a std |
+| calls_differ | the calls of a layer in one step differ by 0.25 std or more, and by twice the noise |
+| never_trains | the call asks the layer, and not all, for its stored statistics, and those are as far off |
 | nonfinite | a batch gave NaN or infinity |
+| not_reached | no batch went through any layer |
+| gap | nothing of all this, but outputs in training and in evaluation differ by 0.5 std or more |
 
 Stored statistics that are off are called unestimated if they are the initial values; stale if one share of the initial
 values, the same in all layers, as a running average leaves it, explains most of it; and shifted otherwise.
@@ -23,7 +27,7 @@ from jaxbn.core.averaging import INITIAL_MEAN, INITIAL_VAR
 from jaxbn.population.diagnosis import Finding, LayerDiagnosis
 from jaxbn.population.observe import Seen
 
-_P_VALUE, _EXCESS, _NOISE, _OFF, _HUGE_MEAN = 0.01, 0.2, 0.3, 0.25, 1e2
+_P_VALUE, _EXCESS, _NOISE, _OFF, _HUGE_MEAN, _GAP = 0.01, 0.2, 0.3, 0.25, 1e2, 0.5
 # The share of the squared error that the initial values must explain.
 _EXPLAINED = 0.75
 _SHARES = np.linspace(0, 1, 201)
@@ -63,12 +67,19 @@ class Pair(NamedTuple):
         return bool((self.stored_mean == INITIAL_MEAN).all() and (self.stored_var == INITIAL_VAR).all())
 
 
-def findings(layers: Mapping[str, LayerDiagnosis], pairs: Mapping[str, Pair]) -> list[Finding]:
-    """What is wrong, in order of effect."""
+def findings(layers: Mapping[str, LayerDiagnosis], pairs: Mapping[str, Pair], gap: float) -> list[Finding]:
+    """What is wrong, in order of effect; `gap` is that of the outputs."""
     reached = {path: layer for path, layer in layers.items() if layer.reached}
-    rules = (_non_iid, _tiny_batches, _dead, _exploding, _huge_mean)
-    found = [finding for rule in rules if (finding := rule(reached)) is not None]
-    return sorted(found + _stored(reached, pairs), key=lambda finding: -finding.effect)
+    if not reached:
+        return [_not_reached(layers)]
+    # A layer that training holds does not mind what the batches are like, and its statistics are not estimates.
+    training = {path: layer for path, layer in reached.items() if not layer.held}
+    of_batches, of_inputs = (_non_iid, _tiny_batches, _calls_differ), (_dead, _exploding, _huge_mean)
+    found = [rule(training) for rule in of_batches] + [rule(reached) for rule in of_inputs]
+    found += [*_stored(training, pairs), _never_trains(reached)]
+    there = [finding for finding in found if finding is not None]
+    there += [_gap(training, gap)] if gap >= _GAP and not there else []
+    return sorted(there, key=lambda finding: -finding.effect)
 
 
 def nonfinite(seen: Sequence[Seen], order: Sequence[str]) -> list[Finding]:
@@ -155,30 +166,89 @@ def _exploding(layers: Mapping[str, LayerDiagnosis]) -> Finding | None:
 def _huge_mean(layers: Mapping[str, LayerDiagnosis]) -> Finding | None:
     ill = {path: layer for path, layer in layers.items() if layer.huge_mean >= _HUGE_MEAN}
     worst = max((layer.huge_mean for layer in ill.values()), default=0.0)
+    lag = worst * float(np.finfo(np.float32).eps) / 2  # of an average whose steps are below half a step of float32
+    running = f" Running averages stop {lag:.2g} / (1 - momentum) std short of it; postproc does not." * (lag > 1e-3)
     return _finding(
         "huge_mean",
         ill,
         lambda layer: layer.huge_mean * float(np.finfo(np.float16).eps) * 4,  # half a step of bfloat16
         f"The mean of a channel is up to {worst:.3g} std: half precision loses the signal, Flax's fast variance too",
-        "Subtract the mean from the data, or normalize before this layer in float32. jaxbn's own variance is safe.",
+        "Subtract the mean from the data, or normalize before this layer in float32. jaxbn's own variance is safe."
+        + running,
     )
 
 
-def _stored(layers: Mapping[str, LayerDiagnosis], pairs: Mapping[str, Pair]) -> list[Finding]:
+def _calls_differ(layers: Mapping[str, LayerDiagnosis]) -> Finding | None:
+    ill = {p: v for p, v in layers.items() if v.calls_differ >= max(_OFF, 2 * v.calls_noise)}
+    most = max((layer.calls for layer in ill.values()), default=1)
+    return _finding(
+        "calls_differ",
+        ill,
+        lambda layer: layer.calls_differ,
+        f"A layer is called up to {most} times in one step, on inputs of different distributions: training "
+        f"normalizes each call by itself, evaluation all of them with statistics that are right for none",
+        "Put the inputs together in one call (concatenate them: siamese networks, real and generated images, shared "
+        "heads); or use DomainBatchNorm, with a domain for each call.",
+    )
+
+
+def _never_trains(layers: Mapping[str, LayerDiagnosis]) -> Finding | None:
+    ill = {path: layer for path, layer in layers.items() if layer.held and layer.off >= _OFF}
+    return _finding(
+        "never_trains",
+        ill,
+        lambda layer: layer.off,
+        f"This call trains, and {len(ill)} of {len(layers)} layers never do: it asks them for their stored statistics, "
+        f"which are not those of their input and are never updated",
+        "Hand the training flag on to these layers too (use_running_average), and train on. If you freeze them on "
+        "purpose, run postproc on the network before you train the rest.",
+    )
+
+
+def _not_reached(layers: Mapping[str, LayerDiagnosis]) -> Finding:
+    text = "No batch went through any normalization layer that is not frozen, so nothing was judged"
+    advice = "Does `call` run the model that it is given? If all layers are frozen, there is nothing to diagnose."
+    return Finding("not_reached", np.nan, tuple(layers), text, advice)
+
+
+def _gap(layers: Mapping[str, LayerDiagnosis], gap: float) -> Finding:
+    """Outputs that differ although no layer is wrong by itself."""
+    squares = [1.5 * np.nan_to_num(layer.noise) ** 2 + np.nan_to_num(layer.off) ** 2 for layer in layers.values()]
+    if gap <= 2 * np.sqrt(sum(squares)):
+        text = "no layer is wrong enough to be the cause: the noise of their batches, and what they are off by, adds up"
+        advice = "Larger batches; or postproc(..., consistent=True), or frozen statistics in the last part of training."
+    else:
+        text = "the statistics of the layers do not say why"
+        advice = (
+            "Run postproc(..., consistent=True), and diagnose again. If the gap stays: calls of one layer inside a "
+            "while loop that differ, examples that depend on each other within a batch, channels that hardly vary."
+        )
+    worst = tuple(sorted(layers, key=lambda path: -layers[path].noise))
+    return Finding("gap", gap, worst, f"Outputs in training and in evaluation differ, and {text}", advice)
+
+
+def _stored(layers: Mapping[str, LayerDiagnosis], pairs: Mapping[str, Pair]) -> list[Finding | None]:
     """What is wrong with the stored statistics, and why."""
+    if not layers:
+        return []
     # Where the means of batches differ, an average over some ten of them may be off as far as chance allows.
     ill = {p: v for p, v in layers.items() if v.off**2 > _OFF**2 + 0.2 * (v.d_bound / 2) ** 2}
     unestimated = {path: layer for path, layer in ill.items() if pairs[path].is_initial}
     others = {path: layer for path, layer in ill.items() if path not in unestimated}
     share, explained = _initial_share([pairs[path] for path in layers])
     stale = explained > _EXPLAINED
-    found = [
+    some = len(unestimated) < len(layers)
+    return [
         _finding(
             "unestimated",
             unestimated,
             lambda layer: layer.off,
-            "The stored statistics are the initial values: nothing has estimated them",
-            "Run postproc, or let training move the running averages.",
+            "The stored statistics are the initial values: nothing has estimated them"
+            + (", though those of other layers were" if some else ""),
+            "Look whether the training flag reaches these layers: diagnose the call of training. If it does, run "
+            "postproc, or let training update the running averages."
+            if some
+            else "Run postproc, or let training update the running averages.",
         ),
         _finding(
             "stale" if stale else "shifted",
@@ -192,7 +262,6 @@ def _stored(layers: Mapping[str, LayerDiagnosis], pairs: Mapping[str, Pair]) -> 
             else "Run postproc on data of the domain on which the network will be used, with the weights as they are.",
         ),
     ]
-    return [finding for finding in found if finding is not None]
 
 
 def _initial_share(pairs: Sequence[Pair]) -> tuple[float, float]:

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 from jaxbn.core import axes as _axes
 from jaxbn.core import calls as _calls
 from jaxbn.core import devices as _devices
-from jaxbn.core import harvest as _harvest
 from jaxbn.core import marks as _marks
 from jaxbn.core import moments as _moments
+from jaxbn.core import records as _records
 from jaxbn.core.moments import Moments
 from jaxbn.core.normalize import statistics_of_input, without_padding
 from jaxbn.methods.base import NormTransform, State
@@ -25,6 +25,8 @@ from jaxbn.population.mixing import CalledNorm, Mixture, as_prior, normalize_mix
 # asked to.
 MODES = ("batch", "eval", "as_called")
 
+# As "batch", but for layers that the model asks for their stored statistics. It writes nothing, as "as_called" may.
+HEEDED = "heeded"
 
 # What every layer holds of the population; what else there is beside them, one method has and another does not.
 POPULATION = ("mean", "var")
@@ -56,6 +58,8 @@ class Layer:
     examples: int | None = None
     # Known only where the layer runs, from where the mark brings it out; it tells nothing apart.
     kind: LayerKind | None = dataclasses.field(default=None, compare=False)
+    # Likewise: whether the model asks it for its stored statistics; None: nothing says so.
+    asked_stored: bool | None = dataclasses.field(default=None, compare=False)
 
     @property
     def size(self) -> int:
@@ -82,18 +86,35 @@ class Measured:
     moments: dict[str, Moments]  # of every layer, by path; of count 0 where it was not reached
     examples: dict[str, Moments]  # over the examples of their means, where they were asked for; also 0 where unknown
     kinds: tuple[tuple[str, LayerKind], ...] = dataclasses.field(metadata={"static": True})  # of those reached
+    # Where examples were asked for: of layers that are called several times each call by itself, [K, *shape].
+    calls: dict[str, Moments] = dataclasses.field(default_factory=dict)
+    # Of the layers reached, those which the model asks for their stored statistics in each call.
+    held: tuple[str, ...] = dataclasses.field(default=(), metadata={"static": True})
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether the model asks some layers for their stored statistics and others for those of the batch."""
+        return 0 < len(self.held) < len(self.kinds)
 
 
-def measured(records: Sequence[_harvest.Record], whole: Mapping[Layer, jax.Array]) -> Measured:
+def measured(records: Sequence[_records.Record], whole: Mapping[Layer, jax.Array], *, calls: bool = False) -> Measured:
     """What was harvested from a program into which the positions `whole` of its layers went."""
     values = {dataclasses.replace(layer, examples=None): index for layer, index in whole.items()}
-    collected = _harvest.collect(records, {**whole, **values})
-    reached = [cast(Layer, record.layer) for record in records]
-    kinds = {layer.path: layer.kind for layer in reached if layer.kind is not None and layer.examples is None}
+    collected = _records.collect(records, {**whole, **values})
+    by_layer = _records.by_layer(record for record in records if cast(Layer, record.layer).examples is None)
+    reached = {layer.path: [cast(Layer, record.layer) for record in group] for layer, group in by_layer.items()}
+    kinds = {path: group[-1].kind for path, group in reached.items() if group[-1].kind is not None}
+    apart = {layer: _records.by_call(group, layer.size) for layer, group in by_layer.items()} if calls else {}
     return Measured(
         moments={layer.path: layer.moments_from(collected) for layer in values},
         examples={layer.path: layer.moments_from({} if layer.examples is None else collected) for layer in whole},
         kinds=tuple(kinds.items()),
+        calls={
+            layer.path: jax.tree.map(lambda part, layer=layer: part.reshape(-1, *layer.shape), part)
+            for layer, part in apart.items()
+            if part is not None
+        },
+        held=tuple(path for path, group in reached.items() if all(layer.asked_stored for layer in group)),
     )
 
 
@@ -165,9 +186,9 @@ def check_synchronized(path: str, momentum: Any, layer_axis: Any, axis_name: Any
         )
 
 
-def check_mode(mode: str | Mixture) -> None:
+def check_mode(mode: str) -> None:
     """Raises a ValueError for a mode that does not exist."""
-    if not isinstance(mode, Mixture) and mode not in MODES:
+    if mode not in MODES:
         raise ValueError(f"mode={mode!r} is none of {', '.join(map(repr, MODES))}.")
 
 
@@ -176,6 +197,17 @@ def call_arguments(
 ) -> tuple[jax.Array, Any, Any, dict[str, Any]]:
     """The arguments of a layer's call, in either host; the flag is overruled by the mode. The last is the domain."""
     return jnp.asarray(x), mask, residual, {} if domain is None else {"domain": domain}
+
+
+def asked_stored(layer: Any, x: Any, use_running_average: Any = None, **_: Any) -> bool | None:
+    """Whether the call of a layer, with these arguments, asks for its stored statistics; None: nothing says so."""
+    flag = layer.use_running_average if use_running_average is None else use_running_average
+    return None if flag is None or _calls.is_tracer(flag) else bool(flag)
+
+
+def wanted_mode(layer: Layer, asked: bool | None) -> str | Mixture:
+    """The mode that a layer is to run in."""
+    return ("eval" if asked else "batch") if layer.mode == HEEDED else layer.mode
 
 
 def normalize_as(

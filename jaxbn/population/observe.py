@@ -1,6 +1,8 @@
 """What a diagnosis looks at: the moments of every layer in every batch, and what independent examples would give.
 
-Every batch runs twice in one program: in mode "batch", as in training, and in mode "eval". In the second an example's
+Every batch runs twice in one program: in mode "batch", as in training, and in mode "eval". Where the call asks some
+layers for the statistics of the batch and others for the stored ones, it is that of training, and the first run does
+what it asks. In the second an example's
 activations depend on nothing but the example, so that there, and only there, batches of independent examples have
 independent means.
 """
@@ -15,7 +17,7 @@ import numpy as np
 
 from jaxbn.core.moments import Moments
 from jaxbn.population.compiled import Recipe, compiled
-from jaxbn.population.layers import Measured, count_examples
+from jaxbn.population.layers import HEEDED, Measured, count_examples
 from jaxbn.population.progress import track
 
 # (model, batch) -> (outputs, Measured)
@@ -31,7 +33,7 @@ class Seen(NamedTuple):
     trained: Measured  # normalized with the statistics of the batch
     stored: Measured  # normalized with the stored statistics
     rows: jax.Array  # f32[]: examples in the batch; NaN if that is not known
-    gap: jax.Array  # f32[2]: squares of (train - eval) and of train about its mean, summed over all outputs
+    gap: jax.Array  # f32[2, L]: squares of (train - eval) and of train about its mean, summed over each output
 
     @property
     def is_finite(self) -> bool:
@@ -43,11 +45,13 @@ class Seen(NamedTuple):
 Look = Callable[[Any, Any], Seen]
 
 
-def looking(training: Capture, evaluation: Capture) -> Look:
+def looking(in_mode: Callable[[str], Capture]) -> Look:
     """How a batch is looked at."""
 
     def look(model: Any, batch: Any) -> Seen:
-        (trained, in_training), (evaluated, stored) = training(model, batch), evaluation(model, batch)
+        (trained, in_training), (evaluated, stored) = in_mode("batch")(model, batch), in_mode("eval")(model, batch)
+        if in_training.is_mixed:
+            trained, in_training = in_mode(HEEDED)(model, batch)
         rows = count_examples(batch)
         return Seen(in_training, stored, jnp.float32(np.nan if rows is None else rows), _gap(trained, evaluated))
 
@@ -85,6 +89,45 @@ class Batches(NamedTuple):
         divisor = np.where(count > 0, count, 1)
         mean = (self.count * self.mean).sum(0) / divisor
         return mean, (self.m2 + self.count * np.abs(self.mean - mean) ** 2).sum(0) / divisor
+
+
+class Calls(NamedTuple):
+    """How far the calls of a layer in one step differ, in all batches together."""
+
+    number: int
+    differ: (
+        float  # rms error of the normalized input with what all calls share, in standard deviations; noise taken out
+    )
+    noise: float  # that of the estimate
+
+    @classmethod
+    def of(cls, parts: Iterable[Mapping[str, Moments]], path: str, sigma: np.ndarray, alive: np.ndarray) -> "Calls":
+        """Of the moments [K, ...] of the layers called several times, batch by batch; sigma is that of all calls."""
+        found = [one[path] for one in parts if path in one]
+        alike = [one for one in found if one.count.shape == found[0].count.shape]
+        if not alike or not alive.any():
+            return cls(1, 0.0, 0.0)
+        columns = zip(*alike, strict=True)
+        count, mean, m2 = (
+            np.stack([np.reshape(p, (len(p), -1)) for p in c])[..., alive] * np.float64(1) for c in columns
+        )
+        there = count > 0
+        std = np.sqrt(m2 / np.where(there, count, 1))
+        apart = [_apart(values / sigma[alive], there) for values in (mean, std)]
+        between, noise = (float(sum(part[kind].mean() for part in apart)) for kind in (0, 1))
+        return cls(count.shape[1], float(np.sqrt(max(between - noise, 0))), float(np.sqrt(noise)))
+
+
+def _apart(values: np.ndarray, there: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The variance over calls of their means over batches, and how much of it is noise; [B, K, C] -> [C] each."""
+    batches = there.sum(0)
+    known = batches > 1
+    center = np.where(there, values, 0).sum(0) / np.maximum(batches, 1)
+    noise = (np.abs(values - center) ** 2 * there).sum(0) / np.maximum(batches * (batches - 1), 1)
+    calls = np.maximum(known.sum(0), 1)
+    middle = (center * known).sum(0) / calls
+    # Of K noisy values the variance about their mean is 1 - 1 / K of the noise.
+    return (np.abs(center - middle) ** 2 * known).sum(0) / calls, (noise * known).sum(0) / calls * (1 - 1 / calls)
 
 
 class Spread(NamedTuple):
@@ -142,9 +185,9 @@ class Spread(NamedTuple):
 
 
 def _gap(trained: Any, evaluated: Any) -> jax.Array:
-    sums = jnp.zeros(2)
+    sums = [jnp.zeros((2, 0))]
     for a, b in zip(jax.tree.leaves(trained), jax.tree.leaves(evaluated), strict=True):
         if jnp.issubdtype(jnp.result_type(a), jnp.floating) and jnp.size(a):
             a, b = jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32)
-            sums += jnp.stack([jnp.square(a - b).sum(), jnp.square(a - a.mean()).sum()])
-    return sums
+            sums.append(jnp.stack([jnp.square(a - b).sum(), jnp.square(a - a.mean()).sum()])[:, None])
+    return jnp.concatenate(sums, axis=1)

@@ -35,9 +35,10 @@ from marked import (
 )
 
 from jaxbn.core import harvest as _harvest
-from jaxbn.core.harvest import Record, collect, harvest
+from jaxbn.core.harvest import harvest
 from jaxbn.core.marks import mark
 from jaxbn.core.moments import Moments, merge, pool
+from jaxbn.core.records import Record, collect
 
 
 @pytest.mark.sample(every=2)

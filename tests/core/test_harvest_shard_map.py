@@ -38,9 +38,10 @@ from marked import (
 from meshes import AXIS, DEVICES, mesh
 
 from jaxbn.core import calls as _calls
-from jaxbn.core.harvest import collect, harvest
+from jaxbn.core.harvest import harvest
 from jaxbn.core.marks import mark
 from jaxbn.core.moments import Moments, batch_moments, merge_over
+from jaxbn.core.records import collect
 
 AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
 DIVIDED, WHOLE = P(AXIS), P()
