@@ -22,7 +22,7 @@ from jaxbn.linen.capture import (
     without,
 )
 from jaxbn.linen.modules import STATISTICS
-from jaxbn.population.frozen import Frozen, check_frozen, check_kinds, check_shapes, copied, make_info
+from jaxbn.population.frozen import Frozen, check_frozen, check_kinds, check_shapes, copied, make_info, shapes_by_path
 from jaxbn.population.layers import call_arguments, select
 from jaxbn.population.report import Report
 from jaxbn.population.summary import tabulate
@@ -74,8 +74,7 @@ def check_fits(frozen: Frozen, variables: Any) -> None:
     """Raises a ValueError that names the first variable in which the frozen network differs from these, or theirs."""
 
     def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-        flat = flax.traverse_util.flatten_dict(flax.core.meta.unbox(flax.core.unfreeze(tree)), sep="/")
-        return {path: leaf.shape for path, leaf in flat.items()}
+        return shapes_by_path(flax.core.meta.unbox(flax.core.unfreeze(tree)))
 
     check_shapes(shapes(frozen.variables), shapes(variables))
 

@@ -1,5 +1,6 @@
 """What stands still in an NNX model: the frozen network, and single layers that keep their statistics in training."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -10,7 +11,7 @@ from flax import nnx, traverse_util
 from jaxbn.methods.batch_norm import BatchNormState
 from jaxbn.nnx.capture import find_layers, find_states, is_frozen, kind_of, set_class, with_call_of
 from jaxbn.nnx.modules import Norm
-from jaxbn.population.frozen import Frozen, check_frozen, check_kinds, check_shapes, copied, make_info
+from jaxbn.population.frozen import Frozen, check_frozen, check_kinds, check_shapes, copied, make_info, shapes_by_path
 from jaxbn.population.layers import LayerKind, select
 from jaxbn.population.report import Report
 from jaxbn.population.summary import tabulate
@@ -69,11 +70,10 @@ def install_frozen(model: Any, frozen: Frozen) -> Any:
     """
     check_fits(frozen, model)
     check_kinds(frozen, find_kinds(model))
-    flat = traverse_util.flatten_dict(frozen.variables, sep="/")
     copy = nnx.clone(model)
     copy.eval()
     for path, variable in nnx.to_flat_state(nnx.state(copy, SAVED)):
-        variable.set_value(flat[_joined(path)])
+        variable.set_value(copied(functools.reduce(lambda node, key: node[str(key)], path, frozen.variables)))
     for _, variable in nnx.to_flat_state(nnx.state(copy, nnx.RngState)):
         if isinstance(variable.get_value(), jax.ShapeDtypeStruct):  # of an abstract model, which then can be jitted
             variable.set_value(jnp.zeros(variable.shape, variable.dtype))
@@ -85,9 +85,9 @@ SAVED = nnx.Not(nnx.Any(nnx.RngState, nnx.Intermediate))
 
 
 def to_variables(model: Any) -> dict[str, Any]:
-    """The variables of a model as nested dicts of arrays, by path."""
-    flat = {_joined(path): variable[...] for path, variable in nnx.to_flat_state(nnx.state(model, SAVED))}
-    return traverse_util.unflatten_dict(flat, sep="/")
+    """The variables of a model as nested dicts of arrays, by path; a variable may hold a list, a tuple or a dict."""
+    flat = nnx.to_flat_state(nnx.state(model, SAVED))
+    return traverse_util.unflatten_dict({tuple(map(str, path)): variable.get_value() for path, variable in flat})
 
 
 def find_kinds(model: Any) -> dict[str, LayerKind]:
@@ -98,12 +98,7 @@ def find_kinds(model: Any) -> dict[str, LayerKind]:
 def check_fits(frozen: Frozen, model: Any) -> None:
     """Raises a ValueError that names the first variable in which the frozen network differs from a model, or it."""
     check_frozen(frozen)
-    given = traverse_util.flatten_dict(frozen.variables, sep="/")
-    wanted = nnx.to_flat_state(nnx.state(model, SAVED))
-    check_shapes(
-        {path: leaf.shape for path, leaf in given.items()},
-        {_joined(path): variable.shape for path, variable in wanted},
-    )
+    check_shapes(shapes_by_path(frozen.variables), shapes_by_path(to_variables(model)))
 
 
 def freeze_layers(model: Any, paths: str | Sequence[str]) -> Any:

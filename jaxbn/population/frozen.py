@@ -56,6 +56,12 @@ class Frozen:
     variables: dict[str, Any]  # nested dicts of arrays: Flax's collections (linen), or the variables by path (NNX)
     info: Info = dataclasses.field(metadata={"static": True})
 
+    def __post_init__(self) -> None:
+        """NumPy arrays, which whoever holds them may write to, are copied."""
+        if any(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(self.variables)):
+            copies = jax.tree.map(lambda leaf: leaf.copy() if isinstance(leaf, np.ndarray) else leaf, self.variables)
+            object.__setattr__(self, "variables", copies)
+
 
 def make_info(
     states: Mapping[str, State],
@@ -101,8 +107,8 @@ def is_initial(state: State) -> np.ndarray:
 
 
 def copied(tree: Any) -> Any:
-    """The tree with memory of its own, which a step that is given the memory of another state does not reuse."""
-    return jax.tree.map(lambda leaf: leaf.copy() if isinstance(leaf, jax.Array) else leaf, tree)
+    """The tree with memory of its own: a step reuses that of the state it is given, and NumPy arrays are written to."""
+    return jax.tree.map(lambda leaf: leaf.copy() if isinstance(leaf, jax.Array | np.ndarray) else leaf, tree)
 
 
 def check_frozen(frozen: Any) -> None:
@@ -121,6 +127,12 @@ def check_kinds(frozen: Frozen, kinds: Mapping[str, LayerKind]) -> None:
                 raise ValueError(
                     f"{_name(path)} was frozen with {name}={old!r}, and the model has {name}={new!r}; {_HINT}"
                 )
+
+
+def shapes_by_path(tree: Any) -> dict[str, tuple[int, ...]]:
+    """The shape of every array, by its path; lists and tuples may hold some."""
+    leaves = jax.tree.leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape for path, leaf in leaves}
 
 
 def check_shapes(given: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> None:

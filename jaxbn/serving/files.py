@@ -1,23 +1,25 @@
-"""A frozen network as one sealed file, with its arrays in Flax's msgpack format."""
+"""A frozen network as one sealed file: a header of JSON, and its arrays as they are in memory."""
 
 import os
 from collections.abc import Mapping
 from typing import Any
 
 import jax
-from flax import nnx, serialization
+from flax import nnx
 
 from jaxbn.linen.freeze import check_fits as check_fits_linen
 from jaxbn.nnx.freeze import check_fits as check_fits_nnx
 from jaxbn.population.frozen import Frozen, check_frozen
 from jaxbn.serving import sealed
-from jaxbn.serving.arrays import describe, info_of, to_device, to_host
+from jaxbn.serving.arrays import describe, describe_tree, info_of, pack, shapes_of, to_device, to_host, unpack
 
 KIND = sealed.Kind("jaxbn-frozen", 1, "a frozen network")
 
 
 def save(path: str | os.PathLike[str], frozen: Frozen) -> None:
     """Writes a frozen network, parameters and statistics, to one file; what stood there is replaced at once or not.
+
+    The file keeps the permissions of the one that it replaces, and a symbolic link goes on leading to it.
 
     Args:
         path: The file; its folder must exist.
@@ -27,7 +29,8 @@ def save(path: str | os.PathLike[str], frozen: Frozen) -> None:
         None.
 
     Raises:
-        TypeError: If `frozen` is no `Frozen`, or holds something that is no array.
+        TypeError: If `frozen` is no `Frozen`, or holds something else than arrays in dicts, lists and tuples, which is
+            named.
         ValueError: If an array is not whole on this process.
 
     Example:
@@ -38,12 +41,16 @@ def save(path: str | os.PathLike[str], frozen: Frozen) -> None:
         >>> jaxbn.serving.save(path, jaxbn.linen.freeze(variables, report))
     """
     check_frozen(frozen)
-    arrays = serialization.msgpack_serialize(jax.tree.map_with_path(to_host, frozen.variables))
-    sealed.write(path, KIND, describe(frozen.info), arrays)
+    described = describe_tree(frozen.variables)
+    arrays = jax.tree.leaves(jax.tree.map_with_path(to_host, frozen.variables))
+    sealed.write(path, KIND, describe(frozen.info) | {"arrays": described}, *pack(arrays))
 
 
 def load(path: str | os.PathLike[str], *, like: Any = None) -> Frozen:
-    """Reads a frozen network that `save` has written; nothing in the file is unpickled.
+    """Reads a frozen network that `save` has written. You may load files that you do not trust.
+
+    Nothing in the file is executed or unpickled, and reading takes no more memory than a few times its size. That the
+    numbers are those that somebody has trained is not in a checksum, which anyone can make.
 
     Args:
         path: The file.
@@ -55,8 +62,8 @@ def load(path: str | os.PathLike[str], *, like: Any = None) -> Frozen:
         `jaxbn.nnx.install_frozen(model, frozen)`.
 
     Raises:
-        ValueError: If the file is none of these, is damaged or cut off, was written by a later version, or does not fit
-            `like`; the message names the first variable that differs.
+        ValueError: If the file is none of these, is damaged, cut off or forged, was written by a later version, or does
+            not fit `like`; the message names the file, or the first variable that differs.
         TypeError: If `like` is neither of these.
         FileNotFoundError: If there is no file.
 
@@ -72,9 +79,10 @@ def load(path: str | os.PathLike[str], *, like: Any = None) -> Frozen:
         layer        channels  learns       method      epsilon  statistics  rows
         (the model)         1  scale, bias  batch_norm  1e-05    pooled        10
     """
-    header, arrays = sealed.read(path, KIND)
-    variables = jax.tree.map_with_path(to_device, serialization.msgpack_restore(arrays))
-    frozen = Frozen(variables, info_of(header))
+    header, body = sealed.read(path, KIND)
+    with sealed.understanding(path, KIND):
+        arrays, info = unpack(shapes_of(header["arrays"]), body), info_of(header)
+    frozen = Frozen(jax.tree.map_with_path(to_device, arrays), info)
     check_fits(frozen, like)
     return frozen
 

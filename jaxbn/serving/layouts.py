@@ -116,7 +116,7 @@ def layout(model: Any) -> Model:
         )
     if isinstance(model, Mapping):
         return _of_torch(model)
-    if callable(model) and not isinstance(model, nn.Module):
+    if callable(model) and not isinstance(model, nn.Module) and not hasattr(model, "state_dict"):
         return _of_linen(model)
     raise TypeError(
         f"{type(model).__name__} is no model that can be matched: give lambda: net.init(key, x) for linen, a model for "
@@ -126,6 +126,7 @@ def layout(model: Any) -> Model:
 
 def _of_torch(state_dict: Mapping[str, Any]) -> Model:
     layers: dict[str, Layer] = {}
+    given = dict(state_dict)
     for key, array in state_dict.items():
         if not hasattr(array, "shape"):
             raise TypeError(f"{key!r} of the state dict is no array. Of a checkpoint pass the state dict alone.")
@@ -134,17 +135,18 @@ def _of_torch(state_dict: Mapping[str, Any]) -> Model:
             path, slot = key, ""
         layer = layers.setdefault(path, Layer(path, ARRAY, {}, {}))
         layer.keys[slot] = (key,)
-        if slot not in _COUNTS.values():
+        if slot in _COUNTS.values():
+            given[key] = _as_given(array, None)  # training goes on counting in place
+        else:
             layer.shapes[slot] = tuple(array.shape)
 
     def flatten(values: Any) -> dict[Key, Any]:
         return {(name,): array for name, array in values.items()}
 
-    def update(values: Any, updates: Mapping[Key, Any]) -> dict[str, np.ndarray]:
-        olds = {name: _as_array(array) for name, array in values.items()}
-        return {name: np.array(updates.get((name,), old), old.dtype) for name, old in olds.items()}
+    def update(values: Any, updates: Mapping[Key, Any]) -> dict[str, Any]:
+        return {name: _as_given(old, updates.get((name,))) for name, old in values.items()}
 
-    return Model("torch", list(layers.values()), state_dict, flatten, update)
+    return Model("torch", list(layers.values()), given, flatten, update)
 
 
 def _of_linen(init: Callable[[], Any]) -> Model:
@@ -247,7 +249,14 @@ def _like(key: Key, old: Any, array: np.ndarray) -> jax.Array:
     old = meta.unbox(old)
     if array.shape != old.shape:
         raise ValueError(f"{'/'.join(map(str, key))!r} is {array.shape} in one model and {old.shape} in the other.")
-    return jax.numpy.asarray(np.ascontiguousarray(array), old.dtype)
+    return jax.numpy.array(np.ascontiguousarray(array), old.dtype, copy=True)
+
+
+def _as_given(old: Any, array: np.ndarray | None) -> Any:
+    """A copy of the array, None for the old one; as what the old one is: of a tensor a tensor, on its device."""
+    if not hasattr(old, "detach"):
+        return np.array(old if array is None else array, np.asarray(old).dtype)
+    return old.detach().clone() if array is None else old.detach().new_tensor(np.array(array))
 
 
 def _as_array(value: Any) -> np.ndarray:

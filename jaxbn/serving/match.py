@@ -32,14 +32,19 @@ class Match:
     def convert(self, values: Any, *, batch_values: float | Mapping[str, float] | None = None) -> Any:
         """Values of the source, in the form in which `match` got it, for the target.
 
-        `values` are variables for linen. `batch_values` are the values per channel, batch times space, of a batch of
-        training, for all layers or by the path of the Flax layer: running variances of PyTorch are those of unbiased
-        estimates, n / (n - 1) times Flax's. None: they are carried over as they are.
+        It shares no memory with `values`, which may be trained on. `values` are variables for linen. `batch_values` are
+        the values per channel, batch times space, of a batch of training, for all layers or by the path of the Flax
+        layer: running variances of PyTorch are those of unbiased estimates, n / (n - 1) times Flax's. None: they are
+        carried over as they are.
         """
         return self._convert(self.source, self.target, self.names, values, batch_values)
 
     def convert_back(self, values: Any, *, batch_values: float | Mapping[str, float] | None = None) -> Any:
-        """Values of the target for the source; a state dict is complete, its counters as they were."""
+        """Values of the target for the source.
+
+        A state dict is complete, its counters as they were. It has tensors where the one given to `match` has them, so
+        that PyTorch's `load_state_dict` takes it, and NumPy arrays where that has these.
+        """
         names = {source: target for target, source in self.names.items()}
         return self._convert(self.target, self.source, names, values, batch_values)
 

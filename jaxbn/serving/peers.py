@@ -1,7 +1,8 @@
 """One batch normalization layer of Keras, dm-haiku or equinox as variables of the layer in Flax, and back.
 
 All have the same affine map; they differ in names, in shapes, and in what they keep of the running averages. None of
-the three is imported: their objects are only asked for what they hold. PyTorch has `match`, for whole models.
+the three is imported: their objects are only asked for what they hold, which is copied. PyTorch has `match`, for whole
+models.
 """
 
 from typing import Any
@@ -53,7 +54,7 @@ def to_keras(variables: Any) -> list[np.ndarray]:
     """
     params, stats = variables.get("params", {}), variables["batch_stats"]
     arrays = [params.get("scale"), params.get("bias"), stats["mean"], stats["var"]]
-    return [np.asarray(array) for array in arrays if array is not None]
+    return [np.array(array) for array in arrays if array is not None]
 
 
 def from_haiku(params: Any, state: Any, name: str = "batch_norm") -> dict[str, Any]:
@@ -176,7 +177,8 @@ def to_equinox(variables: Any, layer: Any, state: Any) -> tuple[Any, Any]:
         >>> jaxbn.serving.to_equinox(variables, layer, State())[1][0]
         (Array([0.], dtype=float32), Array([1.], dtype=float32))
     """
-    params, stats = variables.get("params", {}), variables["batch_stats"]
+    copies = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), dict(variables))
+    params, stats = copies.get("params", {}), copies["batch_stats"]
     new = {id(layer.weight): params.get("scale"), id(layer.bias): params.get("bias")}
     if layer.weight is not None:
         layer = jax.tree.map(lambda leaf: new.get(id(leaf), leaf), layer)
@@ -194,8 +196,8 @@ def _variables(scale: Any, bias: Any, mean: Any, var: Any) -> dict[str, Any]:
 
 def _flat(array: Any) -> jax.Array:
     """Of the shape of the features alone; a variable of Keras says its value to NumPy."""
-    return jnp.asarray(np.asarray(array, np.float32).ravel())
+    return jnp.array(np.asarray(array, np.float32).ravel(), copy=True)
 
 
 def _shaped(array: Any, old: Any) -> jax.Array:
-    return jnp.asarray(array).reshape(old.shape)
+    return jnp.array(array, copy=True).reshape(old.shape)

@@ -1,29 +1,34 @@
 """A network as a program: traced and lowered with `jax.export`, it answers where the code of the model is not.
 
-One sealed file holds the program, a StableHLO module of a batch of any size, and behind it the arrays that it takes, in
-Flax's msgpack format. As constants of the module they would be there too, but every reader of the module would have to
-carry them along, and what `jax.export` serializes ends at 2 GB.
+One sealed file holds the program, a StableHLO module of a batch of any size, and behind it the arrays that it takes. As
+constants of the module they would be there too, but every reader of the module would have to carry them along, and what
+`jax.export` serializes ends at 2 GB.
 """
 
 import dataclasses
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax import nnx, serialization
+from flax import nnx
+from flax.core import meta, unfreeze
 from jax import export as jax_export
 
 from jaxbn.core import calls as _calls
-from jaxbn.linen.capture import FROZEN, is_call_of_layer
+from jaxbn.linen.capture import FROZEN, find_states, is_call_of_layer
 from jaxbn.linen.freeze import apply_frozen
 from jaxbn.linen.modules import STATISTICS
+from jaxbn.methods.base import State
+from jaxbn.nnx.capture import find_states as find_states_nnx
 from jaxbn.nnx.freeze import SAVED
-from jaxbn.population.frozen import Frozen, Info, versions
+from jaxbn.population.frozen import Frozen, Info, make_info, versions
 from jaxbn.serving import sealed
-from jaxbn.serving.arrays import describe, info_of, name_of, to_device, to_host
+from jaxbn.serving.arrays import describe, describe_tree, info_of, pack, shapes_of, to_device, to_host, unpack
+from jaxbn.serving.batches import check_batch, lacks_examples, leave_open, shape_of, text, without_examples
+from jaxbn.serving.foreign import check_module
 
 KIND = sealed.Kind("jaxbn-program", 1, "a program")
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -35,12 +40,12 @@ _Run = Callable[[Any, Any], Any]  # (arrays, batch) -> outputs
 class Program:
     """A network that answers without the code of its model; `load_program` makes it, and its example shows it.
 
-    It is called with a batch, of any number of examples from one on. It compiles once for each number, so that a server
-    does well to fill its batches up to a few sizes. It may be called inside `jax.jit`, and holds its arrays on the
-    default device.
+    It is called with a batch, of any number of examples; of none, the outputs are empty. It compiles once for each
+    number, so that a server does well to fill its batches up to a few sizes. It may be called inside `jax.jit`, and
+    holds its arrays on the default device.
     """
 
-    inputs: Any  # jax.ShapeDtypeStruct of each array of a batch; `b` is the number of examples
+    inputs: Any  # jax.ShapeDtypeStruct of each array of a batch; `b`, or another name, is the number of examples
     outputs: Any  # the same of what comes back
     info: Info  # which layers normalize how, where that was known, and the versions of the packages that wrote it
     _run: Callable[[Any], Any]
@@ -48,19 +53,31 @@ class Program:
     def __call__(self, batch: Any) -> Any:
         """The outputs for a batch; a ValueError says which array is not as `inputs` says."""
         batch = jax.tree.map(jnp.asarray, batch)
-        _check_batch(batch, self.inputs)
-        return self._run(batch)
+        sizes = check_batch(batch, self.inputs)
+        examples = str(jax.tree.leaves(self.inputs)[0].shape[0])
+        if sizes[examples] == 0:
+            return without_examples(self._run, batch, self.outputs, examples)
+        try:
+            return self._run(batch)
+        except ValueError as error:
+            if len(sizes) == 1:
+                raise
+            raise ValueError(
+                f"The program was exported for other sizes of its open axes: it takes {text(self.inputs)} under the "
+                f"constraints of its example, and not {text(batch)}. {error}"
+            ) from error
 
     def __repr__(self) -> str:
         """As `Program(float32[b, 8, 8, 1] -> float32[b, 10])`."""
-        return f"Program({_text(self.inputs)} -> {_text(self.outputs)})"
+        return f"Program({text(self.inputs)} -> {text(self.outputs)})"
 
 
 def export(path: str | os.PathLike[str], call: Callable[..., Any], network: Any, example: Any) -> None:
     """Writes a network as a program for CPU, CUDA and TPU that needs none of its code; to one file, at once or not.
 
-    The number of examples stays open. Programs are read for at least six months by newer versions of JAX, which is what
-    `jax.export` promises, and not by older ones; where it matters `save` the network too.
+    The number of examples stays open, and so do the axes that the example names. Programs are read for at least six
+    months by newer versions of JAX, which is what `jax.export` promises, and not by older ones; where it matters `save`
+    the network too.
 
     Args:
         path: The file; its folder must exist. What stood there is replaced.
@@ -69,15 +86,19 @@ def export(path: str | os.PathLike[str], call: Callable[..., Any], network: Any,
         network: A `Frozen` of linen, all variables of a linen model, what `fold` returned, or an NNX model, of
             `jaxbn.nnx.install_frozen`, say. It must evaluate, not train.
         example: A batch, or its shapes: an array, or dicts, lists and tuples of arrays, the first axis of each of which
-            is that of the examples. The values do not matter.
+            is that of the examples. The values do not matter. To leave other axes open, such as height, width or time,
+            name them: `jax.ShapeDtypeStruct(jax.export.symbolic_shape("b, h, w, 3"), jnp.float32)`, and what the model
+            needs of them, `constraints=["mod(h, 8) == 0"]`.
 
     Returns:
         None.
 
     Raises:
-        ValueError: If a layer normalizes with the statistics of the batch; if the model needs the number of examples to
-            be a number; if the example has no axis of examples, or more than one number of them; if an array is not
-            whole on this process; or if the outputs are no dicts, lists and tuples of arrays.
+        ValueError: If a layer normalizes with the statistics of the batch; if nothing ever estimated the statistics of
+            a layer, or they are not finite; if the model needs the number of examples to be a number; if the example
+            has no axis of examples, or more than one number of them; if the model calls what is not part of XLA, such
+            as LAPACK (`jnp.linalg.cholesky`), kernels and callbacks; if the `Frozen` is of an NNX model; if an array is
+            not whole on this process; or if the outputs are no dicts, lists and tuples of arrays.
         TypeError: If the network holds something that is no array.
 
     Example:
@@ -89,28 +110,21 @@ def export(path: str | os.PathLike[str], call: Callable[..., Any], network: Any,
     """
     run, variables = _as_function(call, network)
     given, structure = jax.tree.flatten(jax.tree.map_with_path(to_host, variables))
-    arrays = [array.astype(jax.dtypes.canonicalize_dtype(array.dtype)) for array in given]
-    specs = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in arrays]
-    function = jax.jit(lambda leaves, batch: run(jax.tree.unflatten(structure, leaves), batch))
-    try:
-        exported = jax_export.export(function, platforms=PLATFORMS)(specs, _open(example))
-    except (_calls.UnknownDimension, TypeError) as error:
-        if isinstance(error, TypeError) and "_DimExpr" not in str(error):  # which is what len(x) raises
-            raise
-        raise ValueError(
-            f"The model needs the number of examples to be a number, and a program leaves it open: take it from "
-            f"x.shape[0], as in x.reshape(x.shape[0], -1), and decide nothing by it; and evaluate, by train=False or "
-            f"model.eval(), as layers of jaxbn that train need it too. {error}"
-        ) from error
+    arrays = [array.astype(jax.dtypes.canonicalize_dtype(array.dtype), copy=False) for array in given]
+    exported = _exported(lambda leaves, batch: run(jax.tree.unflatten(structure, leaves), batch), arrays, example)
+    _check_estimated(network)
+    check_module(exported.mlir_module())
     program = bytes(exported.serialize())
     info = Info(network.info.layers if isinstance(network, Frozen) else (), versions())
-    header = describe(info) | {"platforms": PLATFORMS, "program": len(program)}
-    packed = serialization.msgpack_serialize({str(i): array for i, array in enumerate(arrays)})
-    sealed.write(path, KIND, header, program, packed)
+    header = describe(info) | {"platforms": PLATFORMS, "program": len(program), "arrays": describe_tree(arrays)}
+    sealed.write(path, KIND, header, program, *pack(arrays))
 
 
 def load_program(path: str | os.PathLike[str]) -> Program:
     """Reads a program that `export` has written; neither the model nor its code is needed, and nothing is unpickled.
+
+    A program is code, and calling it runs it: load those of people whom you trust. What calls functions outside of XLA
+    is refused before anything runs, but XLA compiles the rest as it is, and it may compute anything for any time.
 
     Args:
         path: The file.
@@ -119,8 +133,8 @@ def load_program(path: str | os.PathLike[str]) -> Program:
         The `Program`, a function of a batch.
 
     Raises:
-        ValueError: If the file is none of these, is damaged or cut off, or was written by versions of jaxbn or JAX
-            whose programs these do not read.
+        ValueError: If the file is none of these, is damaged, cut off or forged, or was written by versions of jaxbn or
+            JAX whose programs these do not read.
         FileNotFoundError: If there is no file.
 
     Example:
@@ -136,22 +150,93 @@ def load_program(path: str | os.PathLike[str]) -> Program:
         -1.57
     """
     header, body = sealed.read(path, KIND)
-    program, packed = body[: header["program"]], body[header["program"] :]
+    with sealed.understanding(path, KIND):
+        start, info = header["program"], info_of(header)
+        if type(start) is not int or not 0 <= start <= len(body):
+            raise ValueError(f"a program of {start} bytes does not fit into it.")
+        arrays = unpack(shapes_of(header["arrays"]), memoryview(body)[start:])
     try:
-        exported = jax_export.deserialize(bytearray(program))
+        exported = jax_export.deserialize(bytearray(body[:start]))
+        module = exported.mlir_module()
     except ImportError:  # of what JAX reads programs with
         raise
-    except Exception as error:  # the bytes are those that were written, so that it is the versions
+    except Exception as error:  # if the bytes are those that were written, it is the versions
         raise ValueError(
             f"{path} was written with {header['versions']}, whose programs JAX {jax.__version__} does not read: export "
             f"the network anew. {error}"
         ) from error
-    restored = serialization.msgpack_restore(packed)
-    arrays = [to_device((jax.tree_util.DictKey(str(i)),), restored[str(i)]) for i in range(len(restored))]
-    (_, inputs), _ = jax.tree.unflatten(exported.in_tree, map(_shape, exported.in_avals))
-    outputs = jax.tree.unflatten(exported.out_tree, map(_shape, exported.out_avals))
+    with sealed.understanding(path, KIND):
+        check_module(module)
+        inputs, outputs = _signature(exported, arrays)
+    held = jax.tree.map_with_path(to_device, arrays)
     answer = jax.jit(exported.call)
-    return Program(inputs, outputs, info_of(header), lambda batch: answer(arrays, batch))
+    return Program(inputs, outputs, info, lambda batch: answer(held, batch))
+
+
+def _exported(function: Callable[..., Any], arrays: list[Any], example: Any) -> jax_export.Exported:
+    """The program; what a model raises for an open number of examples, or without their axis, is said in our words."""
+    shapes = leave_open(example)
+    specs = list(map(shape_of, arrays))
+    try:
+        return jax_export.export(jax.jit(function), platforms=PLATFORMS)(specs, shapes)
+    except Exception as error:
+        unknown = isinstance(error, TypeError) and "_DimExpr" in str(error)  # which is what len(x) raises
+        unknown |= isinstance(error, _calls.UnknownDimension)
+        if lacks_examples(lambda batch: function(arrays, batch), example, alone=unknown):
+            raise ValueError(_NO_EXAMPLES.format(text(example))) from error
+        if unknown:
+            raise ValueError(f"{_UNKNOWN} {error}") from error
+        raise
+
+
+_NO_EXAMPLES = (
+    "The model does not take the example, {}, and takes it with an axis in front: the first axis is that of the "
+    "examples. Give a batch, such as example[None]."
+)
+_UNKNOWN = (
+    "The model needs the number of examples to be a number, and a program leaves it open: take it from x.shape[0], as "
+    "in x.reshape(x.shape[0], -1), and decide nothing by it; and evaluate, by train=False or model.eval(), as layers "
+    "of jaxbn that train need it too. The same holds for other axes that the example names."
+)
+
+
+def _signature(exported: jax_export.Exported, arrays: list[Any]) -> tuple[Any, Any]:
+    """The shapes of a batch and of the outputs; an error of any type for a program that `export` does not make."""
+    (leaves, inputs), keywords = jax.tree.unflatten(exported.in_tree, map(shape_of, exported.in_avals))
+    outputs = jax.tree.unflatten(exported.out_tree, map(shape_of, exported.out_avals))
+    if leaves != list(map(shape_of, arrays)) or keywords or exported.nr_devices != 1:
+        raise ValueError("its arrays are not those that the program takes.")
+    if exported.ordered_effects or exported.unordered_effects or exported.has_vjp():
+        raise ValueError("the program does more than to answer.")
+    if not str(jax.tree.leaves(inputs)[0].shape[0]).isidentifier():
+        raise ValueError("the number of examples is not open.")
+    return inputs, outputs
+
+
+def _check_estimated(network: Any) -> None:
+    """Raises a ValueError for statistics that cannot be frozen; those of a `Frozen` were checked when it was made."""
+    if isinstance(network, nnx.Module):
+        make_info(_states_of(find_states_nnx, network))
+    elif isinstance(network, Mapping):
+        make_info(_states_of(find_states, meta.unbox(unfreeze(dict(network)))))
+
+
+def _states_of(find: Callable[[Any], Mapping[str, State]], network: Any) -> Mapping[str, State]:
+    try:
+        return find(network)
+    except ValueError:  # there are none, as when all were folded
+        return {}
+
+
+def _check_linen(frozen: Frozen) -> None:
+    """Raises a ValueError for a network of NNX, whose variables are no collections."""
+    layers = {path for path, _ in frozen.info.layers}
+    collections = {"params", STATISTICS} & frozen.variables.keys()
+    if not layers <= _states_of(find_states, frozen.variables).keys() or (frozen.variables and not collections):
+        raise ValueError(
+            "This Frozen is of an NNX model, and a call for linen variables cannot run it: export the model, "
+            "jaxbn.nnx.install_frozen(model, frozen), with lambda model, x: model(x)."
+        )
 
 
 def _as_function(call: Callable[..., Any], network: Any) -> tuple[_Run, Any]:
@@ -161,6 +246,7 @@ def _as_function(call: Callable[..., Any], network: Any) -> tuple[_Run, Any]:
         return lambda arrays, batch: _run_nnx(call, nnx.merge(graph, arrays, *others, copy=True), batch), variables
     if not isinstance(network, Frozen):
         return lambda arrays, batch: _run_linen(call, arrays, batch), network
+    _check_linen(network)
 
     def run(arrays: Any, batch: Any) -> Any:
         return _run_linen(apply_frozen, call, dataclasses.replace(network, variables=arrays), batch)
@@ -195,51 +281,3 @@ _TRAINS = (
     "{!r} normalizes with the statistics of the batch, as in training, and answers would depend on the examples beside "
     "them: make the call one for evaluation."
 )
-
-
-def _open(example: Any) -> Any:
-    """The shapes of the example with the number of examples left open."""
-    leaves = jax.tree.leaves_with_path(example)
-    for path, leaf in leaves:
-        if not jnp.shape(leaf):
-            raise ValueError(f"{name_of(path) or 'The example'!r} has no axis of examples; give arrays [N, ...].")
-    if len({jnp.shape(leaf)[0] for _, leaf in leaves}) != 1:
-        raise ValueError(
-            f"The arrays of the example hold several numbers of examples, or there are none: {_text(example)}."
-        )
-    (b,) = jax_export.symbolic_shape("b")
-
-    def spec(leaf: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((b, *jnp.shape(leaf)[1:]), jax.dtypes.canonicalize_dtype(jnp.result_type(leaf)))
-
-    return jax.tree.map(spec, example)
-
-
-def _check_batch(batch: Any, wanted: Any) -> None:
-    """Raises a ValueError for a batch that the program does not take."""
-    structures: list[Any] = [jax.tree.structure(tree) for tree in (batch, wanted)]
-    if structures[0] != structures[1]:
-        raise ValueError(f"The program takes {_text(wanted)}; given: {_text(batch)}.")
-    counts = set()
-    for (path, given), like in zip(jax.tree.leaves_with_path(batch), jax.tree.leaves(wanted), strict=True):
-        if given.shape[1:] != like.shape[1:] or given.ndim != len(like.shape) or given.dtype != like.dtype:
-            name = f"{name_of(path)!r}" if path else "the batch"
-            raise ValueError(f"The program takes {_text(like)} for {name}; given: {_text(given)}.")
-        counts.add(given.shape[0])
-    if len(counts) > 1 or 0 in counts:
-        raise ValueError(f"A batch has one number of examples, and at least one of them; given: {_text(batch)}.")
-
-
-def _shape(aval: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(aval.shape, aval.dtype)
-
-
-class _Bare(str):
-    """Text that shows without quotes inside of dicts and tuples."""
-
-    __repr__ = str.__str__
-
-
-def _text(tree: Any) -> str:
-    """Shapes and dtypes, in the structure in which they come."""
-    return str(jax.tree.map(lambda a: _Bare(f"{jnp.result_type(a)}[{', '.join(map(str, jnp.shape(a)))}]"), tree))

@@ -1,8 +1,9 @@
 """A frozen network whose arrays are spread over devices and processes, as a folder.
 
 Each save writes a step, a folder of its own, in which orbax has every process store the shards that it holds. The
-manifest is a sealed file: it names the step and has the checksum of each file in it. Process 0 moves it into place when
-all have written, so that at any moment it names the old network or the new one, whole.
+manifest is a sealed file: it names the step and has the size and the checksum of each file in it. Process 0 reads the
+step back and moves the manifest into place when all have written, so that at any moment it names the old network or the
+new one, whole.
 """
 
 import hashlib
@@ -18,14 +19,13 @@ from typing import Any
 import flax
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from flax import nnx, traverse_util
 
 from jaxbn.nnx.freeze import SAVED
 from jaxbn.population.frozen import Frozen, check_frozen
 from jaxbn.population.processes import exchange, is_here
-from jaxbn.serving import sealed
-from jaxbn.serving.arrays import check_array, check_dtype, describe, info_of, to_device
+from jaxbn.serving import chunks, sealed
+from jaxbn.serving.arrays import check_dtype, describe, describe_tree, info_of, shapes_of
 from jaxbn.serving.files import check_fits
 
 KIND = sealed.Kind("jaxbn-sharded", 1, "the manifest of a network")
@@ -47,8 +47,9 @@ def save_sharded(folder: str | os.PathLike[str], frozen: Frozen) -> None:
         None.
 
     Raises:
-        TypeError: If `frozen` is no `Frozen`, or holds something that is no array.
-        ValueError: If another process does not see the folder.
+        TypeError: If `frozen` is no `Frozen`, or holds something else than arrays in dicts, lists and tuples, which is
+            named.
+        ValueError: If another process does not see the folder, or its manifest is a symbolic link.
         RuntimeError: If another process failed.
 
     Example:
@@ -75,6 +76,8 @@ def load_sharded(folder: str | os.PathLike[str], *, like: Any = None) -> Frozen:
     """Reads a frozen network that `save_sharded` has written, onto the devices that `like` says.
 
     It does not matter on how many processes and devices it was saved. If there are several now, every process calls it.
+    You may load folders that you do not trust: nothing in them is executed or unpickled, no file outside is read, and
+    what is read takes no more memory than the files do, on each device that is to hold it.
 
     Args:
         folder: The folder.
@@ -86,8 +89,9 @@ def load_sharded(folder: str | os.PathLike[str], *, like: Any = None) -> Frozen:
         The `Frozen`, as `load` gives it.
 
     Raises:
-        ValueError: If the folder holds no such network, a file is damaged, cut off or missing, it was written by a
-            later version, or it does not fit `like`; the message names the file, or the first variable that differs.
+        ValueError: If the folder holds no such network, a file is damaged, cut off, missing, forged or not part of it,
+            it was written by a later version, or it does not fit `like`; the message names the file, or the first
+            variable that differs.
         TypeError: If `like` is no model.
         FileNotFoundError: If there is no folder.
         RuntimeError: If another process failed.
@@ -107,10 +111,11 @@ def load_sharded(folder: str | os.PathLike[str], *, like: Any = None) -> Frozen:
     """
     folder = Path(folder).absolute()
     header = _together(lambda: _read_manifest(folder) if jax.process_index() == 0 else None)[0]
-    wanted = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf[1], leaf[0]), header["arrays"], is_leaf=_is_described)
-    frozen = Frozen(wanted, info_of(header))
-    _together(lambda: _check(folder, header, frozen, like))
-    return Frozen(_restore(folder / header["step"], wanted, like), frozen.info)
+    frozen = Frozen(shapes_of(header["arrays"]), info_of(header))
+    step = folder / str(header["step"])
+    _together(lambda: _check(step, header, frozen, like))
+    _together(lambda: _check_chunks(step, frozen))
+    return Frozen(_restore(step, frozen.variables, like), frozen.info)
 
 
 def _together(work: Callable[[], Any]) -> list[Any]:
@@ -135,7 +140,9 @@ def _together(work: Callable[[], Any]) -> list[Any]:
 
 def _check_network(folder: Path, frozen: Frozen) -> None:
     check_frozen(frozen)
-    jax.tree.map_with_path(check_array, frozen.variables)
+    describe_tree(frozen.variables)
+    if (folder / MANIFEST).is_symlink():
+        raise ValueError(f"{folder / MANIFEST} is a symbolic link, and a save would write elsewhere: remove it.")
     if not folder.parent.is_dir():
         raise FileNotFoundError(f"There is no folder {folder.parent} to save {folder.name} in.")
 
@@ -156,30 +163,37 @@ def _check_seen(step: Path) -> None:
 def _store(step: Path, leaves: list[Any]) -> None:
     """Every process its shards; process 0 what each of them has whole. What is empty is known from the manifest."""
     several = jax.process_count() > 1
-    stored = {str(i): np.asarray(leaf) if several and is_here(leaf) else leaf for i, leaf in enumerate(leaves)}
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        checkpointer.save(step / "arrays", {name: leaf for name, leaf in stored.items() if leaf.size})
+    chunks.store(step, [np.asarray(leaf) if several and is_here(leaf) else leaf for leaf in leaves])
 
 
 def _publish(folder: Path, step: Path, frozen: Frozen) -> None:
-    """Seals what all have written and moves the manifest to it; the step before the last one goes."""
+    """Reads back and seals what all have written, and moves the manifest to it; the step before the last one goes."""
     if jax.process_index():
         return
     try:
         last = _read_manifest(folder)
     except (ValueError, FileNotFoundError):  # there is none to keep
         last = {"step": None, "before": None}
-    files = {}
-    for path in sorted(step.rglob("*")):
+    arrays, sizes = describe_tree(frozen.variables), _files_in(step)
+    files = {name: [size, _digest(step / name)] for name, size in sizes.items()}
+    for path in (step, *step.rglob("*")):
         sealed.see_through(path)
-        if path.is_file():
-            files[path.relative_to(step).as_posix()] = [path.stat().st_size, _digest(path)]
-    sealed.see_through(step)
-    arrays = jax.tree.map(lambda leaf: [leaf.dtype.name, list(leaf.shape)], frozen.variables)
+    chunks.check(step, jax.tree.leaves(shapes_of(arrays)), sizes)
     header = {"step": step.name, "before": last["step"], "arrays": arrays, "files": files}
     sealed.write(folder / MANIFEST, KIND, describe(frozen.info) | header)
     if last["before"] is not None:
         shutil.rmtree(folder / last["before"], ignore_errors=True)
+
+
+def _files_in(step: Path) -> dict[str, int]:
+    """The files of a step, and their sizes; a ValueError if there is a symbolic link, which may lead anywhere."""
+    found = {}
+    for path in (step, *sorted(step.rglob("*"))):
+        if path.is_symlink() or not (path.is_file() or path.is_dir()):
+            raise ValueError(f"{path} is no file and no folder, of which the network in {step.parent} consists.")
+        if path.is_file():
+            found[path.relative_to(step).as_posix()] = path.stat().st_size
+    return found
 
 
 # --- Loading ----------------------------------------------------------------------------------------------------------
@@ -187,46 +201,51 @@ def _publish(folder: Path, step: Path, frozen: Frozen) -> None:
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
-    if folder.is_dir() and not path.exists():
+    if folder.is_dir() and (path.is_symlink() or not path.is_file()):
         raise ValueError(f"{folder} holds no network: there is no {MANIFEST} in it.")
     header, _ = sealed.read(path, KIND)
-    for name in (header["step"], header["before"]):
-        if name is not None and not re.fullmatch("step-[0-9a-f]{16}", name):  # which may be deleted
-            raise ValueError(f"{path} names {name!r}, which is no step of a network.")
+    with sealed.understanding(path, KIND):
+        for name in (header["step"], header["before"]):
+            if name is not None and not re.fullmatch("step-[0-9a-f]{16}", name):  # which may be deleted
+                raise ValueError(f"it names {name!r}, which is no step of a network.")
+        jax.tree.leaves(shapes_of(header["arrays"]))
+        info_of(header)
+        for size, digest in header["files"].values():
+            if type(size) is not int or type(digest) is not str:
+                raise ValueError("of each file it has the size and the checksum.")
     return header
 
 
-def _check(folder: Path, header: dict[str, Any], frozen: Frozen, like: Any) -> None:
+def _check(step: Path, header: dict[str, Any], frozen: Frozen, like: Any) -> None:
     """Checks the network against the model, and this process' share of the files against their checksums."""
     check_fits(frozen, like)
     jax.tree.map_with_path(lambda path, leaf: check_dtype(path, leaf.dtype), frozen.variables)
-    files = list(header["files"].items())
-    for name, (size, digest) in files[jax.process_index() :: jax.process_count()]:
-        path = folder / header["step"] / name
-        if not path.is_file():
-            raise ValueError(f"{path} is missing, which the network in {folder} consists of.")
-        if path.stat().st_size != size or _digest(path) != digest:
-            raise ValueError(f"{path} is damaged or cut off: its checksum is not that of its content.")
+    files, found = header["files"], _files_in(step)
+    for name in files.keys() - found.keys():
+        raise ValueError(f"{step / name} is missing, which the network in {step.parent} consists of.")
+    for name in found.keys() - files.keys():
+        raise ValueError(f"{step / name} is not in the manifest of the network.")
+    for name, (size, digest) in list(files.items())[jax.process_index() :: jax.process_count()]:
+        if found[name] != size or _digest(step / name) != digest:
+            raise ValueError(f"{step / name} is damaged or cut off: its checksum is not that of its content.")
+
+
+def _check_chunks(step: Path, frozen: Frozen) -> None:
+    """Checks what the files say of the arrays; when all processes know that the checksums are right."""
+    with sealed.understanding(step, KIND):
+        chunks.check(step, jax.tree.leaves(frozen.variables), _files_in(step))
 
 
 def _restore(step: Path, wanted: Any, like: Any) -> Any:
     """The arrays in the structure `wanted`, where `like` has them."""
     named = jax.tree.leaves_with_path(wanted)
     shardings = [None] * len(named) if like is None else list(map(_sharding_of, _values(like)))
-    on_host = ocp.RestoreArgs(restore_type=np.ndarray)
-    arguments = {
-        str(i): on_host if sharding is None else ocp.ArrayRestoreArgs(sharding=sharding)
-        for i, ((_, leaf), sharding) in enumerate(zip(named, shardings, strict=True))
-        if leaf.size
-    }
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        stored = checkpointer.restore(step / "arrays", restore_args=arguments)
-    leaves = []
-    for i, ((path, leaf), sharding) in enumerate(zip(named, shardings, strict=True)):
-        array = stored[str(i)] if leaf.size else np.zeros(leaf.shape, leaf.dtype)  # what is empty was not stored
-        if sharding is not None and not leaf.size:
-            array = jax.make_array_from_callback(leaf.shape, sharding, array.__getitem__)
-        leaves.append(array if isinstance(array, jax.Array) else to_device(path, array))
+    try:
+        leaves = chunks.restore(step, named, shardings)
+    except OSError:
+        raise
+    except Exception as error:  # of orbax and what it is made of, on files whose checksums are right
+        raise ValueError(f"{step} was not read: {type(error).__name__}, {error}") from error
     return jax.tree.unflatten(jax.tree.structure(wanted), leaves)
 
 
@@ -241,10 +260,6 @@ def _values(like: Any) -> list[Any]:
 def _sharding_of(leaf: Any) -> Any:
     """Where a leaf wants to be; arrays that are nowhere in particular follow others, and so do those in their place."""
     return None if isinstance(leaf, jax.Array) and not leaf.committed else getattr(leaf, "sharding", None)
-
-
-def _is_described(node: Any) -> bool:
-    return isinstance(node, list)
 
 
 def _digest(path: Path) -> str:

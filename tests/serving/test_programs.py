@@ -190,7 +190,6 @@ BATCHES = {
     "rank": (np.ones(3, "f4"), r"takes float32\[b, 3\] for the batch; given: float32\[3\]"),
     "no axis": (np.float32(1), r"takes float32\[b, 3\] for the batch; given: float32\[\]"),
     "dtype": (np.ones((2, 3), "i4"), r"takes float32\[b, 3\] for the batch; given: int32\[2, 3\]"),
-    "none": (np.ones((0, 3), "f4"), r"at least one of them; given: float32\[0, 3\]"),
     "a dict": ({"x": np.ones((2, 3), "f4")}, r"takes float32\[b, 3\]; given: {'x': float32\[2, 3\]}"),
     "a list": ([[1.0, 2.0, 3.0]], r"takes float32\[b, 3\]; given: \[\[float32\[\], float32\[\], float32\[\]\]\]"),
 }
