@@ -1,6 +1,5 @@
 """What stands still in an NNX model: the frozen network, and single layers that keep their statistics in training."""
 
-import functools
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -73,7 +72,10 @@ def install_frozen(model: Any, frozen: Frozen) -> Any:
     copy = nnx.clone(model)
     copy.eval()
     for path, variable in nnx.to_flat_state(nnx.state(copy, SAVED)):
-        variable.set_value(copied(functools.reduce(lambda node, key: node[str(key)], path, frozen.variables)))
+        value: Any = frozen.variables
+        for key in path:
+            value = value[str(key)]
+        variable.set_value(copied(value))
     for _, variable in nnx.to_flat_state(nnx.state(copy, nnx.RngState)):
         if isinstance(variable.get_value(), jax.ShapeDtypeStruct):  # of an abstract model, which then can be jitted
             variable.set_value(jnp.zeros(variable.shape, variable.dtype))
