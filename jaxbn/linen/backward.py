@@ -8,9 +8,10 @@ from jax.typing import ArrayLike
 
 from jaxbn.linen.capture import keys
 from jaxbn.linen.modules import STATISTICS
-from jaxbn.linen.postproc import state_of, with_states
+from jaxbn.linen.postproc import statistics_at, with_states
 from jaxbn.methods.base import NormParams
 from jaxbn.methods.moving_average_batch_norm import moving_average_batch_norm
+from jaxbn.population.methods import state_of
 
 _LEAF = "gradient_window"  # by which its statistics are known
 
@@ -52,7 +53,8 @@ def update_backward(variables: Any, grads: Any, *, loss_scale: ArrayLike = 1.0) 
     states = {}
     for path in (name.removesuffix(_LEAF).rstrip("/") for name in flat if name.split("/")[-1] == _LEAF):
         params, given = (_affine(tree, path) for tree in (variables.get("params", {}), grads))
-        states[path] = transform.backward(params, state_of(transform, variables, path), given, loss_scale=loss_scale)
+        state = state_of(transform, statistics_at(variables, path))
+        states[path] = transform.backward(params, state, given, loss_scale=loss_scale)
     return with_states(variables, states) if states else flax.core.unfreeze(variables)
 
 

@@ -20,8 +20,8 @@ from jaxbn.core import calls as _calls
 from jaxbn.core import harvest as _harvest
 from jaxbn.core import moments as _moments
 from jaxbn.linen.modules import STATISTICS, Norm
-from jaxbn.methods.base import NormParams, NormTransform, State
-from jaxbn.methods.batch_norm import BatchNormState, batch_norm
+from jaxbn.methods.base import NormTransform, State
+from jaxbn.methods.batch_norm import BatchNormState
 from jaxbn.population.layers import (
     Layer,
     LayerKind,
@@ -40,6 +40,7 @@ from jaxbn.population.layers import (
     normalize_as,
     wanted_mode,
 )
+from jaxbn.population.methods import Method, evaluate, loaded, of_stock, operands_for
 from jaxbn.population.mixing import CalledNorm, Mixture
 
 Call = Callable[[Any, Any], Any]
@@ -194,7 +195,7 @@ def _intercept(next_call: Callable[..., Any], args: Any, kwargs: Any, context: n
     transform = _transform_of(layer)
     if mask is None and layer.has_variable(STATISTICS, _WEIGHTS):
         mask = mask_of_examples(layer.get_variable(STATISTICS, _WEIGHTS), x, slot.layer.path, layer.axis)
-    moments = transform.measure(x, mask=mask, **where)
+    moments = transform.measure(x, **operands_for(transform.measure, mask=mask, **where))
     stored, synchronized = stored_state(layer), (layer.axis_name, layer.axis_index_groups)
     asked = asked_stored(layer, *args, **kwargs)
     mode = wanted_mode(slot.layer, asked)
@@ -204,7 +205,7 @@ def _intercept(next_call: Callable[..., Any], args: Any, kwargs: Any, context: n
         normalizing = functools.partial(normalize, layer)
         norm = CalledNorm(slot.layer.path, transform, stored, normalizing, layer.axis, *synchronized)
         y = normalize_as(mode, norm, moments, x, mask, residual, where)
-    marks_layer = dataclasses.replace(slot.layer, kind=kind_of(layer), asked_stored=asked)
+    marks_layer = dataclasses.replace(slot.layer, method=method_of(layer), asked_stored=asked)
     return marked(y, slot.index, marks_layer, moments, x, axis=layer.axis, mask=mask)
 
 
@@ -238,31 +239,33 @@ def set_flags(module: Any, flags: Mapping[str, Any]) -> None:
 
 
 def kind_of(layer: Any) -> LayerKind:
-    """What a layer does; a stock one is a batch_norm."""
-    return LayerKind.of(layer.factory if isinstance(layer, Norm) else batch_norm, layer.epsilon)
+    """What a layer does."""
+    return LayerKind.of(method_of(layer))
+
+
+def method_of(layer: Any) -> Method:
+    """The method of a layer; a stock one is a batch_norm."""
+    return layer.made_by() if isinstance(layer, Norm) else of_stock(layer)
 
 
 def _transform_of(layer: Any) -> NormTransform:
-    """The pure functions of a layer; a stock one is a batch_norm."""
-    if isinstance(layer, Norm):
-        return layer.transform()
-    return batch_norm(axis=layer.axis, epsilon=layer.epsilon, use_fast_variance=layer.use_fast_variance)
+    """The pure functions of a layer, but for how a stock one averages."""
+    return layer.transform() if isinstance(layer, Norm) else of_stock(layer, momentum=None)()
 
 
 def stored_state(layer: Any) -> State:
     """The statistics that a layer holds, as the methods' functions take them."""
-    _, initial = _transform_of(layer).init(flax.core.meta.unbox(layer.get_variable(STATISTICS, "mean")).shape)
-    names = (name for name, leaf in initial._asdict().items() if leaf is not None)
-    return initial._replace(**{name: flax.core.meta.unbox(layer.get_variable(STATISTICS, name)) for name in names})
+    variables = flax.core.meta.unbox(layer.variables)
+    return loaded(_transform_of(layer), variables.get("params", {}), variables[STATISTICS])[1]
 
 
 def normalize(layer: Any, state: State, x: jax.Array, *, mask: Any, residual: Any, **where: Any) -> jax.Array:
     """What the layer makes of its input with these statistics."""
     if not isinstance(layer, Norm):
         return _normalize_stock(layer, state, x)  # where Flax ignores the mask, and has no residual
-    params = flax.core.meta.unbox(layer.variables.get("params", {}))
-    affine = NormParams(params.get("scale"), params.get("bias"))
-    return layer.transform().eval(affine, state, x, mask=mask, residual=residual, **where)
+    transform, variables = layer.transform(), flax.core.meta.unbox(layer.variables)
+    params, _ = loaded(transform, variables.get("params", {}), variables[STATISTICS])
+    return evaluate(transform, params, state, x, mask=mask, residual=residual, **where)
 
 
 def _normalize_stock(layer: Any, state: State, x: jax.Array) -> jax.Array:

@@ -8,7 +8,7 @@ from flax.core import meta
 
 from jaxbn.linen.capture import find_states, keys
 from jaxbn.linen.modules import STATISTICS
-from jaxbn.population.layers import POPULATION, fitting, takes_over
+from jaxbn.population.layers import AFFINE, POPULATION, fitting, takes_over
 
 # Linen names a layer by its class, so that the kind of a layer shows in the paths of its variables.
 _CLASS = re.compile(
@@ -86,6 +86,7 @@ def _beside(flat: dict[tuple[str, ...], Any]) -> dict[tuple[str, ...], set[str]]
 
 
 def _is_optional(path: tuple[str, ...], beside: dict[tuple[str, ...], set[str]]) -> bool:
-    """Whether it is a statistic of a normalization layer other than those of the population."""
-    *module, name = _place(path)
-    return path[0] == STATISTICS and name not in POPULATION and beside[tuple(module)].issuperset(POPULATION)
+    """Whether it is a variable of a normalization layer that other methods do not have."""
+    collection, *module, name = _place(path)
+    statistics = beside.get((STATISTICS, *module), set())
+    return name not in (*POPULATION, *AFFINE) and statistics.issuperset(POPULATION)

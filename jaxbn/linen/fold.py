@@ -16,7 +16,7 @@ from jaxbn.core.harvest import over_arrays
 from jaxbn.linen.capture import Call, find_states, is_call_of_layer, keys
 from jaxbn.linen.kernels import MapKernel
 from jaxbn.linen.modules import STATISTICS, Norm
-from jaxbn.methods.base import NormParams, NormTransform
+from jaxbn.methods.base import NormTransform
 from jaxbn.methods.batch_norm import batch_norm
 from jaxbn.population import folding as _folding
 from jaxbn.population.fold_check import checked_report
@@ -24,6 +24,7 @@ from jaxbn.population.fold_report import FoldReport
 from jaxbn.population.folding import Layer, Tag
 from jaxbn.population.frozen import Frozen
 from jaxbn.population.layers import call_arguments
+from jaxbn.population.methods import loaded
 
 _MARKS, _MARK = "jaxbn_fold", "mark"
 _LINEAR_CALLS = {
@@ -175,10 +176,10 @@ def _norm(layer: Any, variables: dict[str, dict[str, Any]], y: jax.Array, *args:
     x, _, residual, where = call_arguments(*args, **kwargs)
     flags = (layer.use_running_average, *args[1:2], kwargs.get("use_running_average"))
     refusal = _folding.MOVES if not any(flags) else _folding.DOMAINS if where else None
+    transform = _transform(layer)
     return _folding.Norm(
-        transform := _transform(layer),
-        NormParams(*(variables.get("params", {}).get(name) for name in NormParams._fields)),
-        _folding.state_of(transform, variables[STATISTICS]),
+        transform,
+        *loaded(transform, variables.get("params", {}), variables[STATISTICS]),
         axis=layer.axis,
         ndim=x.ndim,
         dtypes=(x.dtype, y.dtype),

@@ -14,21 +14,32 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jaxbn.core import axes as _axes
 from jaxbn.core.averaging import Averaging
-from jaxbn.methods.base import NormParams, NormTransform, State
+from jaxbn.methods.base import NormTransform, State
 from jaxbn.methods.batch_norm import batch_norm
+from jaxbn.population.methods import (
+    REQUIRED,
+    Method,
+    arguments_of,
+    defaults_of,
+    defaults_that_differ,
+    evaluate,
+    operands_for,
+)
 
 STATISTICS = "batch_stats"
 
 
 class _Initial(NamedTuple):
-    params: NormParams
+    params: Any  # a NamedTuple of the method's
     state: State
 
 
 class Norm(nn.Module):
     """What all layers share: Flax's fields, and the plumbing between a transform and the variables.
 
-    A layer names the `factory` of its method, whose arguments are its fields.
+    A layer names the `factory` of its method. The arguments of that are its fields: those that a class does not declare
+    are added to it, with the defaults that they have there. The params and the statistics of the method are its
+    variables.
     """
 
     factory: ClassVar[Callable[..., NormTransform]]
@@ -53,11 +64,30 @@ class Norm(nn.Module):
     allow_single_value: bool = False
     autodiff: bool = False
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Makes fields of the arguments of the method, as far as the class does not declare them itself."""
+        declared, base = inspect.get_annotations(cls), cls.__mro__[1]
+        differing = defaults_that_differ(cls.factory, base) if "factory" in vars(cls) else {}
+        for name, default in differing.items():
+            if name not in declared:
+                new = {"kw_only": True} if name not in defaults_of(base) else {}
+                setattr(cls, name, dataclasses.field(**new | ({} if default is REQUIRED else {"default": default})))
+                declared = declared | {name: Any}
+        if differing:
+            cls.__annotations__ = declared
+        super().__init_subclass__(**options)
+
+    @nn.nowrap
+    def made_by(self, **changes: Any) -> Method:
+        """The factory of this layer with its arguments, some of its fields changed, as far as the method has them."""
+        arguments = arguments_of(self.factory, self)
+        changed = {name: value for name, value in changes.items() if name in arguments}
+        return Method(self.factory, **arguments | changed)
+
     @nn.nowrap
     def transform(self, **changes: Any) -> NormTransform:
         """The pure functions of this layer, with some of its fields changed, as far as its method has them."""
-        names = inspect.signature(self.factory).parameters
-        return self.factory(**{name: changes.get(name, getattr(self, name)) for name in names})
+        return self.made_by(**changes)()
 
     @nn.compact
     def __call__(
@@ -90,15 +120,16 @@ class Norm(nn.Module):
         x = jnp.asarray(x)
         initial = jax.eval_shape(self._initialize, x)  # the values are for variables that are not there yet
         variables, state = self._load_state(x, initial.state)
-        params = self._load_params(initial.params)
-        arguments = {"mask": mask, "residual": residual} | ({} if domain is None else {"domain": domain})
+        params = self._load_params(x, initial.params)
+        arguments = {"mask": mask, "residual": residual, "domain": domain}
         starting = self.is_initializing()  # with an example of any size, on one device, that changes no statistics
         if use_running_average or starting and not x.size:
-            return self.transform().eval(params, state, x, **arguments)
+            return evaluate(self.transform(), params, state, x, **arguments)
         if starting:
             alone = self.transform(axis_name=None, axis_index_groups=None, allow_single_value=True)
-            return alone.train(params, state, x, **arguments)[0]
-        y, new_state = self.transform().train(params, state, x, **arguments)
+            return alone.train(params, state, x, **operands_for(alone.train, **arguments))[0]
+        train = self.transform().train
+        y, new_state = train(params, state, x, **operands_for(train, **arguments))
         for name, variable in variables.items():
             leaf = getattr(new_state, name)
             if leaf is not getattr(state, name):  # without a running average nothing is, and nothing need be mutable
@@ -123,13 +154,17 @@ class Norm(nn.Module):
         return variables, initial._replace(**values)
 
     @nn.nowrap
-    def _load_params(self, initial: NormParams) -> NormParams:
-        def load(name: str, start: Initializer, like: jax.Array | None) -> jax.Array | None:
-            return None if like is None else self.param(name, start, like.shape, self.param_dtype)
+    def _load_params(self, x: jax.Array, initial: Any) -> Any:
+        initializers = {"scale": self.scale_init, "bias": self.bias_init}
 
-        return NormParams(
-            scale=load("scale", self.scale_init, initial.scale), bias=load("bias", self.bias_init, initial.bias)
-        )
+        def load(name: str, like: jax.Array) -> jax.Array:
+            if name in initializers:
+                return self.param(name, initializers[name], like.shape, self.param_dtype)
+            # The method itself says where its other params start.
+            return self.param(name, lambda _: getattr(self._initialize(x).params, name).astype(self.param_dtype))
+
+        held = {name: load(name, leaf) for name, leaf in initial._asdict().items() if leaf is not None}
+        return initial._replace(**held)
 
 
 class BatchNorm(Norm):

@@ -12,12 +12,12 @@ from jaxbn.core.moments import Moments
 from jaxbn.linen.capture import Call, capture, find_states, keys
 from jaxbn.linen.modules import STATISTICS
 from jaxbn.methods.base import NormTransform, State
-from jaxbn.methods.batch_norm import batch_norm
 from jaxbn.population import postproc as _postproc
 from jaxbn.population.compiled import Recipe
 from jaxbn.population.estimate import Measure
 from jaxbn.population.estimators import Estimator, pooled
 from jaxbn.population.layers import Measured, Weights, checked
+from jaxbn.population.methods import averaging_method, method_at, state_of
 from jaxbn.population.report import Report
 
 
@@ -137,15 +137,18 @@ def install_moments(variables: Any, moments: Mapping[str, Moments]) -> dict[str,
         >>> jaxbn.linen.install_moments(variables, moments)["batch_stats"]["mean"]
         Array([2.], dtype=float32)
     """
-    states = find_states(variables)
-    given = checked(moments, states)
-    return with_states(variables, {path: batch_norm().postproc(states[path], given[path]) for path in given})
+    given, states = checked(moments, find_states(variables)), {}
+    for path, found in given.items():
+        statistics = statistics_at(variables, path)
+        transform = method_at(path, statistics)
+        states[path] = transform.postproc(state_of(transform, statistics), found)
+    return with_states(variables, states)
 
 
 def move_averages(
     variables: Any,
     moments: Mapping[str, Moments],
-    momentum: ArrayLike | Averaging | NormTransform = 0.99,
+    momentum: ArrayLike | Averaging | NormTransform | None = None,
     *,
     samples: ArrayLike | None = None,
 ) -> dict[str, Any]:
@@ -159,17 +162,18 @@ def move_averages(
     Args:
         variables: All variables of the model, as they were before the step.
         moments: `Moments` by layer path. Where the count is 0, or they are not finite, the averages stay.
-        momentum: That of the layers: the weight of the OLD value, or a `jaxbn.Averaging`. For layers of another method
-            than batch norm, of which the variables do not tell, its transform, as `jaxbn.batch_renorm()`; give the
-            moments of those layers alone.
+        momentum: None: each layer averages as its method and its momentum say, which the keys of the moments of
+            `capture_moments` know; layers of `momentum=None` stay. For moments under plain strings: the weight of the
+            OLD value, or a `jaxbn.Averaging`, of layers of batch norm; or the transform of another method, such as
+            `jaxbn.batch_renorm()`, for the moments of its layers alone.
         samples: Examples in all micro-batches together; needed for `jaxbn.horizon` alone.
 
     Returns:
         New variables.
 
     Raises:
-        ValueError: If a path is not that of a normalization layer, or the features of a layer differ; or for a
-            momentum that does not fit the statistics.
+        ValueError: If a path is not that of a normalization layer, or the features of a layer differ; for a momentum
+            that does not fit the statistics or the method of a layer; or for None and a plain string as a key.
 
     Example:
         >>> net = jaxbn.linen.BatchNorm(use_running_average=False, momentum=0.9)
@@ -179,24 +183,23 @@ def move_averages(
         >>> capture = jaxbn.linen.capture_moments(call, mode="as_called")
         >>> moments = [capture(variables, batch)[1] for batch in micro_batches]
         >>> pooled = {path: jaxbn.merge(moments[0][path], moments[1][path]) for path in moments[0]}
-        >>> moved = jaxbn.linen.move_averages(variables, pooled, 0.9)
+        >>> moved = jaxbn.linen.move_averages(variables, pooled)
         >>> print(f"{float(moved['batch_stats']['var'][0]):.2f}")  # 0.9 * 1 + 0.1 * 26
         3.50
     """
-    transform = momentum if isinstance(momentum, NormTransform) else batch_norm(momentum=momentum)
-    if transform.move is None:
-        raise ValueError("momentum=None keeps no running averages, so there is nothing to move.")
-    given = checked(moments, find_states(variables))
-    states = {path: state_of(transform, variables, path) for path in given}
-    return with_states(variables, {path: transform.move(states[path], given[path], samples) for path in given})
+    given, states = checked(moments, find_states(variables)), {}
+    for path, found in given.items():
+        statistics = statistics_at(variables, path)
+        transform = averaging_method(path, statistics, momentum)
+        if transform.move is not None:
+            states[path] = transform.move(state_of(transform, statistics), found, samples)
+    return with_states(variables, states)
 
 
-def state_of(transform: NormTransform, variables: Any, path: str) -> State:
-    """The state of a layer as the functions of its method take it."""
+def statistics_at(variables: Any, path: str) -> dict[str, Any]:
+    """The statistics of a layer by name."""
     flat = flax.traverse_util.flatten_dict(flax.core.unfreeze(variables[STATISTICS]))
-    found = {key[-1]: flax.core.meta.unbox(leaf) for key, leaf in flat.items() if key[:-1] == keys(path)}
-    _, initial = transform.init(found["mean"].shape)
-    return type(initial)(**{name: found.get(name) for name in initial._fields})
+    return {key[-1]: flax.core.meta.unbox(leaf) for key, leaf in flat.items() if key[:-1] == keys(path)}
 
 
 def with_states(variables: Any, states: Mapping[str, State]) -> dict[str, Any]:

@@ -62,6 +62,7 @@ def moving_average_batch_norm(
     axis_index_groups: Sequence[Sequence[int]] | None = None,
     use_fast_variance: bool = True,
     activation: _operands.Activation | None = None,
+    allow_single_value: bool = False,
     autodiff: bool = False,
 ) -> NormTransform:
     r"""Moving average batch normalization as pure functions: for batches of one to four examples.
@@ -95,6 +96,7 @@ def moving_average_batch_norm(
         axis_index_groups: Groups of devices along `axis_name`, of equal size, that share statistics.
         use_fast_variance: True sums about a shift and reads x once, False centres first and reads it twice.
         activation: Applied to the result, after the residual.
+        allow_single_value: Accepted, as by other methods; one value per channel is fine here.
         autodiff: Must be False: the gradient is no derivative of the output, and forward mode has none.
 
     Returns:
@@ -126,6 +128,7 @@ def moving_average_batch_norm(
         a batch that is not finite, or masked altogether, keeps its windows. A layer that is called twice for one
         gradient finds the sum of both psi, over the values of the last call.
     """
+    del allow_single_value
     average = _check(_averaging.as_averaging(momentum), epsilon, window, warmup, r_max, use_scale, autodiff)
     axis_name = axis_name if axis_name is None or isinstance(axis_name, str) else tuple(axis_name)
     groups = _devices.check_groups(axis_name, axis_index_groups)

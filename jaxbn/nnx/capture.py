@@ -18,7 +18,7 @@ from flax import nnx
 from jaxbn.core import harvest as _harvest
 from jaxbn.core import moments as _moments
 from jaxbn.methods.base import NormTransform, State
-from jaxbn.methods.batch_norm import BatchNormState, batch_norm
+from jaxbn.methods.batch_norm import BatchNormState
 from jaxbn.nnx.modules import Norm
 from jaxbn.population.layers import (
     Layer,
@@ -38,6 +38,7 @@ from jaxbn.population.layers import (
     normalize_as,
     wanted_mode,
 )
+from jaxbn.population.methods import Method, evaluate, of_stock, operands_for
 from jaxbn.population.mixing import CalledNorm, Mixture
 
 Call = Callable[[Any, Any], Any]
@@ -141,15 +142,18 @@ def state_of(layer: Any) -> State:
 
 
 def transform_of(layer: Any) -> NormTransform:
-    """The pure functions of a layer."""
-    if isinstance(layer, Norm):
-        return layer.transform
-    return batch_norm(axis=layer.axis, epsilon=layer.epsilon, use_fast_variance=layer.use_fast_variance)
+    """The pure functions of a layer, but for how a stock one averages."""
+    return layer.transform if isinstance(layer, Norm) else of_stock(layer, momentum=None)()
 
 
 def kind_of(layer: Any) -> LayerKind:
-    """What a layer does; a stock one is a batch_norm."""
-    return LayerKind.of(layer._factory if isinstance(layer, Norm) else batch_norm, layer.epsilon)
+    """What a layer does."""
+    return LayerKind.of(method_of(layer))
+
+
+def method_of(layer: Any) -> Method:
+    """The method of a layer; a stock one is a batch_norm."""
+    return layer.made_by if isinstance(layer, Norm) else of_stock(layer)
 
 
 def is_frozen(layer: Any) -> bool:
@@ -173,7 +177,7 @@ def set_class(module: Any, cls: type) -> None:
 
 
 def _hook(path: str, module: Any, mode: str | Mixture, examples: int | None) -> tuple[Layer, jax.Array]:
-    layer = Layer(path, state_of(module).mean.shape, mode, examples, kind_of(module))
+    layer = Layer(path, state_of(module).mean.shape, mode, examples, method_of(module))
     positions = layer.positions()
     if not is_frozen(module):
         cls: Any = type(module)
@@ -207,7 +211,7 @@ def _measured(
     transform = transform_of(module)
     if mask is None and hasattr(module, "jaxbn_weights"):
         mask = mask_of_examples(module.jaxbn_weights[...], x, layer.path, module.axis)
-    moments = transform.measure(x, mask=mask, **where)
+    moments = transform.measure(x, **operands_for(transform.measure, mask=mask, **where))
     stored, synchronized = state_of(module), (module.axis_name, module.axis_index_groups)
     asked = asked_stored(module, *args, **kwargs)
     mode = wanted_mode(layer, asked)
@@ -232,7 +236,7 @@ class _StockHook(nnx.BatchNorm):
 
 
 def _normalize(module: Any, state: State, x: jax.Array, **arguments: Any) -> jax.Array:
-    return module.transform.eval(module.params, state, x, **arguments)
+    return evaluate(module.transform, module.params, state, x, **arguments)
 
 
 def _normalize_stock(module: Any, state: State, x: jax.Array, **arguments: Any) -> jax.Array:

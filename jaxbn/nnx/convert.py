@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxbn.nnx.freeze import SAVED
-from jaxbn.population.layers import POPULATION, fitting, takes_over
+from jaxbn.population.layers import AFFINE, POPULATION, fitting, takes_over
 
 
 def convert_norms(model: Any, like: Any) -> Any:
@@ -58,5 +58,5 @@ def _statistics(model: Any) -> dict[tuple[Any, ...], set[str]]:
 
 
 def _is_optional(path: tuple[Any, ...], statistics: dict[tuple[Any, ...], set[str]]) -> bool:
-    """Whether it is a statistic of a normalization layer other than those of the population."""
-    return path[-1] in statistics.get(path[:-1], set()) - set(POPULATION)
+    """Whether it is a variable of a normalization layer that other methods do not have."""
+    return path[:-1] in statistics and path[-1] not in (*POPULATION, *AFFINE)

@@ -206,7 +206,7 @@ def _norm(layer: Any, y: jax.Array, *args: Any, **kwargs: Any) -> _folding.Norm:
         refusal = f"it is a {cls.__name__}, whose call is its own"
     return _folding.Norm(
         _transform(layer),
-        NormParams(*(None if p is None else p[...] for p in (layer.scale, layer.bias))),
+        layer.params if isinstance(layer, Norm) else NormParams(*(p and p[...] for p in (layer.scale, layer.bias))),
         state_of(layer),
         axis=layer.axis,
         ndim=x.ndim,

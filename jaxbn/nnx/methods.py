@@ -55,8 +55,9 @@ class BatchRenorm(Norm):
         track_variance: bool = False,
         **shared: Any,
     ):
-        self.r_max, self.d_max, self.track_variance = r_max, d_max, track_variance
-        super().__init__(num_features, epsilon=epsilon, **shared)
+        super().__init__(
+            num_features, epsilon=epsilon, r_max=r_max, d_max=d_max, track_variance=track_variance, **shared
+        )
 
 
 class GhostBatchNorm(Norm):
@@ -95,8 +96,7 @@ class GhostBatchNorm(Norm):
         running: Literal["group_mean", "pooled"] = "group_mean",
         **shared: Any,
     ):
-        self.ghost_size, self.grouping, self.running = ghost_size, grouping, running
-        super().__init__(num_features, **shared)
+        super().__init__(num_features, ghost_size=ghost_size, grouping=grouping, running=running, **shared)
 
 
 class MovingAverageBatchNorm(Norm):
@@ -140,8 +140,7 @@ class MovingAverageBatchNorm(Norm):
         r_max: float = 5.0,
         **shared: Any,
     ):
-        self.window, self.warmup, self.r_max = window, warmup, r_max
-        super().__init__(num_features, momentum=momentum, **shared)
+        super().__init__(num_features, momentum=momentum, window=window, warmup=warmup, r_max=r_max, **shared)
 
 
 class DomainBatchNorm(Norm):
@@ -180,5 +179,4 @@ class DomainBatchNorm(Norm):
         share_affine: bool = False,
         **shared: Any,
     ):
-        self.num_domains, self.share_affine = num_domains, share_affine
-        super().__init__(num_features, **shared)
+        super().__init__(num_features, num_domains=num_domains, share_affine=share_affine, **shared)

@@ -1,6 +1,5 @@
 """Normalization layers for flax.nnx: fields and variables. What they compute is in jaxbn.methods."""
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -17,8 +16,17 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxbn.core.averaging import Averaging
 from jaxbn.core.axes import static
 from jaxbn.core.devices import check_groups
-from jaxbn.methods.base import NormParams, NormTransform, State
+from jaxbn.methods.base import NormTransform, State
 from jaxbn.methods.batch_norm import batch_norm
+from jaxbn.population.methods import (
+    REQUIRED,
+    Method,
+    arguments_of,
+    defaults_that_differ,
+    evaluate,
+    fields_of,
+    operands_for,
+)
 
 _ZEROS, _ONES = zeros_init(), ones_init()
 _MISSING_FLAG = (
@@ -31,11 +39,19 @@ _MISSING_FLAG = (
 class Norm(nnx.Module):
     """What all layers share: Flax's fields, and the plumbing between a transform and the variables.
 
-    A layer names the factory of its method, whose arguments are its fields. What is not a call is a property, because
-    `nnx.tabulate` takes every public method for a part of the model that runs.
+    A layer names the factory of its method, whose arguments are its fields: those beyond the ones of all layers are
+    given by name. The params and the statistics of the method are its variables. What is not a call is a property,
+    because `nnx.tabulate` takes every public method for a part of the model that runs.
     """
 
     _factory: ClassVar[Callable[..., NormTransform]]
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Gives the arguments the defaults of the method, if the class has no constructor that does so."""
+        super().__init_subclass__(**options)
+        if "_factory" in vars(cls) and "__init__" not in vars(cls):
+            if differing := defaults_that_differ(cls._factory, cls):
+                _set_defaults(cls, {name: default for name, default in differing.items() if default is not REQUIRED})
 
     def __init__(
         self,
@@ -61,7 +77,11 @@ class Norm(nnx.Module):
         activation: Callable[[jax.Array], jax.Array] | None = None,
         allow_single_value: bool = False,
         autodiff: bool = False,
+        **of_method: Any,
     ):
+        arguments = fields_of(self._factory)
+        if unknown := sorted(of_method.keys() - arguments.keys()):
+            raise TypeError(f"{type(self).__name__} does not take {unknown[0]}=; its method takes {sorted(arguments)}.")
         self.num_features = static(num_features)
         self.use_running_average = use_running_average
         self.axis = static(axis)
@@ -78,6 +98,11 @@ class Norm(nnx.Module):
         self.activation = activation
         self.allow_single_value = allow_single_value
         self.autodiff = autodiff
+        for name, default in arguments.items():
+            if name in of_method or not hasattr(self, name):
+                if (value := of_method.get(name, default)) is REQUIRED:
+                    raise TypeError(f"{type(self).__name__} needs {name}=.")
+                setattr(self, name, value)
 
         params, state = self._initialize()
         for name, leaf in state._asdict().items():
@@ -85,28 +110,38 @@ class Norm(nnx.Module):
                 setattr(self, name, nnx.BatchStat(leaf))
         self.scale: nnx.Param[jax.Array] | None = nnx.data(None)
         self.bias: nnx.Param[jax.Array] | None = nnx.data(None)
-        if params.scale is not None:
-            self.scale = nnx.Param(scale_init(rngs.params(), params.scale.shape, param_dtype), **scale_metadata)
-        if params.bias is not None:
-            self.bias = nnx.Param(bias_init(rngs.params(), params.bias.shape, param_dtype), **bias_metadata)
+        initializers = {"scale": (scale_init, scale_metadata), "bias": (bias_init, bias_metadata)}
+        for name, leaf in params._asdict().items():
+            if leaf is not None and name in initializers:
+                initializer, metadata = initializers[name]
+                setattr(self, name, nnx.Param(initializer(rngs.params(), leaf.shape, param_dtype), **metadata))
+            elif leaf is not None:  # the method itself says where its other params start
+                setattr(self, name, nnx.Param(leaf.astype(param_dtype)))
+
+    @property
+    def made_by(self) -> Method:
+        """The factory of this layer with its arguments."""
+        return Method(self._factory, **arguments_of(self._factory, self))
 
     @property
     def transform(self) -> NormTransform:
         """The pure functions of this layer."""
-        names = inspect.signature(self._factory).parameters
-        return self._factory(**{name: getattr(self, name) for name in names})
+        return self.made_by()
 
     @property
     def state(self) -> State:
-        """The statistics as the methods' functions take them."""
-        _, initial = jax.eval_shape(self._initialize)
-        held = (name for name, leaf in initial._asdict().items() if leaf is not None)
-        return initial._replace(**{name: getattr(self, name)[...] for name in held})
+        """The statistics as the method's functions take them."""
+        return self._held(jax.eval_shape(self._initialize)[1])
 
     @property
-    def params(self) -> NormParams:
-        """The learned map as the methods' functions take it."""
-        return NormParams(*(None if p is None else p[...] for p in (self.scale, self.bias)))
+    def params(self) -> Any:
+        """The learned params as the method's functions take them."""
+        return self._held(jax.eval_shape(self._initialize)[0])
+
+    def _held(self, initial: Any) -> Any:
+        """The values of the variables, in a NamedTuple of the method."""
+        held = [name for name, leaf in initial._asdict().items() if leaf is not None]
+        return initial._replace(**{name: getattr(self, name)[...] for name in held})
 
     def set_view(self, use_running_average: bool | None = None) -> None:
         """Called by `nnx.view(model, use_running_average=...)`."""
@@ -143,19 +178,28 @@ class Norm(nnx.Module):
         if flag is None:
             raise ValueError(_MISSING_FLAG.format(name=type(self).__name__))
         transform, state = self.transform, self.state
-        arguments = {"mask": mask, "residual": residual} | ({} if domain is None else {"domain": domain})
+        arguments = {"mask": mask, "residual": residual, "domain": domain}
         if flag:
-            return transform.eval(self.params, state, x, **arguments)
-        y, new_state = transform.train(self.params, state, x, **arguments)
+            return evaluate(transform, self.params, state, x, **arguments)
+        y, new_state = transform.train(self.params, state, x, **operands_for(transform.train, **arguments))
         for name, leaf in new_state._asdict().items():
             if leaf is not getattr(state, name):  # without a running average nothing is
                 getattr(self, name).set_value(leaf)  # `[...] =` walks through all that is traced so far
         return y
 
-    def _initialize(self) -> tuple[NormParams, State]:
+    def _initialize(self) -> tuple[Any, State]:
         dtype = self.param_dtype if jnp.issubdtype(self.param_dtype, jnp.complexfloating) else jnp.float32
         params, state = self.transform.init(self.num_features, dtype=dtype)
         return params, state
+
+
+def _set_defaults(cls: Any, defaults: Mapping[str, Any]) -> None:
+    inherited = cls.__init__
+
+    def __init__(self: Any, num_features: int | Sequence[int], **given: Any) -> None:
+        inherited(self, num_features, **{**defaults, **given})
+
+    cls.__init__ = __init__
 
 
 class BatchNorm(Norm):

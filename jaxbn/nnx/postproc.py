@@ -9,14 +9,13 @@ from jax.typing import ArrayLike
 
 from jaxbn.core.moments import Moments
 from jaxbn.methods.base import State
-from jaxbn.methods.batch_norm import batch_norm
-from jaxbn.nnx.capture import Call, capture, find_layers, find_states, run_model, transform_of
-from jaxbn.nnx.modules import Norm
+from jaxbn.nnx.capture import Call, capture, find_layers, find_states, method_of, run_model, transform_of
 from jaxbn.population import postproc as _postproc
 from jaxbn.population.compiled import Recipe
 from jaxbn.population.estimate import Measure
 from jaxbn.population.estimators import Estimator, pooled
 from jaxbn.population.layers import Measured, Weights, checked
+from jaxbn.population.methods import AS_THEY_ARE, LayerPath
 from jaxbn.population.report import Report
 
 
@@ -131,7 +130,13 @@ def install_moments(model: Any, moments: Mapping[str, Moments]) -> Any:
         >>> jaxbn.nnx.install_moments(model, moments).mean[...]
         Array([2.], dtype=float32)
     """
-    return _with_states(model, moments, lambda layer, state, found: transform_of(layer).postproc(state, found))
+
+    def installed(path: str, layer: Any, state: State, found: Moments) -> State:
+        as_they_are = isinstance(path, LayerPath) and path.method is AS_THEY_ARE
+        new: State = (AS_THEY_ARE() if as_they_are else transform_of(layer)).postproc(state, found)
+        return new
+
+    return _with_states(model, moments, installed)
 
 
 def move_averages(model: Any, moments: Mapping[str, Moments], *, samples: ArrayLike | None = None) -> Any:
@@ -163,20 +168,22 @@ def move_averages(model: Any, moments: Mapping[str, Moments], *, samples: ArrayL
         3.50
     """
 
-    def moved(layer: Any, state: State, found: Moments) -> State:
-        transform = layer.transform if isinstance(layer, Norm) else batch_norm(momentum=layer.momentum)
-        move = transform.move
+    def moved(path: str, layer: Any, state: State, found: Moments) -> State:
+        del path
+        move = method_of(layer)().move
         return state if move is None else move(state, found, samples)
 
     return _with_states(model, moments, moved)
 
 
-def _with_states(model: Any, moments: Mapping[str, Moments], new_state: Callable[[Any, State, Moments], State]) -> Any:
+def _with_states(
+    model: Any, moments: Mapping[str, Moments], new_state: Callable[[str, Any, State, Moments], State]
+) -> Any:
     """A copy of the model, with the new states of the layers that the moments are of."""
     copy = nnx.clone(model)
     layers, states = find_layers(copy), find_states(copy)
     for path, found in checked(moments, states).items():
-        state = new_state(layers[path], states[path], found)
+        state = new_state(path, layers[path], states[path], found)
         for name, leaf in state._asdict().items():
             if leaf is not None:
                 getattr(layers[path], name)[...] = leaf

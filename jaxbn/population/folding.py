@@ -18,7 +18,7 @@ from jaxbn.core import axes as _axes
 from jaxbn.core import dataflow as _dataflow
 from jaxbn.core import dtypes as _dtypes
 from jaxbn.core import fold as _fold
-from jaxbn.methods.base import NormParams, NormTransform, State
+from jaxbn.methods.base import NormTransform, State
 from jaxbn.population.fold_report import LayerFold
 
 MOVES = "it normalizes with the statistics of its batch; `call` must run the model in evaluation"
@@ -37,7 +37,7 @@ class Norm(NamedTuple):
     """A normalization, as the model calls it."""
 
     transform: NormTransform  # without activation and dtype
-    params: NormParams
+    params: Any  # of the method
     state: State
     axis: Any
     ndim: int  # of its input
@@ -70,13 +70,6 @@ class Plan:
 
     folds: tuple[Fold, ...]
     layers: dict[str, LayerFold]
-
-
-def state_of(transform: NormTransform, leaves: Mapping[str, Any]) -> State:
-    """The statistics of a layer, of its variables by name."""
-    _, initial = transform.init(leaves["mean"].shape)
-    held = (name for name, leaf in initial._asdict().items() if leaf is not None)
-    return initial._replace(**{name: leaves[name] for name in held})
 
 
 def make_plan(

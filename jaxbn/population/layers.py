@@ -18,7 +18,8 @@ from jaxbn.core import moments as _moments
 from jaxbn.core import records as _records
 from jaxbn.core.moments import Moments
 from jaxbn.core.normalize import statistics_of_input, without_padding
-from jaxbn.methods.base import NormTransform, State
+from jaxbn.methods.base import State
+from jaxbn.population.methods import Method, as_key
 from jaxbn.population.mixing import CalledNorm, Mixture, as_prior, normalize_mixed
 
 # What layers normalize with while they are measured: the statistics of their batch, the stored ones, or as they are
@@ -31,6 +32,9 @@ HEEDED = "heeded"
 # What every layer holds of the population; what else there is beside them, one method has and another does not.
 POPULATION = ("mean", "var")
 
+# What methods learn, as a rule; a method may learn more.
+AFFINE = ("scale", "bias")
+
 # batch -> weights of its examples, [N]
 Weights = Callable[[Any], Any]
 
@@ -39,12 +43,13 @@ class LayerKind(NamedTuple):
     """What a layer does, as far as others need to know it."""
 
     method: str  # the name of its factory
-    epsilon: float | None  # None: a traced value
+    epsilon: float | None  # None: a traced value, or a method without
 
     @classmethod
-    def of(cls, factory: Callable[..., NormTransform], epsilon: Any) -> "LayerKind":
-        """The kind of a layer of the method that `factory` makes."""
-        return cls(factory.__name__, None if _calls.is_tracer(epsilon) else float(epsilon))
+    def of(cls, method: Method) -> "LayerKind":
+        """The kind of a layer of this method."""
+        epsilon = method.keywords.get("epsilon")
+        return cls(method.func.__name__, None if epsilon is None or _calls.is_tracer(epsilon) else float(epsilon))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +62,7 @@ class Layer:
     # How many examples a batch has, if the moments are those of the means of the examples.
     examples: int | None = None
     # Known only where the layer runs, from where the mark brings it out; it tells nothing apart.
-    kind: LayerKind | None = dataclasses.field(default=None, compare=False)
+    method: Method | None = dataclasses.field(default=None, compare=False)
     # Likewise: whether the model asks it for its stored statistics; None: nothing says so.
     asked_stored: bool | None = dataclasses.field(default=None, compare=False)
 
@@ -103,10 +108,11 @@ def measured(records: Sequence[_records.Record], whole: Mapping[Layer, jax.Array
     collected = _records.collect(records, {**whole, **values})
     by_layer = _records.by_layer(record for record in records if cast(Layer, record.layer).examples is None)
     reached = {layer.path: [cast(Layer, record.layer) for record in group] for layer, group in by_layer.items()}
-    kinds = {path: group[-1].kind for path, group in reached.items() if group[-1].kind is not None}
+    methods = {path: method for path, group in reached.items() if (method := group[-1].method) is not None}
+    kinds = {path: LayerKind.of(method) for path, method in methods.items()}
     apart = {layer: _records.by_call(group, layer.size) for layer, group in by_layer.items()} if calls else {}
     return Measured(
-        moments={layer.path: layer.moments_from(collected) for layer in values},
+        moments={as_key(layer.path, methods.get(layer.path)): layer.moments_from(collected) for layer in values},
         examples={layer.path: layer.moments_from({} if layer.examples is None else collected) for layer in whole},
         kinds=tuple(kinds.items()),
         calls={

@@ -14,6 +14,7 @@ from jaxbn.population import tables as _tables
 from jaxbn.population.estimate import Pass
 from jaxbn.population.estimators import Estimator
 from jaxbn.population.layers import LayerKind
+from jaxbn.population.methods import AS_THEY_ARE, LayerPath
 from jaxbn.population.spread import Errors
 
 _WIDTH = 100  # of the table
@@ -146,7 +147,8 @@ class Report:
     @property
     def old(self) -> dict[str, Moments]:
         """The statistics from before the pass, of count 1 where it changed them: `install_moments` puts them back."""
-        return {path: _as_moments(change) for path, change in self.layers.items() if change.count}
+        changed = {path: change for path, change in self.layers.items() if change.count}
+        return {LayerPath(path, AS_THEY_ARE): _as_moments(change) for path, change in changed.items()}
 
     def to_dict(self) -> dict[str, Any]:
         """All of it as dicts, lists, numbers, strings and None, for `json.dumps`; what is not finite is None."""
