@@ -255,8 +255,11 @@ def test_a_horizon_wants_to_know_the_samples(host):
 def test_where_nothing_is_averaged_nothing_moves():
     moments = {"": jaxbn.batch_moments(make_batches(1)[0]["x"])}
     moving, move = layer_of(LINEN, NO_AVERAGE)
-    with pytest.raises(ValueError, match="momentum=None keeps no running averages"):
+    with pytest.raises(ValueError, match="not known how '' averages"):
         move(moving, moments)
+    call = lambda variables, x: NO_AVERAGE.linen_module(use_running_average=True).apply(variables, x)
+    _, captured = jaxbn.linen.capture_moments(call)(moving, make_batches(1)[0]["x"])
+    chex.assert_trees_all_equal(jaxbn.linen.move_averages(moving, captured), moving)
     moving, move = layer_of(NNX, NO_AVERAGE)  # of which some layers may have an average and others none
     chex.assert_trees_all_equal(state_of(move(moving, moments)), state_of(moving))
 

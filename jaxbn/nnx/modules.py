@@ -232,6 +232,7 @@ class BatchNorm(Norm):
         activation: Applied to the result; `jax.nn.relu` and `jax.nn.leaky_relu` cost no memory traffic here.
         allow_single_value: Accept one value per channel in training.
         autodiff: Use JAX's own derivative; forward mode needs it.
+        of_method: None here. Layers of other methods have those arguments of their factories that this one lacks.
 
     Returns:
         A module.

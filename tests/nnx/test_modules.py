@@ -161,7 +161,7 @@ def test_factory_and_layers_of_both_hosts_have_the_same_arguments_and_defaults()
     # What the layer has and the factory has not is about variables, or there for Flax.
     assert layer.keys() - factory.keys() == {
         "self", "num_features", "use_running_average", "param_dtype", "bias_init", "scale_init", "promote_dtype",
-        "rngs", "bias_metadata", "scale_metadata",
+        "rngs", "bias_metadata", "scale_metadata", "of_method",
     }  # fmt: skip
 
 
