@@ -137,8 +137,10 @@ def moving_average_batch_norm(
         axis_index_groups=groups, use_fast_variance=use_fast_variance, activation=activation,
     )  # fmt: skip
     spec = _operands.Spec(_axes.static(axis), epsilon, activation, dtype, axis_name, groups)
-    synchronized = {"axis_name": axis_name, "axis_index_groups": groups, "use_fast_variance": use_fast_variance}
-    everywhere = functools.partial(_moments.batch_moments, axis=axis, **synchronized)
+    everywhere = functools.partial(
+        _moments.batch_moments, axis=axis, axis_name=axis_name, axis_index_groups=groups,
+        use_fast_variance=use_fast_variance,
+    )  # fmt: skip
 
     def init(
         feature_shape: int | Sequence[int], *, dtype: DTypeLike = jnp.float32

@@ -122,16 +122,9 @@ def evaluate(
 
 
 def loaded(transform: NormTransform, params: Mapping[str, Any], statistics: Mapping[str, Any]) -> tuple[Any, State]:
-    """The params and the state of a method, out of the variables of a layer by name."""
-    initial = jax.eval_shape(lambda: transform.init(statistics["mean"].shape))
-
-    def filled(tree: Any, leaves: Mapping[str, Any], kind: str) -> Any:
-        held = [name for name, leaf in tree._asdict().items() if leaf is not None]
-        if missing := [name for name in held if name not in leaves]:
-            raise ValueError(f"There is no {missing[0]!r} among the {kind} of the layer; there are {sorted(leaves)}.")
-        return tree._replace(**{name: leaves[name] for name in held})
-
-    return filled(initial[0], params, "params"), filled(initial[1], statistics, "statistics")
+    """The params and the state of a method, out of the variables of a layer by name; None for one that is not there."""
+    initial, _ = jax.eval_shape(lambda: transform.init(statistics["mean"].shape))
+    return type(initial)(**{name: params.get(name) for name in initial._fields}), state_of(transform, statistics)
 
 
 def state_of(transform: NormTransform, statistics: Mapping[str, Any]) -> State:
