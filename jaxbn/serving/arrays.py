@@ -12,7 +12,6 @@ from collections.abc import Iterable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax.core import FrozenDict
 
@@ -52,7 +51,7 @@ def to_host(path: Any, leaf: Any) -> np.ndarray:
 def to_device(path: Any, array: np.ndarray) -> jax.Array:
     """A copy of the leaf on the default device, as it was saved."""
     check_dtype(path, array.dtype)
-    return jnp.array(array, copy=True)
+    return jax.device_put(array.copy())  # jnp.asarray compiles a program for each shape
 
 
 def check_dtype(path: Any, dtype: np.dtype) -> None:
