@@ -232,7 +232,7 @@ def _check(step: Path, header: dict[str, Any], frozen: Frozen, like: Any) -> Non
 
 def _check_chunks(step: Path, frozen: Frozen) -> None:
     """Checks what the files say of the arrays; when all processes know that the checksums are right."""
-    with sealed.understanding(step, KIND):
+    with sealed.understanding(step, KIND._replace(noun="a step of a network")):
         chunks.check(step, jax.tree.leaves(frozen.variables), _files_in(step))
 
 

@@ -274,6 +274,123 @@ def test_what_is_no_array(path):
         jaxbn.serving.export(path, lambda v, x: x * v["rate"], {"rate": 0.5}, DATA)
 
 
+# --- Open axes, and no examples ---------------------------------------------------------------------------------------
+
+
+class Images(nn.Module):
+    """Halves height and width, and takes the mean over what is left."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = jaxbn.linen.BatchNorm(use_running_average=True)(nn.Conv(4, (3, 3), strides=2)(x))
+        return nn.Dense(3)(x.mean((1, 2)))
+
+
+@functools.cache
+def images():
+    """Variables with statistics of data."""
+    x = np.random.default_rng(0).normal(size=(4, 8, 8, 2)).astype("f4")
+    variables = Images().init(jax.random.key(0), x)
+    return jaxbn.linen.postproc(Images().apply, variables, [x])[0]
+
+
+def named(axes, **more):
+    return jax.ShapeDtypeStruct(jax.export.symbolic_shape(axes, **more), jnp.float32)
+
+
+def test_height_and_width_may_be_left_open(path):
+    jaxbn.serving.export(path, Images().apply, images(), named("n, h, w, 2", constraints=["mod(h, 2) == 0"]))
+    program = jaxbn.serving.load_program(path)
+    assert str(program) == "Program(float32[n, h, w, 2] -> float32[n, 3])"
+    for shape in ((1, 8, 8, 2), (3, 6, 5, 2)):
+        x = np.random.default_rng(1).normal(size=shape).astype("f4")
+        np.testing.assert_allclose(program(x), Images().apply(images(), x), rtol=1e-5, atol=1e-6)
+    assert program(np.ones((0, 4, 6, 2), "f4")).shape == (0, 3)
+    with pytest.raises(ValueError, match=r"exported for other sizes of its open axes: it takes float32\[n, h, w, 2\]"):
+        program(np.ones((2, 7, 8, 2), "f4"))
+    with pytest.raises(ValueError, match=r"takes float32\[n, h, w, 2\] for the batch; given: float32\[2, 8, 8, 3\]"):
+        program(np.ones((2, 8, 8, 3), "f4"))
+
+
+def test_axes_of_one_name_are_of_one_size(path):
+    shapes = jax.export.symbolic_shape("b, t, 3")
+    batch = {"x": jax.ShapeDtypeStruct(shapes, jnp.float32), "mask": jax.ShapeDtypeStruct(shapes[:2], jnp.float32)}
+    jaxbn.serving.export(path, lambda _, batch: batch["x"] * batch["mask"][..., None], {}, batch)
+    program = jaxbn.serving.load_program(path)
+    x = np.ones((2, 5, 3), "f4")
+    assert program({"x": x, "mask": x[..., 0]}).shape == (2, 5, 3)
+    with pytest.raises(ValueError, match=r"A batch has one size 't'; given: {'mask': float32\[2, 4\]"):
+        program({"x": x, "mask": x[:, 1:, 0]})
+
+
+def test_a_batch_of_none_gives_outputs_of_none(exported, path):
+    program = jaxbn.serving.load_program(exported)
+    empty = np.ones((0, 3), np.float32)
+    for found in (program(empty), jax.jit(program.__call__)(empty)):
+        assert (found.shape, found.dtype) == ((0, 3), np.float32)
+    jaxbn.serving.export(path, lambda _, x: {"turned": x.T, "mean": x.mean(0)}, {}, DATA)
+    with pytest.raises(ValueError, match=r"'mean' is float32\[3\], without an axis of examples"):
+        jaxbn.serving.load_program(path)(empty)
+
+
+# --- Natural mistakes -------------------------------------------------------------------------------------------------
+
+
+class NNXImages(nnx.Module):
+    def __init__(self):
+        rngs = nnx.Rngs(0)
+        self.conv = nnx.Conv(2, 4, (3, 3), rngs=rngs)
+        self.norm = jaxbn.nnx.BatchNorm(4, use_running_average=True, rngs=rngs)
+        self.dense = nnx.Linear(4, 3, rngs=rngs)
+
+    def __call__(self, x):
+        return self.dense(self.norm(self.conv(x)).mean((1, 2)))
+
+
+def test_an_example_without_its_axis(path):
+    """Where the model takes it with one more."""
+    call, x = lambda model, x: model(x), np.ones((4, 8, 8, 2), np.float32)
+    model = NNXImages()
+    model.norm.mean.set_value(jnp.ones(4))
+    cases = [
+        (Images().apply, images(), x[0]),
+        (call, model, x[0]),
+        (lambda _, x: x @ np.ones((3, 2), "f4"), {}, DATA[0]),
+    ]
+    for call, network, example in cases:
+        with pytest.raises(
+            ValueError, match=r"does not take the example, float32\[.*\], and takes it with an axis in front"
+        ):
+            jaxbn.serving.export(path, call, network, example)
+    assert not path.exists()
+
+
+def test_statistics_that_nothing_estimated(path):
+    """As `freeze` refuses them; and what is not finite."""
+    x = np.ones((4, 8, 8, 2), np.float32)
+    initial = Images().init(jax.random.key(0), x)
+    with pytest.raises(ValueError, match="Nothing has estimated the statistics of 'BatchNorm_0'"):
+        jaxbn.serving.export(path, Images().apply, initial, x)
+    with pytest.raises(ValueError, match="Nothing has estimated the statistics of 'norm'"):
+        jaxbn.serving.export(path, lambda model, x: model(x), NNXImages(), x)
+    infinite = {**images(), "batch_stats": {"BatchNorm_0": {"mean": np.ones(4, "f4"), "var": np.full(4, np.inf, "f4")}}}
+    with pytest.raises(ValueError, match="statistics of 'BatchNorm_0' are not finite"):
+        jaxbn.serving.export(path, Images().apply, infinite, x)
+    assert not path.exists()
+
+
+def test_a_frozen_network_of_nnx_with_a_call_of_linen(path):
+    x = np.random.default_rng(0).normal(size=(4, 8, 8, 2)).astype("f4")
+    model, report = jaxbn.nnx.postproc(NNXImages(), [x])
+    network = jaxbn.nnx.freeze(model, report)
+    for call in (lambda model, x: model(x), Images().apply):
+        with pytest.raises(ValueError, match=r"is of an NNX model.*jaxbn\.nnx\.install_frozen\(model, frozen\)"):
+            jaxbn.serving.export(path, call, network, x)
+    served = jaxbn.nnx.install_frozen(NNXImages(), network)
+    jaxbn.serving.export(path, lambda model, x: model(x), served, x)
+    np.testing.assert_allclose(jaxbn.serving.load_program(path)(x), served(x), rtol=1e-5, atol=1e-6)
+
+
 # --- Files ------------------------------------------------------------------------------------------------------------
 
 
