@@ -141,9 +141,16 @@ def load_cut_off():
         jaxbn.serving.load(path)
 
 
-def export(call):
+def load_forged():
+    """Of which the checksum is right."""
     with tempfile.TemporaryDirectory() as folder:
-        jaxbn.serving.export(Path(folder, "program"), call, variables(), X)
+        jaxbn.serving.sealed.write(path := Path(folder, "network"), jaxbn.serving.files.KIND, {})
+        jaxbn.serving.load(path)
+
+
+def export(call, example=X):
+    with tempfile.TemporaryDirectory() as folder:
+        jaxbn.serving.export(Path(folder, "program"), call, variables(), example)
 
 
 def fold(x):
@@ -222,6 +229,12 @@ ERRORS = {
         [lambda: export(lambda variables, x: LAYER.apply(variables, x, mutable=["batch_stats"])[0])],
     ),
     "needs the number of examples": (ValueError, [lambda: export(lambda variables, x: x.reshape(-1, 6))]),
+    "takes it with an axis in front": (ValueError, [lambda: export(lambda variables, x: x @ X.T, X[0])]),
+    "Functions outside of XLA": (
+        ValueError,
+        [lambda: export(lambda variables, x: x + jnp.linalg.cholesky(jnp.eye(3)).sum())],
+    ),
+    "is no frozen network": (ValueError, [load_forged]),
     "can't apply forward-mode": (
         TypeError,
         [

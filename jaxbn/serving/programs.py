@@ -112,8 +112,8 @@ def export(path: str | os.PathLike[str], call: Callable[..., Any], network: Any,
     given, structure = jax.tree.flatten(jax.tree.map_with_path(to_host, variables))
     arrays = [array.astype(jax.dtypes.canonicalize_dtype(array.dtype), copy=False) for array in given]
     exported = _exported(lambda leaves, batch: run(jax.tree.unflatten(structure, leaves), batch), arrays, example)
-    _check_estimated(network)
     check_module(exported.mlir_module())
+    _check_estimated(network)
     program = bytes(exported.serialize())
     info = Info(network.info.layers if isinstance(network, Frozen) else (), versions())
     header = describe(info) | {"platforms": PLATFORMS, "program": len(program), "arrays": describe_tree(arrays)}
