@@ -10,6 +10,9 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# The passes of XLA run as for users. Those of LLVM would take a third of the time of the tests; .ci/run asks for
+# them where it runs the tests in full.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import jax  # noqa: E402  the devices are counted when jax starts
 import numpy as np  # noqa: E402
@@ -17,6 +20,12 @@ import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_configure(config):
+    """Tests of one file go to one process of `-n`: they share what is compiled, and fixtures of a module."""
+    if config.getoption("dist", None) == "load":
+        config.option.dist = "loadfile"
 
 
 @pytest.hookimpl(tryfirst=True)  # before those that `-m` leaves out are left out

@@ -20,7 +20,7 @@ H100_NORMS = ["jaxbn", "jaxbn-nnx", "fused", "fused-nnx"]
 @pytest.fixture(scope="module")
 def cost():
     """What a program costs, compiled as for users; each is compiled once."""
-    before = jax.config.jax_disable_most_optimizations
+    before = jax.config.values["jax_disable_most_optimizations"]
     jax.config.update("jax_disable_most_optimizations", False)
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(EXAMPLES / "benchmarks"))
