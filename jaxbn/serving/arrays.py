@@ -139,7 +139,7 @@ def unpack(shapes: Any, body: bytes | memoryview) -> Any:
     sizes = [size_of(leaf) for leaf in leaves]
     if sum(sizes) != len(body):
         raise ValueError(f"its arrays take {sum(sizes)} bytes, and it holds {len(body)}.")
-    ends = np.cumsum([0, *sizes]).tolist()
+    ends, body = np.cumsum([0, *sizes]).tolist(), memoryview(body)  # of which parts are no copies
     arrays = [from_bytes(leaf, body[start:end]) for leaf, start, end in zip(leaves, ends, ends[1:], strict=False)]
     return jax.tree.unflatten(structure, arrays)
 
