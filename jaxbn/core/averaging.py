@@ -104,7 +104,10 @@ def constant(momentum: ArrayLike = 0.99, *, debias: bool = False, unbiased: bool
     """The exponential moving average; `batch_norm(momentum=0.9)` is short for `batch_norm(momentum=constant(0.9))`.
 
     Args:
-        momentum: Weight of the OLD value, in [0, 1). PyTorch's momentum is one minus this.
+        momentum: Weight of the OLD value, in [0, 1). PyTorch's momentum is one minus this. The average is float32, as
+            everywhere: it stops where its steps are below half a step of float32, which is up to 6e-8 |mean| / (1 -
+            momentum) from the right mean: 6 standard deviations for a mean of 1e5 of them and 0.999, where a pass
+            (`postproc`) is exact. `diagnose` tells.
         debias: Undo the initial values 0 and 1 exactly, from the first step on; adds a `count` to the state. (It is
             one count for all channels: a channel that a step leaves out, because it is masked altogether or not
             finite, keeps a share of its initial value. So it is with `cumulative` and `horizon`.)
@@ -155,6 +158,9 @@ def scheduled(schedule: Callable[[jax.Array], ArrayLike], *, unbiased: bool = Fa
 
 def cumulative(*, unbiased: bool = False) -> Averaging:
     """The plain average of all steps, each with equal weight: what PyTorch means by momentum=None.
+
+    Its count is float32, as all counters of a state are, and stays at 2^24 steps: from there on the average learns
+    nothing more; earlier where means are large, see `constant`. A pass (`postproc`) has no such limit.
 
     Args:
         unbiased: Average the unbiased variance; see `constant`.
@@ -221,6 +227,11 @@ def _check_momentum(momentum: ArrayLike, stacklevel: int) -> None:
         raise ValueError(
             f"momentum={number:g} is outside [0, 1): it is the weight of the OLD value, 0.99 by default. For training "
             f"without running averages pass momentum=None; for the plain average of all steps jaxbn.cumulative()."
+        )
+    if np.float32(number) == 1:
+        raise ValueError(
+            f"momentum={number!r} rounds to 1 in float32, and the averages would stay at their initial values. Give "
+            f"0.9999999 or less, jaxbn.cumulative(), or momentum=None and postproc."
         )
     if 0 < number < 0.5:
         warnings.warn(

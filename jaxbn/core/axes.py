@@ -112,7 +112,7 @@ def weights_like(mask: ArrayLike | None, shape: Sequence[int]) -> jax.Array | No
     """The mask as float32 weights of the rank of the input, constants; booleans are 0 or 1, what is not positive is 0.
 
     Raises:
-        ValueError: If the mask does not broadcast to the input by NumPy's rules.
+        ValueError: If the mask does not broadcast to the input by NumPy's rules, or fits its leading axes as well.
         TypeError: If it is complex.
     """
     if mask is None:
@@ -129,7 +129,14 @@ def weights_like(mask: ArrayLike | None, shape: Sequence[int]) -> jax.Array | No
             f"A mask of shape {weights.shape} does not broadcast to the input {tuple(shape)}: shapes are aligned at "
             f"the last axis. Pass {fix}."
         )
+    front, back = weights.shape + (1,) * (len(shape) - weights.ndim), (1,) * (len(shape) - weights.ndim) + weights.shape
+    if weights.size > 1 and front != back and weights.shape == tuple(shape[: weights.ndim]):
+        raise ValueError(
+            f"A mask of shape {weights.shape} fits the leading axes of the input {tuple(shape)} as well as the last "
+            f"ones, along which shapes are aligned. Pass mask.reshape({front}) for the leading axes, as of rows, or "
+            f"mask.reshape({back})."
+        )
     if jnp.issubdtype(weights.dtype, jnp.complexfloating):
         raise TypeError(f"A mask holds booleans or real weights, but this one is {weights.dtype}.")
-    weights = weights.reshape((1,) * (len(shape) - weights.ndim) + weights.shape).astype(jnp.float32)
+    weights = weights.reshape(back).astype(jnp.float32)
     return lax.stop_gradient(jnp.where(weights > 0, weights, 0))

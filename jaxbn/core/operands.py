@@ -51,8 +51,10 @@ class Stored(NamedTuple):
 
 def check_spec(spec: Spec) -> None:
     """Raises a ValueError for hyper-parameters that no normalization can have."""
-    if isinstance(spec.epsilon, Real) and not spec.epsilon >= 0:
-        raise ValueError(f"epsilon={spec.epsilon} must not be negative: it is added to the variance.")
+    if spec.epsilon is None or isinstance(spec.epsilon, str):
+        raise TypeError(f"epsilon={spec.epsilon!r} must be a number; it is added to the variance.")
+    if isinstance(spec.epsilon, Real) and not 0 <= spec.epsilon <= float(jnp.finfo(jnp.float32).max):
+        raise ValueError(f"epsilon={spec.epsilon} must not be negative or infinite: it is added to the variance.")
     if spec.dtype is not None and not jnp.issubdtype(spec.dtype, jnp.inexact):
         raise ValueError(
             f"dtype={spec.dtype} must be inexact, such as jnp.float32 or jnp.bfloat16: it is the output's."

@@ -22,6 +22,7 @@ from jaxbn.core import moments as _moments
 from jaxbn.linen.modules import STATISTICS, Norm
 from jaxbn.methods.base import NormTransform, State
 from jaxbn.methods.batch_norm import BatchNormState
+from jaxbn.population.arguments import not_variables
 from jaxbn.population.layers import (
     Layer,
     LayerKind,
@@ -120,6 +121,8 @@ def capture(
     call: Call, *, mode: str | Mixture, weights: Weights | None = None, examples: bool = False
 ) -> Callable[[Any, Any], tuple[Any, Measured]]:
     """As `capture_moments`, with the kind of each layer, and the moments of the means of the examples."""
+    if isinstance(call, nn.Module) and call.scope is None:
+        raise TypeError(f"`call` is a module, {type(call).__name__}: pass a function of (variables, batch): net.apply.")
 
     def captured(variables: Any, batch: Any) -> tuple[Any, Measured]:
         variables = flax.core.unfreeze(variables)
@@ -144,6 +147,7 @@ def capture(
 
 def find_states(variables: Mapping[str, Any]) -> dict[str, State]:
     """The state of every normalization layer by its path."""
+    check_variables(variables)
     flat = flax.traverse_util.flatten_dict(flax.core.unfreeze(variables.get(STATISTICS, {})))
     parents = dict.fromkeys(path[:-1] for path in flat if path[-1] == "mean" and (*path[:-1], "var") in flat)
     states = {
@@ -156,6 +160,12 @@ def find_states(variables: Mapping[str, Any]) -> dict[str, State]:
             f"collections given are {sorted(variables)}. Pass all the variables of the model, not its params alone."
         )
     return states
+
+
+def check_variables(variables: Any) -> None:
+    """Raises a TypeError for anything but a dict of variables."""
+    if not isinstance(variables, Mapping):
+        raise not_variables(variables)
 
 
 def with_leaves(variables: dict[str, Any], name: str, leaves: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
-from jaxbn.linen.capture import Call, capture, find_states
+from jaxbn.linen.capture import Call, capture, check_variables, find_states
 from jaxbn.population import diagnose as _diagnose
 from jaxbn.population.compiled import Recipe
 from jaxbn.population.diagnosis import Diagnosis
@@ -61,6 +61,7 @@ def diagnose(
         variance of the means of the examples, with Bonferroni's correction for channels and layers.
     """
     _diagnose.check_bounds(r_max, d_max)
+    check_variables(variables)
     seen = observe(Recipe(_looking, (call, weights)), variables, batches, progress=progress)
     return _diagnose.diagnose(seen, find_states(variables), r_max=r_max, d_max=d_max)
 

@@ -13,7 +13,7 @@ from flax.linen.dtypes import promote_dtype
 from jaxbn.core import dataflow as _dataflow
 from jaxbn.core import fold as _fold
 from jaxbn.core.harvest import over_arrays
-from jaxbn.linen.capture import Call, find_states, is_call_of_layer, keys
+from jaxbn.linen.capture import Call, check_variables, find_states, is_call_of_layer, keys
 from jaxbn.linen.kernels import MapKernel
 from jaxbn.linen.modules import STATISTICS, Norm
 from jaxbn.methods.base import NormTransform
@@ -98,6 +98,7 @@ def fold(call: Call, variables: Any, example: Any, *, tolerance: float | None = 
         section 3.2, equation 14.
     """
     given = variables.variables if isinstance(variables, Frozen) else variables
+    check_variables(given)
     given = flax.core.meta.unbox(flax.core.unfreeze(given))
     found = _follow(call, given, example)
     plan = _folding.make_plan(found.flow, found.norms, found.layers, found.values, list(find_states(given)))

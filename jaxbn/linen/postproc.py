@@ -9,7 +9,7 @@ from jax.typing import ArrayLike
 
 from jaxbn.core.averaging import Averaging
 from jaxbn.core.moments import Moments
-from jaxbn.linen.capture import Call, capture, find_states, keys
+from jaxbn.linen.capture import Call, capture, check_variables, find_states, keys
 from jaxbn.linen.modules import STATISTICS
 from jaxbn.methods.base import NormTransform, State
 from jaxbn.population import postproc as _postproc
@@ -96,6 +96,7 @@ def postproc(
         Ioffe & Szegedy, `Batch Normalization <https://arxiv.org/abs/1502.03167>`_, 2015, Algorithm 2, steps 7-12;
         Wu & Johnson, `Rethinking "Batch" in BatchNorm <https://arxiv.org/abs/2105.07576>`_, 2021, section 3.
     """
+    check_variables(variables)
     return _postproc.postproc(
         _postproc.Host(
             measure=lambda mode: Recipe(_measure, (call, weights), (mode,)),

@@ -18,7 +18,7 @@ from jaxbn.linen.modules import STATISTICS
 from jaxbn.linen.postproc import install_moments
 from jaxbn.population import estimate as _estimate
 from jaxbn.population.estimate import Pass
-from jaxbn.population.estimators import Estimator, pooled
+from jaxbn.population.estimators import Estimator, check_estimator, pooled
 from jaxbn.population.frozen import RUNNING, Frozen, copied, make_info
 from jaxbn.population.layers import LayerKind, Measured, check_synchronized, merged
 from jaxbn.population.report import Report, report
@@ -98,6 +98,7 @@ def make_steps(
         LayerInfo(method='batch_norm', epsilon=1e-05, estimator='pooled', rows=320.0)
     """
     _check_takes_train(model)
+    check_estimator(estimator)
 
     def init(rng: jax.Array, batch: Any) -> TrainState:
         variables = flax.core.unfreeze(model.init(rng, *arguments(inputs, batch), train=True))

@@ -63,7 +63,7 @@ def batch_norm(
     Args:
         momentum: Weight of the OLD running value, in [0, 1). PyTorch's momentum is one minus this. None: training
             keeps no running average, and the statistics come from a postproc pass (Method TWO). Or an average made by
-            `constant`, `scheduled`, `cumulative` or `horizon`.
+            `constant`, `scheduled`, `cumulative` or `horizon`; `constant` says how exact float32 averages are.
         epsilon: Added to the variance; not negative.
         axis: Feature axis of `x`, or several.
         dtype: Of the output. None: what x, scale, bias and residual promote to.
@@ -79,7 +79,8 @@ def batch_norm(
         allow_single_value: Accept one value per channel in training, which is an error otherwise: its output is the
             bias, and no gradient passes.
         autodiff: Use JAX's own derivative instead of the hand-written one: same numbers, more memory, and forward
-            mode works.
+            mode works. Without it JAX says of `jax.jvp` and `jax.jacfwd` that they cannot be applied to a custom_vjp
+            function, or that there is no differentiation rule for 'custom_lin'.
 
     Returns:
         A `NormTransform` with state `BatchNormState` and params `NormParams`.

@@ -20,6 +20,7 @@ from jaxbn.core import moments as _moments
 from jaxbn.methods.base import NormTransform, State
 from jaxbn.methods.batch_norm import BatchNormState
 from jaxbn.nnx.modules import Norm
+from jaxbn.population.arguments import not_a_model
 from jaxbn.population.layers import (
     Layer,
     LayerKind,
@@ -121,6 +122,7 @@ def run_model(model: Any, batch: Any) -> Any:
 
 def find_layers(model: Any) -> dict[str, Any]:
     """Every normalization layer by its path."""
+    check_model(model)
     found = {
         "/".join(map(str, path)): module
         for path, module in nnx.iter_modules(model)
@@ -129,6 +131,12 @@ def find_layers(model: Any) -> dict[str, Any]:
     if not found:
         raise ValueError("There is no normalization layer, of jaxbn.nnx or flax.nnx.BatchNorm, in this model.")
     return {path: found[path] for path in sorted(found, key=natural)}
+
+
+def check_model(model: Any) -> None:
+    """Raises a TypeError for anything that holds no NNX module."""
+    if isinstance(model, type) or next(nnx.iter_modules(model), None) is None:
+        raise not_a_model(model)
 
 
 def find_states(model: Any) -> dict[str, State]:

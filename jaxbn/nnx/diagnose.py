@@ -5,7 +5,7 @@ from typing import Any
 
 from flax import nnx
 
-from jaxbn.nnx.capture import Call, capture, find_states, run_model
+from jaxbn.nnx.capture import Call, capture, check_model, find_states, run_model
 from jaxbn.population import diagnose as _diagnose
 from jaxbn.population.compiled import Recipe
 from jaxbn.population.diagnosis import Diagnosis
@@ -52,6 +52,7 @@ def diagnose(
         'Run postproc, or let training update the running averages.'
     """
     _diagnose.check_bounds(r_max, d_max)
+    check_model(model)
     graphdef, state = nnx.split(model)
     look = Recipe(_looking, (run_model if call is None else call, weights), (graphdef,))
     seen = observe(look, state, batches, progress=progress)

@@ -16,6 +16,7 @@ from jaxbn.core.harvest import over_arrays
 from jaxbn.methods.base import NormParams, NormTransform
 from jaxbn.nnx.capture import (
     Call,
+    check_model,
     find_layers,
     is_frozen,
     run_model,
@@ -73,6 +74,7 @@ def fold(
         {'layers': {0: {'bias': (4,), 'kernel': (3, 3, 3, 4)}}}
     """
     call = run_model if call is None else call
+    check_model(model)
     given, folded = nnx.clone(model), nnx.clone(model)
     for copy in (given, folded):
         copy.eval()  # type: ignore[attr-defined]  # as all models have

@@ -164,7 +164,7 @@ class Norm(nnx.Module):
             use_running_average: True: normalize with the stored statistics. False: with those of the batch, and move
                 the stored ones. None: as the attribute says, which `train()`, `eval()` and `nnx.view` set.
             mask: Booleans or real weights, broadcastable to `x`, of the values from which statistics are computed; in
-                training alone.
+                training alone. Of rows `[N, 1]`: one of lower rank that fits the leading axes as well is an error.
             residual: Added to the normalized input before the activation, of the shape of `x`.
             domain: For `DomainBatchNorm` alone: the domain of each example, integers `[N]`.
 

@@ -9,7 +9,7 @@ from jax.typing import ArrayLike
 
 from jaxbn.core.moments import Moments
 from jaxbn.methods.base import State
-from jaxbn.nnx.capture import Call, capture, find_layers, find_states, method_of, run_model, transform_of
+from jaxbn.nnx.capture import Call, capture, check_model, find_layers, find_states, method_of, run_model, transform_of
 from jaxbn.population import postproc as _postproc
 from jaxbn.population.compiled import Recipe
 from jaxbn.population.estimate import Measure
@@ -89,6 +89,7 @@ def postproc(
     References:
         Ioffe & Szegedy, `Batch Normalization <https://arxiv.org/abs/1502.03167>`_, 2015, Algorithm 2, steps 7-12.
     """
+    check_model(model)
     functions, graphdef = (run_model if call is None else call, weights), nnx.graphdef(model)
     return _postproc.postproc(
         _postproc.Host(

@@ -10,12 +10,12 @@ from flax.training import train_state
 
 from jaxbn.core.devices import AxisName, make_varying, mean_over
 from jaxbn.nnx.backward import update_backward
-from jaxbn.nnx.capture import capture, find_layers, find_states, is_frozen
+from jaxbn.nnx.capture import capture, check_model, find_layers, find_states, is_frozen
 from jaxbn.nnx.freeze import find_kinds, install_frozen, to_variables
 from jaxbn.nnx.postproc import install_moments
 from jaxbn.population import estimate as _estimate
 from jaxbn.population.estimate import Pass
-from jaxbn.population.estimators import Estimator, pooled
+from jaxbn.population.estimators import Estimator, check_estimator, pooled
 from jaxbn.population.frozen import RUNNING, Frozen, make_info
 from jaxbn.population.layers import Measured, check_synchronized, merged
 from jaxbn.population.report import Report, report
@@ -86,6 +86,8 @@ def make_steps(
         >>> frozen.info.layer("layers/0")
         LayerInfo(method='batch_norm', epsilon=1e-05, estimator='pooled', rows=320.0)
     """
+    check_estimator(estimator)
+    check_model(model)
     start_from = nnx.clone(model)
     nnx.pop(start_from, nnx.Intermediate)
     training, evaluating = _mode_of(start_from, "train"), _mode_of(start_from, "eval")

@@ -23,11 +23,11 @@ def check_bounds(r_max: float, d_max: float) -> None:
 
 def diagnose(seen: Sequence[Seen], states: Mapping[str, Any], *, r_max: float, d_max: float) -> Diagnosis:
     """What the batches say about a model whose layers have these statistics."""
-    good = [one for one in seen if one.is_finite]
+    good = [one for one in seen if one.is_finite and not one.is_empty]
     if len(good) < 2:
         raise ValueError(
-            f"There were {len(seen)} batches, {len(good)} of them finite; a diagnosis compares batches. Give it two or "
-            f"more, and ten or more for a sharp one."
+            f"There were {len(seen)} batches, {len(good)} of them finite and not empty; a diagnosis compares "
+            f"batches. Give it two or more, and ten or more for a sharp one."
         )
     kinds, first = dict(good[0].trained.kinds), good[0].trained
     layers, pairs, held = {}, {}, first.held if first.is_mixed else ()

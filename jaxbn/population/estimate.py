@@ -17,6 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxbn.core.devices import mesh_of, replicate, spread
+from jaxbn.population.batches import check_batch
 from jaxbn.population.compiled import Recipe, compiled
 from jaxbn.population.estimators import Estimator, Layers
 from jaxbn.population.layers import LayerKind, Measured
@@ -81,6 +82,7 @@ def stages(
     check = _FIRST_CHECK
     with contextlib.closing(track(batches, title, progress)) as tracked:
         for seen, batch in enumerate(tracked, 1):
+            check_batch(batch, seen - 1)
             batch = batch if mesh is None else spread(batch, mesh)
             if state is None:
                 state = earlier = start(compiled(measure), model, batch, estimator=estimator)

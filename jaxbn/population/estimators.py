@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxbn.core import compensated as _compensated
-from jaxbn.core.averaging import INITIAL_MEAN, INITIAL_VAR
+from jaxbn.core.averaging import INITIAL_MEAN, INITIAL_VAR, Averaging
 from jaxbn.core.compensated import Accumulator
 from jaxbn.core.moments import Moments, bessel
 from jaxbn.population import spread as _spread
@@ -33,6 +33,16 @@ class Estimator(NamedTuple):
     finalize: Callable[[Any], Layers]  # count, mean and m2 = count * var of the population
     # -> the standard errors of mean and var, on the host; None where the last batches weigh more than those before
     errors: Callable[[Any], dict[str, Errors]] | None = None
+
+
+def check_estimator(estimator: Any) -> None:
+    """Raises a TypeError for what is no estimator."""
+    if isinstance(estimator, Estimator):
+        return
+    fix = "Give jaxbn.pooled(), jaxbn.mean_of_batches() or jaxbn.moving_average(decay=0.9)."
+    if isinstance(estimator, Averaging):
+        fix = f"It is an average for `momentum` of a layer, over the steps of training. {fix}"
+    raise TypeError(f"estimator={estimator!r} is no estimator of population statistics. {fix}")
 
 
 class _Pooled(NamedTuple):

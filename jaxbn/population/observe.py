@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxbn.core.moments import Moments
+from jaxbn.population.batches import check_batch
 from jaxbn.population.compiled import Recipe, compiled
 from jaxbn.population.layers import HEEDED, Measured, count_examples
 from jaxbn.population.progress import track
@@ -40,6 +41,11 @@ class Seen(NamedTuple):
         """Whether no layer saw NaN or infinity in training."""
         return all(np.isfinite(part).all() for moments in self.trained.moments.values() for part in moments)
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether there are no examples in it."""
+        return bool(self.rows == 0)
+
 
 # (model, batch) -> Seen
 Look = Callable[[Any, Any], Seen]
@@ -63,7 +69,8 @@ def observe(look: Recipe, model: Any, batches: Iterable[Any], *, progress: bool 
     program = compiled(look)
     seen: list[Seen] = []
     under_way: collections.deque[Seen] = collections.deque()
-    for batch in track(batches, "Diagnosing", progress):
+    for number, batch in enumerate(track(batches, "Diagnosing", progress)):
+        check_batch(batch, number)
         under_way.append(program(model, batch))
         if len(under_way) > _IN_FLIGHT:
             seen.append(jax.device_get(under_way.popleft()))
@@ -187,7 +194,8 @@ class Spread(NamedTuple):
 def _gap(trained: Any, evaluated: Any) -> jax.Array:
     sums = [jnp.zeros((2, 0))]
     for a, b in zip(jax.tree.leaves(trained), jax.tree.leaves(evaluated), strict=True):
-        if jnp.issubdtype(jnp.result_type(a), jnp.floating) and jnp.size(a):
+        if jnp.issubdtype(jnp.result_type(a), jnp.floating):
             a, b = jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32)
-            sums.append(jnp.stack([jnp.square(a - b).sum(), jnp.square(a - a.mean()).sum()])[:, None])
+            middle = a.sum() / max(a.size, 1)
+            sums.append(jnp.stack([jnp.square(a - b).sum(), jnp.square(a - middle).sum()])[:, None])
     return jnp.concatenate(sums, axis=1)

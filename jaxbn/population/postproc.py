@@ -16,7 +16,7 @@ from jaxbn.population import estimate as _estimate
 from jaxbn.population import processes as _processes
 from jaxbn.population.compiled import Recipe
 from jaxbn.population.estimate import Pass
-from jaxbn.population.estimators import Estimator, Layers
+from jaxbn.population.estimators import Estimator, Layers, check_estimator
 from jaxbn.population.report import Report, report
 from jaxbn.population.spread import rounding
 
@@ -97,6 +97,7 @@ def _postproc(
 
 def _check(options: Options) -> None:
     """Raises a ValueError for options that make no sense."""
+    check_estimator(options.estimator)
     if (options.max_sweeps is not None and options.max_sweeps < 1) or not options.tolerance >= 0:
         raise ValueError(
             f"max_sweeps={options.max_sweeps} must be positive, and tolerance={options.tolerance} not negative."

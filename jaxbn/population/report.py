@@ -252,6 +252,11 @@ def report(
     change = None if changes is None else max(changes.values())
     made = Report(estimator.name, int(done.batches), layers, skipped=int(done.skipped), change=change, **about)
     if len(made.not_reached) == len(made.layers):
+        if done.kinds:
+            raise ValueError(
+                f"No value was counted in the {int(done.batches)} batches: they have no rows, or masks or weights that "
+                f"are 0 throughout. Leave empty batches out."
+            )
         raise ValueError(
             f"No batch went through a normalization layer of this model; it has "
             f"{', '.join(map(repr, made.layers))}. Does `call` run the model that it is given?"
