@@ -210,6 +210,7 @@ def test_no_gradient_flows_through_the_state(case, x):
         np.testing.assert_array_equal(gradient, np.zeros_like(gradient))
 
 
+@pytest.mark.sample(every=2)
 @every_case
 def test_masked_batch_is_the_batch_of_valid_rows(case, x):
     transform, params, state = started(case)
@@ -287,7 +288,7 @@ def test_statistics_that_are_not_finite_stay_out_of_the_state(case, x, bad):
         assert moved.all()
 
 
-@pytest.mark.sample(every=3)
+@pytest.mark.sample(every=5)
 @every_case_and("way", WAYS, few=["jit", "shard_map"], slow=SLOW_WAYS)
 def test_devices_equal_one_device(case, way, x, target, rng):
     """Outputs, statistics and gradients, with unequal masks and a shard without a valid position."""
@@ -398,6 +399,7 @@ def test_nnx_is_the_core(case, x, dtype):
     chex.assert_trees_all_equal(module.state, found[1])
 
 
+@pytest.mark.sample(every=3)
 @every_case
 def test_vmap_is_a_loop(case, x):
     transform, params, state = started(case)

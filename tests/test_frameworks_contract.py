@@ -157,6 +157,7 @@ def row(request):
     return ROWS_OF[request.param]()
 
 
+@pytest.mark.sample(every=3)
 @pytest.mark.parametrize("which", [0, 1], ids=["linen", "nnx"])
 def test_statistics(row, which):
     """Variables, training, capture, the pass, install_moments, move_averages, and the way back."""
@@ -195,6 +196,7 @@ def test_statistics(row, which):
     assert_state(framework.variables(averaged), trained if move is None else move(trained, twice, 2 * ROWS))
 
 
+@pytest.mark.sample(every=3)
 @pytest.mark.parametrize("which", [0, 1], ids=["linen", "nnx"])
 def test_evaluation(row, which):
     """freeze, summary, fold or its refusal, freeze_layers, adapt and diagnose."""

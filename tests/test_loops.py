@@ -156,6 +156,7 @@ ENTRIES = {
 SLOW = {"capture as called", "diagnose"}
 
 
+@pytest.mark.sample(every=5)
 @pytest.mark.parametrize("framework", [Linen, NNX], ids=["linen", "nnx"])
 @pytest.mark.parametrize("loop", LOOPS)
 @pytest.mark.parametrize("entry", [pytest.param(e, marks=pytest.mark.slow) if e in SLOW else e for e in ENTRIES])

@@ -182,6 +182,7 @@ def in_float64(name):
     return stack
 
 
+@pytest.mark.sample(every=2)
 @every_layer(FAST)
 def test_gradients_flow_through_the_statistics_of_the_batch(framework, name):
     with in_float64(name):

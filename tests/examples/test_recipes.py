@@ -157,6 +157,7 @@ def test_another_domain_is_seen_with_its_own_statistics(run, shared, data, varia
     assert [number for (number,) in printed] == [round(value, 3) for value in found.values()]
 
 
+@pytest.mark.slow
 def test_estimates_before_an_evaluation_leave_the_training_as_it_is(run, shared, data):
     recipe = importlib.import_module("estimate_before_evaluation")
     _, held_out = shared.load()

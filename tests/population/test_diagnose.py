@@ -203,6 +203,7 @@ def test_text_dict_and_picture_of_small_and_large_networks(tmp_path):
         figure.savefig(tmp_path / "diagnosis.png")
 
 
+@pytest.mark.sample(every=2)
 @every_host
 def test_batches_that_do_not_say_which_axis_is_that_of_the_examples(host, rng):
     """All that needs the examples is unknown, in all batches or in some; the rest is as ever."""

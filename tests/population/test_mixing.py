@@ -252,6 +252,7 @@ def test_devices_equal_one_device(way):
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.sample(every=2)
 @pytest.mark.parametrize("way", ["shard_map", "shard_map unchecked", "pmap"])
 def test_layers_that_synchronize_mix_with_the_statistics_of_all_devices(way):
     class Net(nn.Module):

@@ -136,6 +136,7 @@ def test_a_layer_downstream_of_itself_is_swept_until_it_settles(data):
     np.testing.assert_allclose(first["var"], second["var"], rtol=1e-4)
 
 
+@pytest.mark.sample(every=2)
 @every_host
 def test_batches_that_cannot_be_read_again_are_refused_before_the_first(host, data):
     model, read = Model(host), []
@@ -173,7 +174,7 @@ def filled(batches, size):
     return [np.concatenate([b, np.full((size - len(b), b.shape[1]), np.nan, np.float32)]) for b in batches]
 
 
-@pytest.mark.sample(every=3)
+@pytest.mark.sample(every=4)
 @every_host
 @pytest.mark.parametrize("consistent, devices", [(False, None), (True, mesh())], ids=["once", "consistent, 8 devices"])
 def test_examples_of_weight_0_are_as_if_they_were_not_there(host, consistent, devices, data):

@@ -50,6 +50,7 @@ def pairs_of(offset):
     return pairs + np.float32([[0], [offset]])[None, None]
 
 
+@pytest.mark.sample(every=3)
 @pytest.mark.parametrize(
     ("framework", "how", "offset", "expected"),
     [
