@@ -27,6 +27,8 @@ _AS_BYTES = {"uint2", "uint4", "float8_e4m3"}
 def store(step: Path, leaves: Sequence[Any]) -> None:
     """Every process its shards of the arrays; nothing of those that are empty."""
     stored = {str(i): _to_bytes(leaf) for i, leaf in enumerate(leaves) if leaf.size}
+    if not stored:  # which orbax refuses
+        return
     with _checkpointer() as checkpointer:
         checkpointer.save(step / _FOLDER, args=ocp.args.PyTreeSave(stored))
 
@@ -39,8 +41,10 @@ def restore(step: Path, named: Sequence[tuple[Any, Any]], shardings: Sequence[An
         for i, ((_, leaf), sharding) in enumerate(zip(named, shardings, strict=True))
         if leaf.size
     }
-    with _checkpointer() as checkpointer:
-        stored = checkpointer.restore(step / _FOLDER, args=ocp.args.PyTreeRestore(restore_args=arguments))
+    stored = {}
+    if arguments:
+        with _checkpointer() as checkpointer:
+            stored = checkpointer.restore(step / _FOLDER, args=ocp.args.PyTreeRestore(restore_args=arguments))
     arrays = []
     for i, ((path, leaf), sharding) in enumerate(zip(named, shardings, strict=True)):
         array = _from_bytes(stored[str(i)], leaf) if leaf.size else np.zeros(leaf.shape, leaf.dtype)
@@ -64,7 +68,9 @@ def check(step: Path, leaves: Sequence[Any], sizes: Mapping[str, int]) -> None:
     for name in sizes.keys() - wanted.keys():
         if not name.endswith("/.zarray") and not _OWN.fullmatch(name.removeprefix(f"{_FOLDER}/")):
             raise ValueError(f"{step / name} belongs to no array of the network.")
-    _check_tree(_read(step, f"{_FOLDER}/_METADATA", sizes), [str(i) for i, leaf in enumerate(leaves) if leaf.size])
+    names = [str(i) for i, leaf in enumerate(leaves) if leaf.size]
+    if names:
+        _check_tree(_read(step, f"{_FOLDER}/_METADATA", sizes), names)
 
 
 def _files_of(step: Path, name: str, leaf: Any, sizes: Mapping[str, int]) -> dict[str, int]:

@@ -76,6 +76,16 @@ def test_trees_in_a_folder(tmp_path):
     check("save_sharded", range(6), tmp_path)
 
 
+@pytest.mark.parametrize("name", ["save", "save_sharded"])
+def test_trees_without_a_number(name, tmp_path):
+    for i, variables in enumerate(
+        [{}, {"params": {}, "more": [(), None]}, {"params": {"a": np.ones((0, 3), np.int8)}}]
+    ):
+        getattr(jaxbn.serving, name)(tmp_path / f"{i}", jaxbn.Frozen(variables, INFO))
+        found = getattr(jaxbn.serving, name.replace("save", "load"))(tmp_path / f"{i}")
+        assert_same(found.variables, variables)
+
+
 @pytest.mark.slow
 def test_more_trees_in_a_folder(tmp_path):
     check("save_sharded", range(6, 100), tmp_path)
