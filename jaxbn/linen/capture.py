@@ -23,6 +23,7 @@ from jaxbn.linen.modules import STATISTICS, Norm
 from jaxbn.methods.base import NormTransform, State
 from jaxbn.methods.batch_norm import BatchNormState
 from jaxbn.population.arguments import not_variables
+from jaxbn.population.layer_paths import keyed
 from jaxbn.population.layers import (
     Layer,
     LayerKind,
@@ -112,7 +113,7 @@ def capture_moments(
 
     def captured(variables: Any, batch: Any) -> tuple[Any, dict[str, _moments.Moments]]:
         outputs, found = capturing(variables, batch)
-        return outputs, found.moments
+        return outputs, keyed(found.moments, dict(found.kinds))
 
     return captured
 

@@ -61,7 +61,7 @@ def convert_norms(variables: Any, like: Any) -> dict[str, Any]:
             value = fitting("/".join(path), meta.unbox(given[source]), meta.unbox(leaf), copies=path[1:-1] in layers)
             leaf = meta.replace_boxed(leaf, value)
         converted[path] = leaf
-    unused = ["/".join(path) for path in sources.values() if not _is_optional(path, old)]
+    unused = ["/".join(path) for path in sources.values() if path[0] != STATISTICS or not _is_optional(path, old)]
     if unused:
         raise ValueError(f"{', '.join(map(repr, unused))} of the variables have no counterpart in `like`.")
     return flax.traverse_util.unflatten_dict(converted)

@@ -20,9 +20,10 @@ from jaxbn.population.methods import (
     REQUIRED,
     Method,
     arguments_of,
-    defaults_of,
+    check_leaves,
     defaults_that_differ,
     evaluate,
+    inherited_defaults,
     operands_for,
 )
 
@@ -66,11 +67,11 @@ class Norm(nn.Module):
 
     def __init_subclass__(cls, **options: Any) -> None:
         """Makes fields of the arguments of the method, as far as the class does not declare them itself."""
-        declared, base = inspect.get_annotations(cls), cls.__mro__[1]
-        differing = defaults_that_differ(cls.factory, base) if "factory" in vars(cls) else {}
+        declared, inherited = inspect.get_annotations(cls), inherited_defaults(cls.__mro__[1:])
+        differing = defaults_that_differ(cls.factory, cls) if "factory" in vars(cls) else {}
         for name, default in differing.items():
             if name not in declared:
-                new = {"kw_only": True} if name not in defaults_of(base) else {}
+                new = {} if name in inherited else {"kw_only": True}
                 setattr(cls, name, dataclasses.field(**new | ({} if default is REQUIRED else {"default": default})))
                 declared = declared | {name: Any}
         if differing:
@@ -120,6 +121,8 @@ class Norm(nn.Module):
         x = jnp.asarray(x)
         initial = jax.eval_shape(self._initialize, x)  # the values are for variables that are not there yet
         variables, state = self._load_state(x, initial.state)
+        initializers = {"scale_init": self.scale_init, "bias_init": self.bias_init}
+        check_leaves(self, Norm, self.factory, initial.params, initial.state, initializers)
         params = self._load_params(x, initial.params)
         arguments = {"mask": mask, "residual": residual, "domain": domain}
         starting = self.is_initializing()  # with an example of any size, on one device, that changes no statistics

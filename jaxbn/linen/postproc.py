@@ -16,8 +16,9 @@ from jaxbn.population import postproc as _postproc
 from jaxbn.population.compiled import Recipe
 from jaxbn.population.estimate import Measure
 from jaxbn.population.estimators import Estimator, pooled
+from jaxbn.population.layer_paths import averaging_method, method_at
 from jaxbn.population.layers import Measured, Weights, checked
-from jaxbn.population.methods import averaging_method, method_at, state_of
+from jaxbn.population.methods import state_of
 from jaxbn.population.report import Report
 
 

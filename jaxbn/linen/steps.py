@@ -1,5 +1,6 @@
 """Training, postproc and evaluation of a linen model as pure functions: a page to read, and to copy from."""
 
+import dataclasses
 import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -143,6 +144,7 @@ def make_steps(
         variables = copied(state.variables)  # the next train_step may be given the state's memory
         made = None
         if acc is not None:
+            acc = dataclasses.replace(acc, kinds=state.kinds)  # one that was saved has lost the methods of the layers
             old, moments = find_states(variables), _estimate.finish(acc, estimator=estimator)
             variables = install_moments(variables, moments)
             made = report(estimator, acc, moments, old, find_states(variables))

@@ -21,6 +21,7 @@ from jaxbn.methods.base import NormTransform, State
 from jaxbn.methods.batch_norm import BatchNormState
 from jaxbn.nnx.modules import Norm
 from jaxbn.population.arguments import not_a_model
+from jaxbn.population.layer_paths import keyed
 from jaxbn.population.layers import (
     Layer,
     LayerKind,
@@ -89,7 +90,7 @@ def capture_moments(
 
     def captured(model: Any, batch: Any) -> tuple[Any, dict[str, _moments.Moments]]:
         outputs, found = capturing(model, batch)
-        return outputs, found.moments
+        return outputs, keyed(found.moments, dict(found.kinds))
 
     return captured
 

@@ -44,7 +44,7 @@ def convert_norms(model: Any, like: Any) -> Any:
         if source is not None and takes_over(str(path[-1]), old.get(layer, ()), new.get(layer, ())):
             given_value, value = jnp.asarray(source[...]), jnp.asarray(variable[...])
             variable[...] = fitting(name, given_value, value, copies=layer in new)
-    unused = ["/".join(map(str, path)) for path in given if not _is_optional(path, old)]
+    unused = ["/".join(map(str, path)) for path in given if path[-1] not in old.get(path[:-1], set()) - set(POPULATION)]
     if unused:
         raise ValueError(f"{', '.join(map(repr, unused))} of the model as it was have no counterpart in `like`.")
     return converted

@@ -1,5 +1,6 @@
 """Normalization layers for flax.nnx: fields and variables. What they compute is in jaxbn.methods."""
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -22,6 +23,7 @@ from jaxbn.population.methods import (
     REQUIRED,
     Method,
     arguments_of,
+    check_leaves,
     defaults_that_differ,
     evaluate,
     fields_of,
@@ -29,6 +31,7 @@ from jaxbn.population.methods import (
 )
 
 _ZEROS, _ONES = zeros_init(), ones_init()
+_KINDS = ("init", "metadata")
 _MISSING_FLAG = (
     "No `use_running_average` argument was provided to {name}. Pass it to the constructor, as in "
     "{name}(..., use_running_average=True); or to the call, as in layer(x, use_running_average=True); or use "
@@ -105,12 +108,18 @@ class Norm(nnx.Module):
                 setattr(self, name, value)
 
         params, state = self._initialize()
+        initializers = {"scale": (scale_init, scale_metadata), "bias": (bias_init, bias_metadata)}
+        fields = {
+            f"{name}_{kind}": part
+            for name, given in initializers.items()
+            for kind, part in zip(_KINDS, given, strict=True)
+        }
+        check_leaves(self, Norm, self._factory, params, state, fields)
         for name, leaf in state._asdict().items():
             if leaf is not None:
                 setattr(self, name, nnx.BatchStat(leaf))
         self.scale: nnx.Param[jax.Array] | None = nnx.data(None)
         self.bias: nnx.Param[jax.Array] | None = nnx.data(None)
-        initializers = {"scale": (scale_init, scale_metadata), "bias": (bias_init, bias_metadata)}
         for name, leaf in params._asdict().items():
             if leaf is not None and name in initializers:
                 initializer, metadata = initializers[name]
@@ -197,8 +206,14 @@ def _set_defaults(cls: Any, defaults: Mapping[str, Any]) -> None:
     inherited = cls.__init__
 
     def __init__(self: Any, num_features: int | Sequence[int], **given: Any) -> None:
-        inherited(self, num_features, **{**defaults, **given})
+        of_method = fields_of(self._factory)  # of a subclass, perhaps, which is of another method
+        inherited(self, num_features, **{n: value for n, value in defaults.items() if n in of_method} | given)
 
+    *known, others = inspect.signature(inherited).parameters.values()
+    named = {parameter.name: parameter for parameter in known}
+    added = {name: inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in defaults.keys() - named.keys()}
+    shown = [p.replace(default=defaults.get(name, p.default)) for name, p in (named | added).items()]
+    __init__.__signature__ = inspect.Signature([*shown, others])  # type: ignore[attr-defined]  # what inspect reads
     cls.__init__ = __init__
 
 

@@ -14,8 +14,8 @@ from jaxbn.population import postproc as _postproc
 from jaxbn.population.compiled import Recipe
 from jaxbn.population.estimate import Measure
 from jaxbn.population.estimators import Estimator, pooled
+from jaxbn.population.layer_paths import AS_THEY_ARE, LayerPath
 from jaxbn.population.layers import Measured, Weights, checked
-from jaxbn.population.methods import AS_THEY_ARE, LayerPath
 from jaxbn.population.report import Report
 
 

@@ -20,6 +20,7 @@ from jaxbn.core.devices import mesh_of, replicate, spread
 from jaxbn.population.batches import check_batch
 from jaxbn.population.compiled import Recipe, compiled
 from jaxbn.population.estimators import Estimator, Layers
+from jaxbn.population.layer_paths import keyed
 from jaxbn.population.layers import LayerKind, Measured
 from jaxbn.population.progress import track
 from jaxbn.population.spread import relative
@@ -163,7 +164,11 @@ def check_finite(state: Pass) -> None:
 
 
 def finish(state: Pass, *, estimator: Estimator, skip_nonfinite: bool = False) -> Layers:
-    """The moments to install; a ValueError if there are none, or the moments of a batch were not finite."""
+    """The moments to install, under keys that know the methods of the layers.
+
+    Raises:
+        ValueError: If there are none, or the moments of a batch were not finite.
+    """
     if state.batches.ndim:
         raise ValueError(
             f"The accumulator has a leading axis, {state.batches.shape}: it is replicated. Pass one of the replicas, "
@@ -173,7 +178,10 @@ def finish(state: Pass, *, estimator: Estimator, skip_nonfinite: bool = False) -
         raise ValueError("The accumulator has seen no batch: call postproc_step on each batch first.")
     if not skip_nonfinite or state.skipped == state.batches:
         check_finite(state)
-    return estimator.finalize(state.estimate)
+    moments = estimator.finalize(state.estimate)
+    # The first batch tells the methods; a layer that only later ones reached is installed by what its statistics tell.
+    later = [path for path, part in moments.items() if np.any(np.asarray(part.count) > 0)]
+    return keyed(moments, [*later, *dict(state.kinds)])
 
 
 def is_certain(state: Pass, bound: float | None, *, estimator: Estimator) -> bool:

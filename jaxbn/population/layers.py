@@ -19,7 +19,8 @@ from jaxbn.core import records as _records
 from jaxbn.core.moments import Moments
 from jaxbn.core.normalize import statistics_of_input, without_padding
 from jaxbn.methods.base import State
-from jaxbn.population.methods import Method, as_key
+from jaxbn.population.layer_paths import as_key
+from jaxbn.population.methods import Method, name_of
 from jaxbn.population.mixing import CalledNorm, Mixture, as_prior, normalize_mixed
 
 # What layers normalize with while they are measured: the statistics of their batch, the stored ones, or as they are
@@ -49,7 +50,7 @@ class LayerKind(NamedTuple):
     def of(cls, method: Method) -> "LayerKind":
         """The kind of a layer of this method."""
         epsilon = method.keywords.get("epsilon")
-        return cls(method.func.__name__, None if epsilon is None or _calls.is_tracer(epsilon) else float(epsilon))
+        return cls(name_of(method), None if epsilon is None or _calls.is_tracer(epsilon) else float(epsilon))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +91,8 @@ class Measured:
 
     moments: dict[str, Moments]  # of every layer, by path; of count 0 where it was not reached
     examples: dict[str, Moments]  # over the examples of their means, where they were asked for; also 0 where unknown
-    kinds: tuple[tuple[str, LayerKind], ...] = dataclasses.field(metadata={"static": True})  # of those reached
+    # Of those reached, under paths that know the method.
+    kinds: tuple[tuple[str, LayerKind], ...] = dataclasses.field(metadata={"static": True})
     # Where examples were asked for: of layers that are called several times each call by itself, [K, *shape].
     calls: dict[str, Moments] = dataclasses.field(default_factory=dict)
     # Of the layers reached, those which the model asks for their stored statistics in each call.
@@ -109,10 +111,10 @@ def measured(records: Sequence[_records.Record], whole: Mapping[Layer, jax.Array
     by_layer = _records.by_layer(record for record in records if cast(Layer, record.layer).examples is None)
     reached = {layer.path: [cast(Layer, record.layer) for record in group] for layer, group in by_layer.items()}
     methods = {path: method for path, group in reached.items() if (method := group[-1].method) is not None}
-    kinds = {path: LayerKind.of(method) for path, method in methods.items()}
+    kinds = {as_key(path, method): LayerKind.of(method) for path, method in methods.items()}
     apart = {layer: _records.by_call(group, layer.size) for layer, group in by_layer.items()} if calls else {}
     return Measured(
-        moments={as_key(layer.path, methods.get(layer.path)): layer.moments_from(collected) for layer in values},
+        moments={layer.path: layer.moments_from(collected) for layer in values},
         examples={layer.path: layer.moments_from({} if layer.examples is None else collected) for layer in whole},
         kinds=tuple(kinds.items()),
         calls={

@@ -1,4 +1,4 @@
-"""How the layers of both frameworks carry a method: its fields, its operands, its variables, and who knows it.
+"""How the layers of both frameworks carry a method: its fields, its operands, its variables.
 
 A method may have hyper-parameters, parameters and statistics that no other has. They are the arguments of its factory,
 and the leaves of the NamedTuples that its `init` gives, so the layers need no word on them. A field or an operand that
@@ -13,47 +13,13 @@ from typing import Any, cast
 import jax
 from jax.typing import ArrayLike
 
-from jaxbn.core import calls as _calls
 from jaxbn.methods.base import NormTransform, State
-from jaxbn.methods.batch_norm import BatchNormState, batch_norm
-from jaxbn.methods.batch_renorm import BatchRenormState, batch_renorm
-from jaxbn.methods.domain_batch_norm import DomainBatchNormState
-from jaxbn.methods.ghost_batch_norm import GhostBatchNormState
-from jaxbn.methods.moving_average_batch_norm import MovingAverageBatchNormState, moving_average_batch_norm
+from jaxbn.methods.batch_norm import batch_norm
 
 Factory = Callable[..., NormTransform]
 REQUIRED = inspect.Parameter.empty  # stands for the default of an argument that has none
 # A factory with its arguments, which makes the functions when they are needed.
 Method = functools.partial[NormTransform]
-
-# Installs means and variances as they are, as those from before a pass are put back, whatever the layer's method is.
-AS_THEY_ARE: Method = functools.partial(batch_norm)
-
-
-class LayerPath(str):
-    """The path of a layer, as a key of moments, that knows the method of the layer.
-
-    Variables of linen do not tell by which method they are used, so what is measured says it. It equals the plain path,
-    and survives whatever keeps the keys of a dict: jit, `jax.tree.map`, comprehensions. Pickled, it is a plain path.
-    """
-
-    method: Method
-
-    def __new__(cls, path: str, method: Method) -> "LayerPath":
-        """The path with a method."""
-        made = super().__new__(cls, path)
-        made.method = method
-        return made
-
-    def __reduce__(self) -> tuple[type[str], tuple[str]]:
-        return str, (str(self),)
-
-
-def as_key(path: str, method: Method | None) -> str:
-    """The path as a key of moments; a plain one for an unknown method, or one whose arguments are being traced."""
-    if method is None or any(map(_calls.is_tracer, jax.tree.leaves(method.keywords))):
-        return path
-    return LayerPath(path, method)
 
 
 @functools.cache
@@ -65,18 +31,70 @@ def fields_of(factory: Factory) -> Mapping[str, Any]:
     return (dict(fields_of(batch_norm)) if passes_on else {}) | named
 
 
+def inherited_defaults(bases: Iterable[type]) -> dict[str, Any]:
+    """The defaults of the arguments of classes of layers, the first class first."""
+    made = [vars(base)["__init__"] for base in bases if inspect.isfunction(vars(base).get("__init__"))]
+    signatures = [inspect.signature(function).parameters for function in reversed(made)]
+    return {name: parameter.default for parameters in signatures for name, parameter in parameters.items()}
+
+
 @functools.cache
 def defaults_of(cls: Hashable) -> Mapping[str, Any]:
     """The defaults of the arguments of a class of layers, those too that it passes on to its bases."""
-    bases: Any = reversed(getattr(cls, "__mro__", ()))
-    signatures = [inspect.signature(vars(base)["__init__"]) for base in bases if "__init__" in vars(base)]
-    return {name: p.default for signature in signatures for name, p in signature.parameters.items()}
+    return inherited_defaults(cast(type, cls).__mro__)
 
 
-def defaults_that_differ(factory: Factory, cls: Hashable) -> dict[str, Any]:
-    """The arguments of a factory that the class does not have, or not with this default; `REQUIRED` for no default."""
-    known = defaults_of(cls)
+def defaults_that_differ(factory: Factory, cls: type) -> dict[str, Any]:
+    """The arguments of a factory that the bases of a class do not have, or not with this default.
+
+    `REQUIRED` stands for no default.
+    """
+    known = inherited_defaults(cls.__mro__[1:])
     return {name: given for name, given in fields_of(factory).items() if name not in known or known[name] != given}
+
+
+def check_leaves(
+    layer: Any, base: type, factory: Factory, params: Any, state: State, initializers: Mapping[str, Any]
+) -> None:
+    """Checks that a layer can hold the params and the statistics of its method beside its fields.
+
+    Args:
+        layer: A layer.
+        base: The class of all layers of the framework.
+        factory: Of the method.
+        params: Of the method.
+        state: Of the method.
+        initializers: What the layer was given for one of the params, such as `scale_init`, by the name of its field.
+
+    Raises:
+        ValueError: If a name is taken, or the method does not have that param.
+    """
+    learned, statistics = params._fields, state._fields
+    for name in (*learned, *statistics):
+        if name in fields_of(factory) or hasattr(base, name) or (name in learned and name in statistics):
+            raise ValueError(
+                f"{name_of(factory)} has a parameter or a statistic {name!r}, and its layers have an argument, another "
+                f"variable or an attribute of that name, which they hold side by side. Rename it."
+            )
+    for field, given in initializers.items():
+        if field.split("_")[0] not in learned and given is not defaults_of(cast(Hashable, type(layer)))[field]:
+            raise ValueError(
+                f"{type(layer).__name__} was given {field}={given!r}, and its method {name_of(factory)} learns "
+                f"{', '.join(learned) or 'nothing'}: it would have no effect. Leave it out."
+            )
+
+
+def name_of(factory: Factory) -> str:
+    """The name of a method: that of the function where the factory is a partial of one."""
+    while isinstance(factory, functools.partial):
+        factory = factory.func
+    return getattr(factory, "__name__", type(factory).__name__)
+
+
+def _fields_of_methods(cls: type) -> set[str]:
+    """The fields of a class of layers that are arguments of a method: of batch norm's, and of those of its bases."""
+    made = [vars(base)[name] for base in cls.__mro__ for name in ("factory", "_factory") if name in vars(base)]
+    return set().union(*(fields_of(getattr(factory, "__func__", factory)) for factory in (batch_norm, *made)))
 
 
 def arguments_of(factory: Factory, layer: Any) -> dict[str, Any]:
@@ -85,13 +103,13 @@ def arguments_of(factory: Factory, layer: Any) -> dict[str, Any]:
     Raises:
         ValueError: If a field is set that the method does not take.
     """
-    taken, cls = fields_of(factory), cast(Hashable, type(layer))
-    defaults = defaults_of(cls)
-    for name in fields_of(batch_norm).keys() - taken.keys():
-        value, default = getattr(layer, name), defaults.get(name)
+    taken, defaults = fields_of(factory), defaults_of(cast(Hashable, type(layer)))
+    for name in _fields_of_methods(type(layer)) - taken.keys():
+        default = defaults.get(name)
+        value = getattr(layer, name, default)
         if value is not default and not (isinstance(value, str | int | float | tuple) and value == default):
             raise ValueError(
-                f"{type(layer).__name__} was given {name}={value!r}, and its method {factory.__name__} does not take "
+                f"{type(layer).__name__} was given {name}={value!r}, and its method {name_of(factory)} does not take "
                 f"{name}: it would have no effect. The method takes {', '.join(sorted(taken))}. Leave it out, or add "
                 f"the argument to the method."
             )
@@ -137,50 +155,3 @@ def of_stock(layer: Any, **changes: Any) -> Method:
     """The method of a layer of Flax, which is batch norm."""
     fields = {name: getattr(layer, name) for name in ("axis", "epsilon", "momentum", "use_fast_variance")}
     return Method(batch_norm, **fields | changes)
-
-
-def method_at(path: str, names: Iterable[str]) -> NormTransform:
-    """The functions of the method of a layer, by the key of its moments, or else by the names of its statistics.
-
-    Raises:
-        ValueError: If neither tells.
-    """
-    if isinstance(path, LayerPath):
-        return path.method()
-    held = set(names)
-    if held <= set(BatchNormState._fields):
-        return batch_norm()
-    if held <= set(BatchRenormState._fields):
-        return batch_renorm()
-    if held <= set(MovingAverageBatchNormState._fields):
-        return moving_average_batch_norm()
-    raise ValueError(
-        f"The statistics of {path!r} are {', '.join(sorted(held))}: they are of no method of jaxbn, and its moments do "
-        f"not say which it is, as their key is a plain string. Use the keys of the moments that capture_moments gives."
-    )
-
-
-def averaging_method(path: str, names: Iterable[str], momentum: Any) -> NormTransform:
-    """The functions by which the running averages of a layer are updated; see `jaxbn.linen.move_averages`.
-
-    Raises:
-        ValueError: If it is not known how the layer averages, or the momentum is not that of its method.
-    """
-    if isinstance(momentum, NormTransform):
-        return momentum
-    known = method_at(path, names)
-    if momentum is None:
-        if not isinstance(path, LayerPath):
-            raise ValueError(
-                f"It is not known how {path!r} averages, as the key of its moments is a plain string. Pass momentum=, "
-                f"or use the keys of the moments that capture_moments gives."
-            )
-        return known
-    _, state = jax.eval_shape(lambda: known.init(1))
-    if type(state) not in (BatchNormState, GhostBatchNormState, DomainBatchNormState):
-        raise ValueError(
-            f"momentum={momentum!r} says how batch norm averages, and the statistics of {path!r} are of another "
-            f"method, a {type(state).__name__}. Leave momentum out, for moments under the keys that capture_moments "
-            f"gives; or pass the transform of the method, such as jaxbn.batch_renorm()."
-        )
-    return batch_norm(momentum=momentum)

@@ -20,6 +20,7 @@ from jax.experimental.multihost_utils import process_allgather
 from jaxbn.core.moments import Moments
 from jaxbn.population.estimate import Pass, empty
 from jaxbn.population.estimators import Estimator
+from jaxbn.population.layer_paths import by_name
 from jaxbn.population.layers import LayerKind
 
 
@@ -173,7 +174,8 @@ def _empty_like(said: dict[str, Any], estimator: Estimator) -> Pass:
     like = {
         path: Moments(*(jnp.zeros(shape, dtype) for shape, dtype in parts)) for path, parts in said["moments"].items()
     }
-    return empty(like, tuple((path, LayerKind(*kind)) for path, kind in said["kinds"]), estimator=estimator)
+    kinds = ((path, LayerKind(*kind)) for path, kind in said["kinds"])
+    return empty(like, tuple((by_name(path, kind.method), kind) for path, kind in kinds), estimator=estimator)
 
 
 def _pack(state: Pass) -> bytes:

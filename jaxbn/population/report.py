@@ -13,8 +13,8 @@ from jaxbn.population import spread as _spread
 from jaxbn.population import tables as _tables
 from jaxbn.population.estimate import Pass
 from jaxbn.population.estimators import Estimator
+from jaxbn.population.layer_paths import AS_THEY_ARE, LayerPath
 from jaxbn.population.layers import LayerKind
-from jaxbn.population.methods import AS_THEY_ARE, LayerPath
 from jaxbn.population.spread import Errors
 
 _WIDTH = 100  # of the table

@@ -1,0 +1,230 @@
+"""Keys of moments that know the method of a layer, through jit and what may lose them; names and defaults of fields."""
+
+import pickle
+from functools import partial
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from own_method import MixedNorm, NNXMixedNorm, mixed_norm
+
+import jaxbn
+import jaxbn.linen
+import jaxbn.nnx
+from jaxbn.population.layer_paths import LayerPath, by_name, contents_of
+
+CHANNELS, ROWS = 3, 8
+X = jnp.asarray(np.random.default_rng(0).normal(3, 2, (ROWS, CHANNELS)), jnp.float32)
+
+
+def floor_norm(*, floor=100.0, momentum=0.99):
+    """Has the statistics of batch norm, so that their names do not tell it; its variance is at least `floor`."""
+    base = jaxbn.batch_norm(momentum=momentum)
+
+    def postproc(state, moments):
+        new = base.postproc(state, moments)
+        return new._replace(var=jnp.maximum(new.var, floor))
+
+    return base._replace(postproc=postproc)
+
+
+class FloorNorm(jaxbn.linen.Norm):
+    factory = staticmethod(floor_norm)
+
+
+class Net(nn.Module):
+    """A layer that is always called, and one that may be called in initialization alone."""
+
+    calls_both: bool = False
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        y = FloorNorm(use_running_average=not train, name="floor")(x)
+        unused = MixedNorm(use_running_average=not train, name="unused")
+        return unused(y) if self.is_initializing() or self.calls_both else y
+
+
+def initial(layer, x=X):
+    return layer.init(jax.random.key(0), x)
+
+
+def captured(layer, variables, x=X):
+    return jaxbn.linen.capture_moments(layer.apply)(variables, x)[1]
+
+
+def test_programs_of_one_method_are_not_used_for_another():
+    """The trees of the arguments are equal but for the methods."""
+    move, install = jax.jit(jaxbn.linen.move_averages), jax.jit(jaxbn.linen.install_moments)
+    for momentum in (0.9, 0.5):
+        layer = jaxbn.linen.BatchNorm(use_running_average=True, momentum=momentum)
+        variables = initial(layer)
+        moved = move(variables, captured(layer, variables))["batch_stats"]["mean"]
+        np.testing.assert_allclose(moved, (1 - momentum) * np.float64(X).mean(0), rtol=1e-5)
+    for floor in (50.0, 100.0):
+        layer = FloorNorm(use_running_average=True, floor=floor)
+        variables = initial(layer)
+        installed = install(variables, captured(layer, variables))
+        np.testing.assert_array_equal(installed["batch_stats"]["var"], floor)
+
+
+def test_keys_of_layers_made_anew_are_equal():
+    def layer(value):
+        activation = lambda x: x * value
+        return jaxbn.linen.BatchNorm(
+            use_running_average=True,
+            momentum=jaxbn.scheduled(lambda step: 1 - value / (step + 2)),
+            activation=activation,
+            epsilon=np.float32(value),
+        )
+
+    variables = initial(layer(0.5))
+    one, same, other = (captured(layer(value), variables) for value in (0.5, 0.5, 0.25))
+    (key,), (like,), (unlike,) = one, same, other
+    assert key == like == "" and not key != like and hash(key) == hash(like) == hash("")
+    assert key != unlike and unlike == "" and not unlike != ""
+    merged = {path: jaxbn.merge(one[path], same[path]) for path in one}
+    np.testing.assert_array_equal(merged[""].count, 2 * ROWS)
+
+
+def test_contents_of_functions_that_refer_to_themselves():
+    def again(n):
+        return again(n - 1) if n else 0
+
+    assert contents_of(again) == contents_of(again)
+    assert contents_of(jnp.ones(2)) != contents_of(jnp.zeros(2))
+    assert contents_of({"a": [1, (2,)]}) == contents_of({"a": [1, (2,)]}) != contents_of({"a": [1, (3,)]})
+
+
+def test_layers_that_were_not_reached_stay():
+    net = Net()
+    variables = initial(net)
+    moments = captured(net, variables)
+    assert {path: float(found.count.max()) for path, found in moments.items()} == {"floor": ROWS, "unused": 0}
+    before = variables["batch_stats"]["unused"]
+    for change in (jaxbn.linen.install_moments, jaxbn.linen.move_averages):
+        changed = jax.jit(change)(variables, moments)["batch_stats"]
+        jax.tree.map(np.testing.assert_array_equal, changed["unused"], before)
+    estimated, report = jaxbn.linen.postproc(net.apply, variables, [X])
+    jax.tree.map(np.testing.assert_array_equal, estimated["batch_stats"]["unused"], before)
+    assert report.not_reached == ("unused",) and (estimated["batch_stats"]["floor"]["var"] == 100).all()
+
+
+def test_a_saved_accumulator_is_installed_by_the_methods():
+    """Pickled, its keys are plain strings; the state knows the layers."""
+    loss_fn = lambda outputs, batch: (jnp.mean(outputs**2), {})
+    steps = jaxbn.linen.make_steps(Net(calls_both=True), loss_fn, optax.sgd(0.1), inputs=lambda batch: batch)
+    state = steps.init(jax.random.key(0), X)
+    acc = steps.postproc_step(state, steps.start(state, X), X)
+    restored = pickle.loads(pickle.dumps(jax.tree.map(np.asarray, acc)))
+    for one in (acc, restored):
+        frozen, _ = steps.finalize(state, one)
+        np.testing.assert_array_equal(frozen.variables["batch_stats"]["floor"]["var"], 100)
+
+
+def test_a_method_of_which_only_the_name_is_known():
+    """Ours install alike whatever their arguments; one's own is an error, not batch norm."""
+    variables = initial(FloorNorm(use_running_average=True))
+
+    def traced(floor):
+        layer = FloorNorm(use_running_average=True, floor=floor)
+        return jaxbn.linen.install_moments(variables, captured(layer, variables))
+
+    with pytest.raises(ValueError, match="name of its method, floor_norm"):
+        jax.jit(traced)(7.0)
+    # As in a process that had no batch, and heard of the layers of the others.
+    assert type(by_name("a", "batch_renorm")) is str
+    moments = {by_name("", "floor_norm"): jaxbn.batch_moments(X)}
+    with pytest.raises(ValueError, match="each process a batch"):
+        jaxbn.linen.install_moments(variables, moments)
+    assert type(pickle.loads(pickle.dumps(LayerPath("a", partial(floor_norm))))) is str
+
+
+class _Params(NamedTuple):
+    mix: Any
+
+
+def clashing_norm(*, mix=0.5):
+    base = jaxbn.batch_norm()
+
+    def init(feature_shape, *, dtype=jnp.float32):
+        params, state = base.init(feature_shape, dtype=dtype)
+        return _Params(jnp.full_like(params.scale, mix)), state
+
+    def evaluate(params, state, x):
+        return jnp.broadcast_to(params.mix, x.shape) * x
+
+    return base._replace(init=init, eval=evaluate)
+
+
+class ClashingNorm(jaxbn.linen.Norm):
+    factory = staticmethod(clashing_norm)
+
+
+class NNXClashingNorm(jaxbn.nnx.Norm):
+    _factory = staticmethod(clashing_norm)
+
+
+def mix_norm(*, share=0.5):
+    return clashing_norm(mix=share)
+
+
+class MixNorm(jaxbn.linen.Norm):
+    factory = staticmethod(partial(mix_norm))
+
+
+class NNXMixNorm(jaxbn.nnx.Norm):
+    _factory = staticmethod(partial(mix_norm))
+
+
+def test_names_that_are_taken_and_initializers_of_nothing():
+    rngs = nnx.Rngs(0)
+    with pytest.raises(ValueError, match="clashing_norm has a parameter or a statistic 'mix'"):
+        initial(ClashingNorm(use_running_average=True))
+    with pytest.raises(ValueError, match="clashing_norm has a parameter or a statistic 'mix'"):
+        NNXClashingNorm(CHANNELS, rngs=rngs)
+    assert set(initial(MixNorm(use_running_average=True))["params"]) == {"mix"}
+    NNXMixNorm(CHANNELS, rngs=rngs)
+    for field in ("scale_init", "bias_init"):
+        given = {field: nn.initializers.constant(2.0)}
+        with pytest.raises(ValueError, match=f"{field}=.*mix_norm learns mix"):
+            initial(MixNorm(use_running_average=True, **given))
+        with pytest.raises(ValueError, match=f"{field}=.*mix_norm learns mix"):
+            NNXMixNorm(CHANNELS, **given, rngs=rngs)
+    with pytest.raises(ValueError, match="scale_metadata=.*mix_norm learns mix"):
+        NNXMixNorm(CHANNELS, scale_metadata={"sharding": ("model",)}, rngs=rngs)
+
+
+def test_a_learned_parameter_is_not_dropped_on_the_way_to_another_method():
+    plain, own = jaxbn.linen.BatchNorm(use_running_average=True), MixedNorm(use_running_average=True)
+    with pytest.raises(ValueError, match="'params/mix' of the variables have no counterpart"):
+        jaxbn.linen.convert_norms(initial(own), like=initial(plain))
+    with pytest.raises(ValueError, match="'mix' of the model as it was have no counterpart"):
+        jaxbn.nnx.replace(NNXMixedNorm(CHANNELS, rngs=nnx.Rngs(0)), jaxbn.nnx.BatchNorm)
+
+
+def test_defaults_of_classes_that_inherit_from_a_layer():
+    class Mixin:
+        pass
+
+    class Mixed(Mixin, jaxbn.linen.Norm):
+        factory = staticmethod(mixed_norm)
+
+    class Again(MixedNorm):
+        factory = staticmethod(jaxbn.batch_norm)
+
+    class NNXAgain(NNXMixedNorm):
+        _factory = staticmethod(jaxbn.batch_norm)
+
+    rngs = nnx.Rngs(0)
+    assert MixedNorm().momentum == NNXMixedNorm(CHANNELS, rngs=rngs).momentum == Mixed().momentum == 0.9
+    assert Again().momentum == NNXAgain(CHANNELS, rngs=rngs).momentum == 0.99
+    assert Mixed(True, -1, 0.5).momentum == 0.5
+    with pytest.raises(ValueError, match="share=0.5, and its method batch_norm does not take share"):
+        initial(Again(use_running_average=True, share=0.5))
+    with pytest.raises(TypeError, match="does not take share="):
+        NNXAgain(CHANNELS, share=0.5, rngs=rngs)
