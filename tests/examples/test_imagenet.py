@@ -265,9 +265,9 @@ def test_bad_data_ends_before_the_work(imagenet, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("api", APIS)
-def test_three_steps_of_resnet_50(run, api):
-    rows, lines = run(*FAKE, "--api", api, "--epochs", "1")
+def test_three_steps_of_resnet_50(run):
+    """As the options are; that NNX makes the same network is tested above, where it is smaller and faster to compile."""
+    rows, lines = run(*FAKE, "--epochs", "1")
 
     assert [row.step for row in rows] == [3]
     assert 1.0 < rows[0].loss < 2.0
