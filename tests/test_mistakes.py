@@ -35,6 +35,9 @@ LINEN = {
     "freeze_layers": lambda v: jaxbn.linen.freeze_layers(NET.apply, "")(v, X),
     "affine_mask": lambda v: jaxbn.linen.affine_mask(v, ""),
     "fold": lambda v: jaxbn.linen.fold(NET.apply, v, X),
+    "summary": jaxbn.linen.summary,
+    "convert_norms": lambda v: jaxbn.linen.convert_norms(v, like=VARIABLES),
+    "update_backward": lambda v: jaxbn.linen.update_backward(v, {}),
 }
 NO_VARIABLES = [
     (
@@ -62,6 +65,9 @@ NNX = {
     "freeze": jaxbn.nnx.freeze,
     "freeze_layers": lambda m: jaxbn.nnx.freeze_layers(m, ""),
     "fold": lambda m: jaxbn.nnx.fold(m, X),
+    "summary": jaxbn.nnx.summary,
+    "convert_norms": lambda m: jaxbn.nnx.convert_norms(m, like=MODEL),
+    "update_backward": lambda m: jaxbn.nnx.update_backward(m, nnx.state(MODEL, nnx.Param)),
 }
 NO_MODEL = [
     (VARIABLES, "A dict .* use jaxbn.linen"),
@@ -76,7 +82,7 @@ NO_MODEL = [
 @pytest.mark.parametrize("function", LINEN)
 @pytest.mark.parametrize(("given", "said"), NO_VARIABLES)
 def test_what_is_no_dict_of_variables(function, given, said):
-    if not (function == "fold" and given is FROZEN):  # which it takes
+    if not (function in ("fold", "summary") and given is FROZEN):  # which they take
         with pytest.raises(TypeError, match=said):
             LINEN[function](given)
 

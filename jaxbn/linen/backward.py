@@ -6,7 +6,7 @@ import flax
 from flax.core import meta
 from jax.typing import ArrayLike
 
-from jaxbn.linen.capture import keys
+from jaxbn.linen.capture import check_variables, keys
 from jaxbn.linen.modules import STATISTICS
 from jaxbn.linen.postproc import statistics_at, with_states
 from jaxbn.methods.base import NormParams
@@ -48,6 +48,7 @@ def update_backward(variables: Any, grads: Any, *, loss_scale: ArrayLike = 1.0) 
         >>> variables["batch_stats"]["gradient_window"][-1].round(2)
         Array([1.88], dtype=float32)
     """
+    check_variables(variables)
     transform = moving_average_batch_norm()
     flat = flax.traverse_util.flatten_dict(flax.core.unfreeze(variables.get(STATISTICS, {})), sep="/")
     states = {}

@@ -6,7 +6,7 @@ from typing import Any
 import flax
 from flax.core import meta
 
-from jaxbn.linen.capture import find_states, keys
+from jaxbn.linen.capture import check_variables, find_states, keys
 from jaxbn.linen.modules import STATISTICS
 from jaxbn.population.layers import AFFINE, POPULATION, fitting, takes_over
 
@@ -45,6 +45,8 @@ def convert_norms(variables: Any, like: Any) -> dict[str, Any]:
         >>> sorted(variables["batch_stats"]["layers_0"])
         ['mean', 'step', 'var']
     """
+    check_variables(variables)
+    check_variables(like)
     given, wanted = _flat(variables), _flat(like)
     sources = {_place(path): path for path in given}
     if len(sources) < len(given):

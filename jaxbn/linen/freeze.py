@@ -171,9 +171,10 @@ def summary(variables: Any, call: Call | None = None, batch: Any = None) -> str:
     """
     info = variables.info if isinstance(variables, Frozen) else None
     variables = variables.variables if isinstance(variables, Frozen) else variables
+    states = find_states(variables)
     kinds = {} if call is None else dict(jax.eval_shape(capture(call, mode="eval"), variables, batch)[1].kinds)
     params = flax.traverse_util.flatten_dict(flax.core.unfreeze(variables.get("params", {})), sep="/")
-    return tabulate(find_states(variables), params, info=info, kinds=kinds)
+    return tabulate(states, params, info=info, kinds=kinds)
 
 
 def _hold(next_call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:

@@ -58,6 +58,10 @@ def replace(net: Net, layer: Callable[..., nn.Module], paths: str | Sequence[str
         >>> updates["batch_stats"]["layers_1"]["step"]
         Array(1., dtype=float32)
     """
+    if not isinstance(net, nn.Module):
+        raise TypeError(
+            f"A {type(net).__name__} was given where a linen model belongs: pass the module, such as Net()."
+        )
     bound = as_partial(layer, (Norm, nn.BatchNorm))
     fields = {field.name: getattr(net, field.name) for field in dataclasses.fields(net) if field.init}
     earlier = getattr(net, _SUCCESSOR, None)

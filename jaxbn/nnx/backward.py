@@ -6,7 +6,7 @@ from flax import nnx
 from jax.typing import ArrayLike
 
 from jaxbn.methods.base import NormParams
-from jaxbn.nnx.capture import is_frozen
+from jaxbn.nnx.capture import check_model, is_frozen
 from jaxbn.nnx.methods import MovingAverageBatchNorm
 
 
@@ -36,6 +36,7 @@ def update_backward(model: Any, grads: Any, *, loss_scale: ArrayLike = 1.0) -> N
         >>> model.gradient_window[-1].round(2)
         Array([1.88], dtype=float32)
     """
+    check_model(model)
     found = nnx.to_pure_dict(grads)
     learnt = {}
     for path, layer in nnx.iter_modules(model):

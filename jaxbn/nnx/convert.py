@@ -5,6 +5,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxbn.nnx.capture import check_model
 from jaxbn.nnx.freeze import SAVED
 from jaxbn.population.layers import AFFINE, POPULATION, fitting, takes_over
 
@@ -34,6 +35,8 @@ def convert_norms(model: Any, like: Any) -> Any:
         >>> jaxbn.nnx.convert_norms(trained, like).mean[...].ravel().round(3)
         Array([0.02, 0.02], dtype=float32)
     """
+    check_model(model)
+    check_model(like)
     converted = nnx.clone(like)
     given = dict(nnx.to_flat_state(nnx.state(model, SAVED)))
     old, new = _statistics(model), _statistics(converted)

@@ -188,10 +188,15 @@ def summary(model: Any) -> str:
     if isinstance(model, Frozen):
         flat = traverse_util.flatten_dict(model.variables, sep="/")
         paths = {path: f"{path}/" if path else "" for path, _ in model.info.layers}
+        if missing := [path for path, start in paths.items() if f"{start}mean" not in flat]:
+            raise TypeError(
+                f"This Frozen has no {missing[0]!r} of an NNX model; of a linen one use jaxbn.linen.summary."
+            )
         states = {path: BatchNormState(flat[f"{start}mean"], flat[f"{start}var"]) for path, start in paths.items()}
         return tabulate(states, flat, info=model.info)
+    states = find_states(model)
     params = (_joined(path) for path, _ in nnx.to_flat_state(nnx.state(model, nnx.Param)))
-    return tabulate(find_states(model), params, kinds=find_kinds(model))
+    return tabulate(states, params, kinds=find_kinds(model))
 
 
 def _joined(path: Sequence[Any]) -> str:

@@ -266,7 +266,7 @@ def test_bad_data_ends_before_the_work(imagenet, tmp_path):
 
 @pytest.mark.slow
 def test_three_steps_of_resnet_50(run):
-    """As the options are; that NNX makes the same network is tested above, where it is smaller and faster to compile."""
+    """As the options are; that NNX makes the same network is tested above, where it is smaller and compiles faster."""
     rows, lines = run(*FAKE, "--epochs", "1")
 
     assert [row.step for row in rows] == [3]
