@@ -90,6 +90,7 @@ def test_what_is_no_dict_of_variables(function, given, said):
 @pytest.mark.parametrize("function", NNX)
 @pytest.mark.parametrize(("given", "said"), NO_MODEL)
 def test_what_is_no_nnx_model(function, given, said):
+    said = "jaxbn.linen.summary" if function == "summary" and given is FROZEN else said
     with pytest.raises(TypeError, match=said):
         NNX[function](given)
 
