@@ -1,5 +1,6 @@
 """Keys of moments that know the method of a layer, through jit and what may lose them; names and defaults of fields."""
 
+import copy
 import pickle
 from functools import partial
 from typing import Any, NamedTuple
@@ -141,7 +142,20 @@ def test_a_method_of_which_only_the_name_is_known():
     moments = {by_name("", "floor_norm"): jaxbn.batch_moments(X)}
     with pytest.raises(ValueError, match="each process a batch"):
         jaxbn.linen.install_moments(variables, moments)
-    assert type(pickle.loads(pickle.dumps(LayerPath("a", partial(floor_norm))))) is str
+
+
+def test_keys_through_copies_and_files():
+    """A copy knows the method; of a file no more than the name is left, which is an error where it matters."""
+    layer = FloorNorm(use_running_average=True)
+    variables = initial(layer)
+    moments = captured(layer, variables)
+    installed = jaxbn.linen.install_moments(variables, copy.deepcopy(moments))
+    np.testing.assert_array_equal(installed["batch_stats"]["var"], 100)
+    restored = pickle.loads(pickle.dumps(moments))
+    assert restored.keys() == {""}
+    with pytest.raises(ValueError, match="floor_norm.*read from a file"):
+        jaxbn.linen.install_moments(variables, restored)
+    assert type(pickle.loads(pickle.dumps(LayerPath("a", partial(jaxbn.batch_renorm))))) is str
 
 
 class _Params(NamedTuple):
@@ -220,8 +234,17 @@ def test_defaults_of_classes_that_inherit_from_a_layer():
     class NNXAgain(NNXMixedNorm):
         _factory = staticmethod(jaxbn.batch_norm)
 
+    class NNXWritten(jaxbn.nnx.Norm):
+        _factory = staticmethod(mixed_norm)
+
+        def __init__(self, num_features, *, share=0.25, **shared):
+            self.share = share
+            super().__init__(num_features, **shared)
+
     rngs = nnx.Rngs(0)
     assert MixedNorm().momentum == NNXMixedNorm(CHANNELS, rngs=rngs).momentum == Mixed().momentum == 0.9
+    written = NNXWritten(CHANNELS, floor=2.0, rngs=rngs)
+    assert (written.momentum, written.share, written.floor, written.mix[0]) == (0.9, 0.25, 2.0, 0.25)
     assert Again().momentum == NNXAgain(CHANNELS, rngs=rngs).momentum == 0.99
     assert Mixed(True, -1, 0.5).momentum == 0.5
     with pytest.raises(ValueError, match="share=0.5, and its method batch_norm does not take share"):

@@ -123,13 +123,16 @@ def install_moments(variables: Any, moments: Mapping[str, Moments]) -> dict[str,
     Args:
         variables: All variables of the model.
         moments: `Moments` by layer path, as `capture_moments` and the estimators give them. Where the count is 0 the
-            statistics stay.
+            statistics stay. The keys of `capture_moments` are paths that know the method of the layer, by which they
+            are installed. Under plain strings the names of the statistics tell, but for methods of your own: those
+            that have the statistics of batch norm are taken for it, and others are an error.
 
     Returns:
         New variables.
 
     Raises:
-        ValueError: If a path is not that of a normalization layer, or the features of a layer differ.
+        ValueError: If a path is not that of a normalization layer, the features of a layer differ, or it is not known
+            by which method to install.
 
     Example:
         >>> net = jaxbn.linen.BatchNorm(use_running_average=True)

@@ -1,6 +1,6 @@
 """Normalization layers for flax.nnx: fields and variables. What they compute is in jaxbn.methods."""
 
-import inspect
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -24,7 +24,6 @@ from jaxbn.population.methods import (
     Method,
     arguments_of,
     check_leaves,
-    defaults_that_differ,
     evaluate,
     fields_of,
     operands_for,
@@ -39,6 +38,18 @@ _MISSING_FLAG = (
 )
 
 
+def _with_defaults_of_method(init: Callable[..., None]) -> Callable[..., None]:
+    """The constructor of all layers, in which the defaults of a layer's method go before those of batch norm."""
+
+    @functools.wraps(init)
+    def __init__(self: Any, num_features: int | Sequence[int], **given: Any) -> None:
+        defaults = fields_of(self._factory).items()
+        unset = {n: value for n, value in defaults if value is not REQUIRED and n not in vars(self)}
+        init(self, num_features, **unset | given)
+
+    return __init__
+
+
 class Norm(nnx.Module):
     """What all layers share: Flax's fields, and the plumbing between a transform and the variables.
 
@@ -49,13 +60,7 @@ class Norm(nnx.Module):
 
     _factory: ClassVar[Callable[..., NormTransform]]
 
-    def __init_subclass__(cls, **options: Any) -> None:
-        """Gives the arguments the defaults of the method, if the class has no constructor that does so."""
-        super().__init_subclass__(**options)
-        if "_factory" in vars(cls) and "__init__" not in vars(cls):
-            if differing := defaults_that_differ(cls._factory, cls):
-                _set_defaults(cls, {name: default for name, default in differing.items() if default is not REQUIRED})
-
+    @_with_defaults_of_method
     def __init__(
         self,
         num_features: int | Sequence[int],
@@ -101,11 +106,11 @@ class Norm(nnx.Module):
         self.activation = activation
         self.allow_single_value = allow_single_value
         self.autodiff = autodiff
-        for name, default in arguments.items():
-            if name in of_method or not hasattr(self, name):
-                if (value := of_method.get(name, default)) is REQUIRED:
-                    raise TypeError(f"{type(self).__name__} needs {name}=.")
-                setattr(self, name, value)
+        for name in arguments:
+            if name in of_method:
+                setattr(self, name, of_method[name])
+            elif not hasattr(self, name):
+                raise TypeError(f"{type(self).__name__} needs {name}=.")
 
         params, state = self._initialize()
         initializers = {"scale": (scale_init, scale_metadata), "bias": (bias_init, bias_metadata)}
@@ -200,21 +205,6 @@ class Norm(nnx.Module):
         dtype = self.param_dtype if jnp.issubdtype(self.param_dtype, jnp.complexfloating) else jnp.float32
         params, state = self.transform.init(self.num_features, dtype=dtype)
         return params, state
-
-
-def _set_defaults(cls: Any, defaults: Mapping[str, Any]) -> None:
-    inherited = cls.__init__
-
-    def __init__(self: Any, num_features: int | Sequence[int], **given: Any) -> None:
-        of_method = fields_of(self._factory)  # of a subclass, perhaps, which is of another method
-        inherited(self, num_features, **{n: value for n, value in defaults.items() if n in of_method} | given)
-
-    *known, others = inspect.signature(inherited).parameters.values()
-    named = {parameter.name: parameter for parameter in known}
-    added = {name: inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in defaults.keys() - named.keys()}
-    shown = [p.replace(default=defaults.get(name, p.default)) for name, p in (named | added).items()]
-    __init__.__signature__ = inspect.Signature([*shown, others])  # type: ignore[attr-defined]  # what inspect reads
-    cls.__init__ = __init__
 
 
 class BatchNorm(Norm):

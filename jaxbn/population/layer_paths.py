@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -30,7 +30,8 @@ class LayerPath(str):
     """The path of a layer, as a key of moments, that knows the method of the layer.
 
     Variables of linen do not tell by which method they are used, so what is measured says it. It equals the plain path,
-    and survives whatever keeps the keys of a dict: jit, `jax.tree.map`, comprehensions. Pickled, it is a plain path.
+    and survives whatever keeps the keys of a dict: jit, `jax.tree.map`, comprehensions. Pickled, it knows the name of
+    the method alone.
 
     Paths with different methods differ: keys are a part of what jit compiles for, and a program that installs by one
     method must not be used again for another.
@@ -58,8 +59,11 @@ class LayerPath(str):
     def __hash__(self) -> int:
         return str.__hash__(self)
 
-    def __reduce__(self) -> tuple[type[str], tuple[str]]:
-        return str, (str(self),)
+    def __deepcopy__(self, memo: Any) -> "LayerPath":
+        return self
+
+    def __reduce__(self) -> tuple[Callable[[str, str], str], tuple[str, str]]:
+        return by_name, (str(self), name_of(self.method))
 
 
 def contents_of(value: Any, *, depth: int = 8) -> Any:
@@ -114,8 +118,8 @@ def _not_reached() -> NormTransform:
 def _unknown(name: str) -> NormTransform:
     raise ValueError(
         f"Of a layer no more is known than the name of its method, {name}, and not how it installs statistics: its "
-        f"arguments are being traced, or this process ran no batch. Give the layer numbers, and each process a batch; "
-        f"or use the functions of the method itself."
+        f"arguments are being traced, this process ran no batch, or it was read from a file. Give the layer numbers, "
+        f"and each process a batch; or use the functions of the method itself."
     )
 
 
@@ -130,7 +134,7 @@ def method_at(path: str, names: Iterable[str]) -> NormTransform:
         ValueError: If neither tells.
     """
     if isinstance(path, LayerPath):
-        return path.method()
+        return path.method()  # raises if only the name is known
     held = set(names)
     if held <= set(BatchNormState._fields):
         return batch_norm()
