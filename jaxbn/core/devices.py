@@ -154,15 +154,40 @@ def mesh_of(tree: Any) -> Mesh | None:
     return None
 
 
+def is_split_by_index(x: jax.Array) -> bool:
+    """Whether an array has a leading axis with one index on each device, as those have that `pmap` returns."""
+    sharding = x.sharding
+    if not isinstance(sharding, NamedSharding) or x.ndim == 0:
+        return False
+    names, spec = sharding.mesh.axis_names, sharding.spec
+    return len(names) == 1 and x.shape[0] == sharding.mesh.size and tuple(spec) == names
+
+
 def replicate(tree: Any, mesh: Mesh) -> Any:
-    """The arrays on all devices of a mesh; those that are spread over its devices already stay as they are."""
-    devices = set(mesh.devices.flat)
+    """The arrays on all devices of a mesh; those that are spread over its devices already stay as they are.
+
+    Where the mesh has devices of other processes, each of them gives its own array, which must be the same.
+    """
+    devices, everywhere = set(mesh.devices.flat), NamedSharding(mesh, PartitionSpec())
+    mine = [device for device in mesh.devices.flat if device in everywhere.addressable_devices]
 
     def place(leaf: Any) -> Any:
-        placed = isinstance(leaf, jax.Array) and leaf.sharding.device_set == devices
-        return leaf if placed else jax.device_put(leaf, NamedSharding(mesh, PartitionSpec()))
+        if isinstance(leaf, jax.Array) and leaf.sharding.device_set == devices:
+            return leaf
+        if everywhere.is_fully_addressable:
+            return jax.device_put(leaf, everywhere)
+        copies = [jax.device_put(leaf, device) for device in mine]
+        return jax.make_array_from_single_device_arrays(copies[0].shape, everywhere, copies)
 
     return jax.tree.map(place, tree)
+
+
+def pin(tree: Any, mesh: Mesh) -> Any:
+    """Inside `jit`: the arrays as they are, whole on all devices of a mesh, where the compiler might spread them."""
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    if _is_explicit(everywhere):
+        tree = jax.sharding.reshard(tree, everywhere)
+    return lax.with_sharding_constraint(tree, everywhere) if AxisType.Auto in mesh.axis_types else tree
 
 
 def is_bound(axis_name: AxisName) -> bool:

@@ -24,6 +24,7 @@ from jaxbn.linen.capture import (
 from jaxbn.linen.modules import STATISTICS
 from jaxbn.population.frozen import Frozen, check_frozen, check_kinds, check_shapes, copied, make_info, shapes_by_path
 from jaxbn.population.layers import call_arguments, select
+from jaxbn.population.processes import check_unstacked
 from jaxbn.population.report import Report
 from jaxbn.population.summary import tabulate
 
@@ -53,6 +54,7 @@ def freeze(variables: Any, report: Report | None = None) -> Frozen:
         >>> print(f"{net.apply(frozen.variables, data[:1])[0, 0]:.2f}")
         -1.57
     """
+    check_unstacked(variables)
     variables = copied(flax.core.meta.unbox(flax.core.unfreeze(variables)))
     return Frozen(variables, make_info(find_states(variables), report=report))
 
@@ -172,6 +174,7 @@ def summary(variables: Any, call: Call | None = None, batch: Any = None) -> str:
     info = variables.info if isinstance(variables, Frozen) else None
     variables = variables.variables if isinstance(variables, Frozen) else variables
     states = find_states(variables)
+    check_unstacked(variables)
     kinds = {} if call is None else dict(jax.eval_shape(capture(call, mode="eval"), variables, batch)[1].kinds)
     params = flax.traverse_util.flatten_dict(flax.core.unfreeze(variables.get("params", {})), sep="/")
     return tabulate(states, params, info=info, kinds=kinds)

@@ -19,6 +19,7 @@ from jaxbn.population.estimators import Estimator, pooled
 from jaxbn.population.layer_paths import averaging_method, method_at
 from jaxbn.population.layers import Measured, Weights, checked
 from jaxbn.population.methods import state_of
+from jaxbn.population.processes import check_unstacked
 from jaxbn.population.report import Report
 
 
@@ -142,6 +143,7 @@ def install_moments(variables: Any, moments: Mapping[str, Moments]) -> dict[str,
         >>> jaxbn.linen.install_moments(variables, moments)["batch_stats"]["mean"]
         Array([2.], dtype=float32)
     """
+    check_unstacked(variables)
     given, states = checked(moments, find_states(variables)), {}
     for path, found in given.items():
         statistics = statistics_at(variables, path)

@@ -12,6 +12,7 @@ from jaxbn.nnx.capture import find_layers, find_states, is_frozen, kind_of, set_
 from jaxbn.nnx.modules import Norm
 from jaxbn.population.frozen import Frozen, check_frozen, check_kinds, check_shapes, copied, make_info, shapes_by_path
 from jaxbn.population.layers import LayerKind, select
+from jaxbn.population.processes import check_unstacked
 from jaxbn.population.report import Report
 from jaxbn.population.summary import tabulate
 
@@ -39,6 +40,7 @@ def freeze(model: Any, report: Report | None = None) -> Frozen:
         >>> frozen.info.layer("")
         LayerInfo(method='batch_norm', epsilon=1e-05, estimator='pooled', rows=10.0)
     """
+    check_unstacked(nnx.state(model))
     info = make_info(find_states(model), report=report, kinds=find_kinds(model))
     return Frozen(copied(to_variables(model)), info)
 
@@ -185,6 +187,7 @@ def summary(model: Any) -> str:
         layer     channels  learns       method      epsilon  statistics      rows
         layers/1         8  scale, bias  batch_norm  1e-05    initial values     -
     """
+    check_unstacked(model.variables if isinstance(model, Frozen) else nnx.state(model))
     if isinstance(model, Frozen):
         flat = traverse_util.flatten_dict(model.variables, sep="/")
         paths = {path: f"{path}/" if path else "" for path, _ in model.info.layers}

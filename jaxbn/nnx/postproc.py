@@ -16,6 +16,7 @@ from jaxbn.population.estimate import Measure
 from jaxbn.population.estimators import Estimator, pooled
 from jaxbn.population.layer_paths import AS_THEY_ARE, LayerPath
 from jaxbn.population.layers import Measured, Weights, checked
+from jaxbn.population.processes import check_unstacked
 from jaxbn.population.report import Report
 
 
@@ -131,6 +132,7 @@ def install_moments(model: Any, moments: Mapping[str, Moments]) -> Any:
         >>> jaxbn.nnx.install_moments(model, moments).mean[...]
         Array([2.], dtype=float32)
     """
+    check_unstacked(nnx.state(model))
 
     def installed(path: str, layer: Any, state: State, found: Moments) -> State:
         as_they_are = isinstance(path, LayerPath) and path.method is AS_THEY_ARE

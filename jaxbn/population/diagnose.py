@@ -8,6 +8,7 @@ import numpy as np
 from jaxbn.population.diagnosis import Diagnosis, LayerDiagnosis
 from jaxbn.population.findings import Pair, findings, nonfinite
 from jaxbn.population.observe import Batches, Calls, Seen, Spread
+from jaxbn.population.processes import here
 
 # A channel is dead if its variance is below this share of epsilon.
 _DEAD = 0.01
@@ -29,6 +30,7 @@ def diagnose(seen: Sequence[Seen], states: Mapping[str, Any], *, r_max: float, d
             f"There were {len(seen)} batches, {len(good)} of them finite and not empty; a diagnosis compares "
             f"batches. Give it two or more, and ten or more for a sharp one."
         )
+    states = here(states)
     kinds, first = dict(good[0].trained.kinds), good[0].trained
     layers, pairs, held = {}, {}, first.held if first.is_mixed else ()
     for path, state in states.items():

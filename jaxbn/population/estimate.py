@@ -6,7 +6,6 @@ Accumulators stay on the device and no batch waits for the host; the step compil
 import collections
 import contextlib
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Generator, Iterable
 from typing import Any
@@ -16,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxbn.core.devices import mesh_of, replicate, spread
+from jaxbn.core.devices import mesh_of, pin, replicate, spread
 from jaxbn.population.batches import check_batch
 from jaxbn.population.compiled import Recipe, compiled
 from jaxbn.population.estimators import Estimator, Layers
@@ -59,6 +58,9 @@ def stages(
     mesh: Mesh | None,
     title: str,
     progress: bool | None,
+    length: int | None,
+    like: Any,
+    meets: bool,
     checks: bool,
 ) -> Generator[tuple[Pass | None, bool], None, None]:
     """Measures batch after batch.
@@ -71,22 +73,29 @@ def stages(
         mesh: Devices over which each batch is spread; None: it is used as it comes.
         title: Of the progress bar.
         progress: Show one. None: if this is a terminal.
-        checks: Whether to come up for a decision before the end: so rarely that to wait for the devices costs nothing.
+        length: Batches, if that is known; of the progress bar.
+        like: Shapes of a batch, for a pass that sees none and takes part in that of others; None: it is alone.
+        meets: Whether to come up before the first batch is run, when all that only depends on the model is done.
+        checks: Whether to come up at each of the `decisions`.
 
     Yields:
         What was accumulated, None if there was no batch, and whether this is all. At a decision the batches stand
         behind the last that was measured.
     """
     state: Pass | None = None
-    step = compiled(measure, _step, estimator)
+    step: Callable[[Pass, Any, Any], Pass]
     under_way: collections.deque[jax.Array] = collections.deque()
-    check = _FIRST_CHECK
-    with contextlib.closing(track(batches, title, progress)) as tracked:
+    decided = decisions()
+    decision = next(decided)
+    with contextlib.closing(track(batches, title, progress, length)) as tracked:
         for seen, batch in enumerate(tracked, 1):
             check_batch(batch, seen - 1)
             batch = batch if mesh is None else spread(batch, mesh)
             if state is None:
                 state = earlier = start(compiled(measure), model, batch, estimator=estimator)
+                step = compiled(measure, _step, estimator, mesh_of(state))
+                if meets:
+                    yield state, False
             state = step(state, model, batch)
             under_way.append(state.batches)
             if len(under_way) > _IN_FLIGHT:
@@ -94,10 +103,21 @@ def stages(
             if checks and seen % _STUCK == 0:
                 _check_progress(earlier, state)
                 earlier = state
-            if checks and seen == check:
-                check += math.ceil(check * _CHECK_GROWTH)
-                yield state, False
+            if seen == decision:
+                decision = next(decided)
+                if checks:
+                    yield state, False
+    if state is None and like is not None:
+        state = start(compiled(measure), model, like, estimator=estimator)
     yield state, True
+
+
+def decisions() -> Generator[int, None, None]:
+    """The numbers of batches after which a pass may be stopped: so rare that to wait for the devices costs nothing."""
+    decision = _FIRST_CHECK
+    while True:
+        yield decision
+        decision += math.ceil(decision * _CHECK_GROWTH)
 
 
 def start(measure: Measure, model: Any, batch: Any, *, estimator: Estimator) -> Pass:
@@ -133,8 +153,14 @@ def update(state: Pass, model: Any, batch: Any, *, measure: Measure, estimator: 
     )
 
 
-def _step(measure: Measure, estimator: Estimator) -> Callable[[Pass, Any, Any], Pass]:
-    return functools.partial(update, measure=measure, estimator=estimator)
+def _step(measure: Measure, estimator: Estimator, mesh: Mesh | None) -> Callable[[Pass, Any, Any], Pass]:
+    """The update as it is compiled: the pass stays where it is, so that one program serves all batches of a shape."""
+
+    def step(state: Pass, model: Any, batch: Any) -> Pass:
+        state = update(state, model, batch, measure=measure, estimator=estimator)
+        return state if mesh is None else pin(state, mesh)
+
+    return step
 
 
 def _check_progress(earlier: Pass, state: Pass) -> None:

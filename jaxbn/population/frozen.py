@@ -14,6 +14,7 @@ import numpy as np
 from jaxbn.core.averaging import INITIAL_MEAN, INITIAL_VAR
 from jaxbn.methods.base import State
 from jaxbn.population.layers import LayerKind
+from jaxbn.population.processes import check_unstacked
 from jaxbn.population.report import Report
 
 RUNNING = "running averages"
@@ -115,6 +116,7 @@ def check_frozen(frozen: Any) -> None:
     """Raises a TypeError for anything but a frozen network, which is all that may be evaluated, saved and served."""
     if not isinstance(frozen, Frozen):
         raise TypeError(f"A jaxbn.Frozen is wanted, made by freeze() or by steps.finalize(); given: {type(frozen)}.")
+    check_unstacked(frozen.variables)
 
 
 def check_kinds(frozen: Frozen, kinds: Mapping[str, LayerKind]) -> None:

@@ -8,14 +8,19 @@ independent means.
 """
 
 import collections
-from collections.abc import Callable, Iterable, Mapping
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sized
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
+from jaxbn.core.devices import pin, replicate
 from jaxbn.core.moments import Moments
+from jaxbn.population import multihost as _multihost
+from jaxbn.population import processes as _processes
 from jaxbn.population.batches import check_batch
 from jaxbn.population.compiled import Recipe, compiled
 from jaxbn.population.layers import HEEDED, Measured, count_examples
@@ -65,11 +70,42 @@ def looking(in_mode: Callable[[str], Capture]) -> Look:
 
 
 def observe(look: Recipe, model: Any, batches: Iterable[Any], *, progress: bool | None) -> list[Seen]:
-    """What each batch shows, on the host. `look` makes a `Look`, which is compiled once for each shape of a batch."""
-    program = compiled(look)
+    """What each batch of all processes shows, on the host: the same on each of them.
+
+    Args:
+        look: Makes a `Look`, which is compiled once for each shape of a batch.
+        model: A pytree.
+        batches: Those of this process, or global ones, as of a statistics pass.
+        progress: Show a bar. None: if this is a terminal.
+
+    Returns:
+        Batch by batch, of process 0 first.
+    """
+    _processes.check_unstacked(model)
+    length = len(batches) if isinstance(batches, Sized) else None
+    if jax.process_count() == 1:
+        return _observe(compiled(look), model, batches, progress, length)
+    opened, mesh, _ = _multihost.opened(lambda: batches)
+    if mesh is None:
+        model, alone = _processes.here(model), _multihost.own_alone(opened)
+        mine, _ = _processes.agree(lambda: (_observe(compiled(look), model, alone, progress, length), None))
+        return [one for of_process in _processes.gather(mine) for one in of_process]
+    model, program, together = replicate(model, mesh), compiled(look, _pinned, mesh), _multihost.in_step(opened)
+    first = next(together)
+    _processes.agree(lambda: (jax.eval_shape(program, model, first), None))  # before one runs it, all can
+    return _observe(program, model, itertools.chain([first], together), progress, length)
+
+
+def _pinned(look: Look, mesh: Mesh) -> Look:
+    return lambda model, batch: pin(look(model, batch), mesh)
+
+
+def _observe(
+    program: Look, model: Any, batches: Iterable[Any], progress: bool | None, length: int | None
+) -> list[Seen]:
     seen: list[Seen] = []
     under_way: collections.deque[Seen] = collections.deque()
-    for number, batch in enumerate(track(batches, "Diagnosing", progress)):
+    for number, batch in enumerate(track(batches, "Diagnosing", progress, length)):
         check_batch(batch, number)
         under_way.append(program(model, batch))
         if len(under_way) > _IN_FLIGHT:

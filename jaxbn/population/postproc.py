@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import itertools
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sized
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from jaxbn.core.devices import replicate
 from jaxbn.methods.base import State
 from jaxbn.population import estimate as _estimate
+from jaxbn.population import multihost as _multihost
 from jaxbn.population import processes as _processes
 from jaxbn.population.compiled import Recipe
 from jaxbn.population.estimate import Pass
@@ -53,46 +54,69 @@ class _Sweep(NamedTuple):
     stopped: bool  # before there were no more
 
 
+class _Source(NamedTuple):
+    """Where the batches of each sweep come from."""
+
+    sweeps: Iterator[Callable[[], Iterable[Any]]]
+    length: int | None  # of each, if it is known
+    like: Any = None  # shapes of a batch, for a process that has none
+    are_global: bool = False
+
+
 def postproc(
     host: Host, model: Any, batches: Iterable[Any] | Callable[[], Iterator[Any]], options: Options
 ) -> tuple[Any, Report]:
     """The new model, and what changed; see the `postproc` of the hosts."""
     _check(options)
-    if all(map(_processes.is_here, jax.tree.leaves(host.arrays(model)))):
-        return _postproc(host, model, batches, options)
-    # Each process runs as many batches as it has, so that none may need what another holds.
-    arrays, restored = _processes.whole(host.arrays(model))
-    new, made = _postproc(host, host.with_arrays(model, arrays), batches, options)
-    return host.with_arrays(new, restored(host.arrays(new))), made
+    given = host.arrays(model)
+    _processes.check_unstacked(given)
+    readable = functools.partial(_readable, batches, options.consistent)
+    length = len(batches) if isinstance(batches, Sized) else None
+    if jax.process_count() == 1:
+        arrays, source = given, _Source(itertools.repeat(readable), length)
+    else:
+        first, mesh, like = _multihost.opened(readable, options.mesh)
+        sweeps: Iterator[Callable[[], Iterable[Any]]]
+        sweeps = itertools.chain([lambda: first], itertools.repeat(readable))
+        source = _Source(sweeps, length, like, are_global=mesh is not None)
+        # Global batches run with the parameters as they are spread. Of batches of its own each process runs as many as
+        # it has, so that none may need what another holds.
+        arrays = _processes.here(given) if mesh is None else replicate(given, mesh)
+    new, made = _postproc(host, host.with_arrays(model, arrays), source, options)
+    return host.with_arrays(new, _processes.as_it_was(host.arrays(new), arrays, given)), made
 
 
-def _postproc(
-    host: Host, model: Any, batches: Iterable[Any] | Callable[[], Iterator[Any]], options: Options
-) -> tuple[Any, Report]:
+def _postproc(host: Host, model: Any, source: _Source, options: Options) -> tuple[Any, Report]:
     # The first sweep finds statistics near the right ones. Each later one measures every layer's input under those of
     # the sweep before, so that layer k is exact after k sweeps, and stands still. If the first was stopped early, the
     # later ones read as many batches as it did.
-    first = last = _sweep(host, model, batches, options, mode="batch", number=1)
+    first = last = _sweep(host, model, source, options, mode="batch", number=1)
     limit = first.read if first.stopped else None
-    old = host.states(model)  # after the processes have met: what is wrong with the model of one is heard by all
+    old = _states(host, model)  # after the processes have met: what is wrong with the model of one is heard by all
     most = len(old) + 1 if options.max_sweeps is None else options.max_sweeps
     current, sweeps, changes = host.install(model, first.moments), 1, None
     while options.consistent and sweeps < most and (changes is None or max(changes.values()) > options.tolerance):
         sweeps += 1
-        last = _sweep(host, current, batches, options, mode="eval", number=sweeps, limit=limit)
+        last = _sweep(host, current, source, options, mode="eval", number=sweeps, limit=limit)
         before, current = current, host.install(current, last.moments)
-        changes = largest_changes(host.states(before), host.states(current))
+        changes = largest_changes(_states(host, before), _states(host, current))
     return current, report(
         options.estimator,
-        last.done,
-        last.moments,
+        _processes.here(last.done),
+        _processes.here(last.moments),
         old,
-        host.states(current),
+        _states(host, current),
         changes=changes,
         sweeps=sweeps,
         stop_when=options.stop_when,
         stopped=first.stopped,
     )
+
+
+def _states(host: Host, model: Any) -> dict[str, State]:
+    """The statistics of each layer, whole in this process."""
+    states: dict[str, State] = _processes.here(host.states(model))
+    return states
 
 
 def _check(options: Options) -> None:
@@ -116,16 +140,18 @@ def _check(options: Options) -> None:
 
 
 def _sweep(
-    host: Host, model: Any, batches: Any, options: Options, *, mode: str, number: int, limit: int | None = None
+    host: Host, model: Any, source: _Source, options: Options, *, mode: str, number: int, limit: int | None = None
 ) -> _Sweep:
     """One pass over the batches, of all processes."""
     enough = functools.partial(_estimate.is_certain, bound=options.stop_when, estimator=options.estimator)
-    with contextlib.closing(_stages(host, model, batches, options, mode, number, limit)) as stages:
+    with contextlib.closing(_stages(host, model, source, options, mode, number, limit)) as stages:
         if jax.process_count() == 1:
             done, over = next(stage for stage in stages if stage[1] or (stage[0] is not None and enough(stage[0])))
             mine, stopped = done, not over
         else:
-            done, mine, stopped = _processes.together(stages, enough, estimator=options.estimator)
+            done, mine, stopped = _multihost.together(
+                stages, enough, estimator=options.estimator, are_global=source.are_global
+            )
     if done is None:
         raise ValueError(
             "There was no batch to estimate statistics from: the iterable is empty. An iterator can be read only "
@@ -136,19 +162,24 @@ def _sweep(
 
 
 def _stages(
-    host: Host, model: Any, batches: Any, options: Options, mode: str, number: int, limit: int | None
+    host: Host, model: Any, source: _Source, options: Options, mode: str, number: int, limit: int | None
 ) -> Generator[tuple[Pass | None, bool], None, None]:
     """The part of this process. All that may fail is inside, where the other processes hear of it."""
     arrays = host.arrays(model) if options.mesh is None else replicate(host.arrays(model), options.mesh)
-    readable = _readable(batches, options.consistent)
+    readable: Iterator[Any] = itertools.islice(next(source.sweeps)(), limit)
+    if jax.process_count() > 1:
+        readable = _multihost.in_step(readable) if source.are_global else _multihost.own_alone(readable)
     stages = _estimate.stages(
         host.measure(mode),
         arrays,
-        readable if limit is None else itertools.islice(readable, limit),
+        readable,
         estimator=options.estimator,
         mesh=options.mesh,
         title=f"Estimating statistics, {options.estimator.name}" + (f", sweep {number}" if options.consistent else ""),
         progress=options.progress,
+        length=source.length if limit is None else limit,
+        like=source.like,
+        meets=source.are_global,
         checks=options.stop_when is not None and number == 1,
     )
     with contextlib.closing(stages):

@@ -1,78 +1,54 @@
-"""The pass on several processes: each reads its own batches with its own replica, and they meet once per sweep.
+"""What processes tell each other, and what each of them holds of an array.
 
-All that is exchanged is bytes, in two rounds: what happened and what was accumulated. A process whose batches fail says
-so instead of staying away, so that all raise and none waits for ever. Where a pass may stop early they meet at every
-decision, which all make on the same bits; who has no batches left takes part with what it has.
+All that is exchanged is bytes. A process in which something fails says so instead of staying away, so that all raise
+and none waits for ever.
 """
 
-import dataclasses
-import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterator
-from typing import Any
+import pickle
+from collections.abc import Callable
+from typing import Any, NoReturn, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.multihost_utils import process_allgather
 
-from jaxbn.core.moments import Moments
-from jaxbn.population.estimate import Pass, empty
-from jaxbn.population.estimators import Estimator
-from jaxbn.population.layer_paths import by_name
-from jaxbn.population.layers import LayerKind
+from jaxbn.core import calls as _calls
+from jaxbn.core import devices as _devices
+
+_Result = TypeVar("_Result")
+
+# Leaves of normalization layers that have an axis of channels.
+_PER_CHANNEL = {"mean", "var", "scale", "bias"}
 
 
-def together(
-    stages: Iterator[tuple[Pass | None, bool]], enough: Callable[[Pass], bool], *, estimator: Estimator
-) -> tuple[Pass | None, Pass | None, bool]:
-    """Runs every process's own part of a pass, and merges what they accumulated, in the order of the processes.
+def agree(attempt: Callable[[], tuple[_Result, Any]]) -> tuple[_Result, list[Any]]:
+    """Does something that may fail in one process alone, and lets all know. Every process must call it.
 
     Args:
-        stages: The part of this process, as `estimate.stages` gives it.
-        enough: Whether the pass may stop with this, merged.
-        estimator: How accumulators are merged.
+        attempt: Returns a result, and what the others are told: anything that JSON can hold.
 
     Returns:
-        What all accumulated, the same on every process to the last bit, None if none had a batch; what this one did;
-        and whether the pass was stopped before its end.
+        The result of this process; and what each process tells, by index.
 
     Raises:
-        RuntimeError: If another process failed; an exception of this process is raised as it is.
+        RuntimeError: If it failed in another process; an exception of this process is raised as it is.
     """
-    state, over = None, False
-    while True:
-        error = None
-        try:
-            state, over = (state, over) if over else next(stages)
-        except Exception as raised:  # whatever it is, the others must hear of it
-            error = raised
-        said = [json.loads(message) for message in exchange(_describe(state, over, error, estimator))]
-        if error is not None:
-            raise error
-        whole = _merged(said, state, estimator)
-        if all(other["over"] for other in said):
-            return whole, state, False
-        if whole is not None and enough(whole):
-            return whole, state, True
-
-
-def _merged(said: list[dict[str, Any]], state: Pass | None, estimator: Estimator) -> Pass | None:
-    """What all have accumulated, out of what they said; the second round."""
-    for process, other in enumerate(said):
-        if other["error"]:
-            raise RuntimeError(
-                f"Process {process} failed in the statistics pass: {other['error']}. Nothing was installed."
-            )
-    with_batches = [other for other in said if other["moments"]]
-    if not with_batches:
-        return None
-    if any(other["moments"] != with_batches[0]["moments"] for other in with_batches):
-        raise RuntimeError("The processes run different models: the layers, or the shapes of their statistics, differ.")
-    template = _empty_like(with_batches[0], estimator)
-    parts = [_unpack(message, template) for message in exchange(_pack(template if state is None else state))]
-    return functools.reduce(functools.partial(_merge, estimator), parts)
+    result, told, error = None, None, None
+    try:
+        result, told = attempt()
+    except Exception as raised:  # whatever it is, the others must hear of it
+        error = raised
+    failed = None if error is None else f"{type(error).__name__}: {error}"
+    everything = [json.loads(message) for message in exchange(json.dumps([failed, told]).encode())]
+    if error is not None:
+        raise error
+    for process, (failed, _) in enumerate(everything):
+        if failed:
+            raise RuntimeError(f"Process {process} failed: {failed.rstrip('.')}. All stop, and nothing was changed.")
+    return result, [told for _, told in everything]  # type: ignore[return-value]  # the attempt succeeded
 
 
 def exchange(message: bytes) -> list[bytes]:
@@ -84,42 +60,62 @@ def exchange(message: bytes) -> list[bytes]:
     return [row[:length].tobytes() for row, length in zip(rows, lengths, strict=True)]
 
 
-def whole(tree: Any) -> tuple[Any, Callable[[Any], Any]]:
-    """The tree with its arrays that are spread over processes whole in this one, and a way back for such a tree.
-
-    Every process must call it. Processes may then run as often as they like; each needs the memory for a replica.
-
-    Args:
-        tree: A pytree of arrays.
-
-    Returns:
-        The pytree; and a function of one of the same structure, whose arrays it spreads as they were.
-    """
-    given, structure = jax.tree.flatten(tree)
-    gathered = [leaf if is_here(leaf) else jnp.asarray(process_allgather(leaf, tiled=True)) for leaf in given]
-
-    def back(old: Any, unchanged: Any, leaf: Any) -> Any:
-        if is_here(old):
-            return leaf
-        values = np.asarray(leaf)
-        return old if leaf is unchanged else jax.make_array_from_callback(old.shape, old.sharding, values.__getitem__)
-
-    def restored(new: Any) -> Any:
-        leaves, structure = jax.tree.flatten(new)
-        return jax.tree.unflatten(structure, map(back, given, gathered, leaves))
-
-    return jax.tree.unflatten(structure, gathered), restored
-
-
 def is_here(leaf: Any) -> bool:
     """Whether this process holds all of an array."""
     return not isinstance(leaf, jax.Array) or leaf.is_fully_addressable
 
 
+def gather(mine: Any) -> list[Any]:
+    """What each process has of something, by index; on the host. Every process must call it."""
+    return [pickle.loads(message) for message in exchange(pickle.dumps(jax.device_get(mine)))]
+
+
+def here(tree: Any) -> Any:
+    """The tree with the arrays that are spread over processes, or replicated over them, whole in this one.
+
+    Every process must call it. Each needs the memory for a replica.
+    """
+
+    def gathered(leaf: Any) -> Any:
+        if is_here(leaf):
+            return leaf
+        return jnp.asarray(np.asarray(leaf) if leaf.is_fully_replicated else process_allgather(leaf, tiled=True))
+
+    return jax.tree.map(gathered, tree)
+
+
+def as_it_was(new: Any, used: Any, given: Any) -> Any:
+    """A tree with its arrays where they were given.
+
+    Every process must call it.
+
+    Args:
+        new: What was made of `used`.
+        used: What was made of `given`, with its arrays elsewhere.
+        given: The tree as it was.
+
+    Returns:
+        `new`, of which the arrays that did not change are those given.
+    """
+
+    def placed(new: Any, used: Any, given: Any) -> Any:
+        if new is used:
+            return given
+        if not isinstance(given, jax.Array) or (new.sharding, new.committed) == (given.sharding, given.committed):
+            return new
+        if not is_here(given):
+            return jax.device_put(new, given.sharding)
+        value = np.asarray(here(new))
+        return jax.device_put(value, given.sharding) if given.committed else jnp.asarray(value)
+
+    return jax.tree.map(placed, new, used, given)
+
+
 def check_replicas(tree: Any) -> None:
     """Checks that all devices and processes hold the same bits where they should, as of variables after training.
 
-    Every process must call it. Arrays that are sharded are compared where their shards are copies of each other.
+    Every process must call it. Arrays that are sharded are compared where their shards are copies of each other; of a
+    state out of `pmap`, whose arrays have the devices as their leading axis, the copies along it are compared.
 
     Args:
         tree: A pytree of arrays.
@@ -134,9 +130,10 @@ def check_replicas(tree: Any) -> None:
         >>> jaxbn.check_replicas({"mean": jnp.zeros(3)})
     """
     digests: dict[str, str] = {}
+    stacked = is_stacked(tree)
     for path, leaf in jax.tree.leaves_with_path(tree):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        for part, device, data in _copies(leaf):
+        for part, device, data in _copies(leaf, stacked):
             digest = hashlib.sha256(np.ascontiguousarray(data).tobytes()).hexdigest()
             if digests.setdefault(f"{name}{part}", digest) != digest:
                 raise ValueError(f"{name!r} on {device} differs from its copy on the device before.")
@@ -147,53 +144,47 @@ def check_replicas(tree: Any) -> None:
                 raise ValueError(f"{name!r} on process {process} differs from its copy on process 0.")
 
 
-def _copies(leaf: Any) -> list[tuple[str, Any, np.ndarray]]:
+def check_unstacked(tree: Any) -> None:
+    """Raises a ValueError for variables or a state that `pmap` has replicated, of which one replica is wanted."""
+    if is_stacked(tree):
+        raise_stacked(jax.tree.leaves(tree)[0].shape[:1])
+
+
+def raise_stacked(shape: tuple[int, ...]) -> NoReturn:
+    """Says that something has a leading axis of devices."""
+    raise ValueError(
+        f"The state has a leading axis, {shape}: it is replicated. Pass one of the replicas, which are equal: "
+        f"jax.tree.map(lambda leaf: leaf[0], state). jaxbn.check_replicas(state) names what differs between them."
+    )
+
+
+def is_stacked(tree: Any) -> bool:
+    """Whether this is what `pmap` returns: every array has a leading axis, with one index on each device.
+
+    That is a state of one network for each device. A network whose arrays are spread over the devices has some that do
+    not divide so: counters, and the statistics and parameters of normalization layers, which have one axis.
+    """
+    leaves = [
+        (path, leaf)
+        for path, leaf in jax.tree.leaves_with_path(tree)
+        if isinstance(leaf, jax.Array) and not _calls.is_tracer(leaf)
+    ]
+    return bool(leaves) and all(
+        _devices.is_split_by_index(leaf) and not (leaf.ndim == 1 and _PER_CHANNEL & _names(path))
+        for path, leaf in leaves
+    )
+
+
+def _names(path: Any) -> set[str]:
+    return set(jax.tree_util.keystr(path, simple=True, separator="/").split("/"))
+
+
+def _copies(leaf: Any, stacked: bool) -> list[tuple[str, Any, np.ndarray]]:
     """Which part of the array, on which device, and its values; of this process."""
     if not isinstance(leaf, jax.Array):
         return [("", "the host", np.asarray(leaf))]
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        leaf = jax.random.key_data(leaf)
+    whole = stacked or leaf.is_fully_replicated
     shards = leaf.addressable_shards
-    whole = leaf.is_fully_replicated
     return [("" if whole else f" {shard.index}", shard.device, np.asarray(shard.data)) for shard in shards]
-
-
-def _describe(state: Pass | None, over: bool, error: Exception | None, estimator: Estimator) -> bytes:
-    """What a process says in the first round."""
-    failed = None if error is None else f"{type(error).__name__}: {error}"
-    said: dict[str, Any] = {"error": failed, "over": over, "moments": None}
-    if state is not None:
-        shapes = jax.eval_shape(estimator.finalize, state.estimate)
-        said["moments"] = {
-            path: [[list(part.shape), np.dtype(part.dtype).name] for part in parts] for path, parts in shapes.items()
-        }
-        said["kinds"] = state.kinds
-    return json.dumps(said).encode()
-
-
-def _empty_like(said: dict[str, Any], estimator: Estimator) -> Pass:
-    """A pass of the structure that another process described."""
-    like = {
-        path: Moments(*(jnp.zeros(shape, dtype) for shape, dtype in parts)) for path, parts in said["moments"].items()
-    }
-    kinds = ((path, LayerKind(*kind)) for path, kind in said["kinds"])
-    return empty(like, tuple((by_name(path, kind.method), kind) for path, kind in kinds), estimator=estimator)
-
-
-def _pack(state: Pass) -> bytes:
-    return b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state))
-
-
-def _unpack(message: bytes, template: Pass) -> Pass:
-    leaves, start = [], 0
-    for leaf in jax.tree.leaves(template):
-        leaves.append(np.frombuffer(message, leaf.dtype, leaf.size, start).reshape(leaf.shape))
-        start += leaf.nbytes
-    return jax.tree.unflatten(jax.tree.structure(template), map(jnp.asarray, leaves))
-
-
-def _merge(estimator: Estimator, a: Pass, b: Pass) -> Pass:
-    return dataclasses.replace(
-        a,
-        estimate=estimator.merge(a.estimate, b.estimate),
-        batches=a.batches + b.batches,
-        skipped=a.skipped + b.skipped,
-    )

@@ -10,13 +10,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 _Item = TypeVar("_Item")
 
 
-def track(items: Iterable[_Item], title: str, progress: bool | None = None) -> Generator[_Item, None, None]:
+def track(
+    items: Iterable[_Item], title: str, progress: bool | None = None, length: int | None = None
+) -> Generator[_Item, None, None]:
     """Yields the items and shows how far it got.
 
     Args:
-        items: Any iterable; the bar knows its end if it has a length.
+        items: Any iterable.
         title: What is being done.
         progress: Whether to show the bar. None: if standard error is a terminal, on process 0.
+        length: Of the items, where they do not tell it themselves.
 
     Yields:
         The items.
@@ -34,7 +37,7 @@ def track(items: Iterable[_Item], title: str, progress: bool | None = None) -> G
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
     )  # fmt: skip
-    total = len(items) if isinstance(items, Sized) else None
+    total = len(items) if isinstance(items, Sized) else length
     with Progress(*columns, console=console, transient=console.is_terminal) as bar:  # a log keeps its last line
         task = bar.add_task(title, total=total)
         for item in items:

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from jaxbn.population.processes import raise_stacked
+
 _Tree = TypeVar("_Tree")
 
 
@@ -40,10 +42,7 @@ def arguments(inputs: Callable[[Any], Any], batch: Any) -> tuple[Any, ...]:
 def check_whole(step: ArrayLike) -> None:
     """Raises a ValueError for a state that is replicated, of which `finalize` wants one."""
     if jnp.ndim(step):
-        raise ValueError(
-            f"The state has a leading axis, {jnp.shape(step)}: it is replicated. Pass one of the replicas, which are "
-            f"equal: jax.tree.map(lambda leaf: leaf[0], state)."
-        )
+        raise_stacked(jnp.shape(step))
 
 
 def step_if(taken: ArrayLike, new: _Tree, old: _Tree) -> _Tree:

@@ -25,6 +25,7 @@ from jaxbn.methods.base import State
 from jaxbn.nnx.capture import find_states as find_states_nnx
 from jaxbn.nnx.freeze import SAVED
 from jaxbn.population.frozen import Frozen, Info, make_info, versions
+from jaxbn.population.processes import check_unstacked
 from jaxbn.serving import sealed
 from jaxbn.serving.arrays import describe, describe_tree, info_of, pack, shapes_of, to_device, to_host, unpack
 from jaxbn.serving.batches import check_batch, lacks_examples, leave_open, shape_of, text, without_examples
@@ -109,6 +110,7 @@ def export(path: str | os.PathLike[str], call: Callable[..., Any], network: Any,
         >>> jaxbn.serving.export(path, net.apply, jaxbn.linen.freeze(variables, report), data)
     """
     run, variables = _as_function(call, network)
+    check_unstacked(variables)
     given, structure = jax.tree.flatten(jax.tree.map_with_path(to_host, variables))
     arrays = [array.astype(jax.dtypes.canonicalize_dtype(array.dtype), copy=False) for array in given]
     exported = _exported(lambda leaves, batch: run(jax.tree.unflatten(structure, leaves), batch), arrays, example)

@@ -20,6 +20,10 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "multihost.py"
 SECONDS = 900  # so that none waits for ever; for all that two processes have to do, on a busy machine
 
 
+sys.path.insert(0, str(WORKER.parent))  # as where the worker is started
+import global_worker  # noqa: E402  from there
+
+
 @pytest.fixture(scope="module")
 def worker():
     """The scenarios, to be run in this process."""
@@ -63,14 +67,63 @@ def of_all(worker, parts, **options):
     return worker.statistics(batches, **options)
 
 
-def test_two_processes_end_with_the_same_statistics_or_both_with_an_error(worker, tmp_path):
-    """In short; the slow tests below look at every scenario."""
-    first, second = of_processes(tmp_path, "three and two", "one breaks")
+# What every run of the tests looks at; the slow ones look at every scenario.
+AGREE = ("pooled", "moving average", "stopped in place", "sharded parameters", "nnx", "diagnose")
+FAIL = ("far fewer on one", "global on one", "own after global on one", "one cannot read", "diagnose, fewer on one")
+
+
+@pytest.fixture(scope="module")
+def in_short(tmp_path_factory):
+    """What each of two processes says of a few scenarios."""
+    shared = [f"global: {name}" for name in (*AGREE, *FAIL)]
+    return of_processes(tmp_path_factory.mktemp("processes"), *shared, "one breaks", "three and two")
+
+
+def test_two_processes_end_with_the_same_statistics_or_both_with_an_error(worker, in_short):
+    first, second = in_short
     assert first["three and two"] == second["three and two"]
     expected = of_all(worker, (3, 2))["leaves"]
     for found, wanted in zip(first["three and two"]["result"]["leaves"], expected, strict=True):
         np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
     assert [result["one breaks"]["error"] for result in (first, second)] == ["RuntimeError", "OSError"]
+
+
+@pytest.mark.parametrize("name", AGREE)
+def test_global_batches_count_once(name, in_short):
+    check_global(name, in_short)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", global_worker.AGREE)
+def test_all_global_batches_count_once(name, results):
+    check_global(name, results)
+    for one in results:
+        assert one["global: again"] == one["global: pooled"]
+
+
+def check_global(name, results):
+    """As in one process that has all devices: batches, values, statistics and standard errors."""
+    first, second = (one[f"global: {name}"] for one in results)
+    assert "result" in first, first
+    assert first == second  # to the last bit
+    assert_close(first["result"], json.loads(json.dumps(global_worker.AGREE[name]())))
+
+
+@pytest.mark.parametrize("name", FAIL)
+def test_global_batches_that_fail_in_one_fail_in_all(name, in_short):
+    check_failed(name, in_short)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", global_worker.FAIL)
+def test_all_global_batches_that_fail_in_one_fail_in_all(name, results):
+    check_failed(name, results)
+
+
+def check_failed(name, results):
+    for one, message in zip(results, global_worker.FAIL[name][1], strict=True):
+        with pytest.raises(AssertionError, match=f"^{message}"):
+            raise AssertionError("{error}: {message}".format(**one[f"global: {name}"]))
 
 
 @pytest.mark.slow
@@ -143,6 +196,14 @@ def test_nnx_models_too(results, worker):
 
 
 @pytest.mark.slow
+def test_processes_diagnose_what_all_have_seen(results, worker):
+    first, second = (result["diagnose"]["result"] for result in results)
+    assert first == second == results[0]["diagnose, all on one"]["result"]
+    batches = [*worker.batches_of(0, 3), *worker.batches_of(1, 2)]
+    assert_close(first, json.loads(json.dumps(worker.diagnosed(batches))))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, errors, messages",
     [
@@ -153,6 +214,7 @@ def test_nnx_models_too(results, worker):
             ["RuntimeError", "OSError"],
             ["Process 1 failed.*OSError: batch 10 cannot be read", "batch 10"],
         ),
+        ("diagnose, one breaks", ["RuntimeError", "OSError"], ["Process 1 failed: OSError: batch 1 ", "batch 1 "]),
         ("one can be read once", ["RuntimeError", "TypeError"], ["Process 1 failed.*read only once", "read only once"]),
         ("none", ["ValueError", "ValueError"], ["There was no batch"] * 2),
         ("nan", ["RuntimeError", "ValueError"], ["Process 1 failed.*Batch 1", "Batch 1 .*'BatchNorm_0'"]),
@@ -175,6 +237,22 @@ def test_what_fails_in_one_fails_in_all(name, errors, messages, results):
 @pytest.mark.slow
 def test_every_scenario_is_looked_at(results, worker):
     assert [list(result) for result in results] == [list(worker.SCENARIOS)] * 2
+
+
+def assert_close(found, wanted, path=""):
+    """Equal but for the rounding of the numbers."""
+    if isinstance(wanted, dict):
+        assert list(found) == list(wanted), path
+        for key in wanted:
+            assert_close(found[key], wanted[key], f"{path}/{key}")
+    elif isinstance(wanted, list):
+        assert len(found) == len(wanted), path
+        for i, pair in enumerate(zip(found, wanted, strict=True)):
+            assert_close(*pair, f"{path}/{i}")
+    elif isinstance(wanted, float):
+        assert found == pytest.approx(wanted, rel=1e-6, abs=1e-6), path
+    else:
+        assert found == wanted, path
 
 
 def test_replicas_of_one_process_that_differ_are_named():

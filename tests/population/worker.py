@@ -6,6 +6,7 @@ import sys
 import warnings
 
 import flax.linen as nn
+import global_worker
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -106,6 +107,11 @@ def linear_and_norm():
     return nnx.Sequential(nnx.Linear(3, 4, rngs=nnx.Rngs(0)), nnx.BatchNorm(4, rngs=nnx.Rngs(1)))
 
 
+def diagnosed(batches):
+    variables = Net().init(jax.random.key(0), np.zeros((2, 3), np.float32))
+    return jaxbn.linen.diagnose(Net().apply, variables, batches).to_dict()
+
+
 SCENARIOS = {
     "five and none": lambda p: statistics(batches_of(p, 0 if p else 5)),
     "none and five": lambda p: statistics(batches_of(p, 5 if p else 0)),
@@ -117,6 +123,8 @@ SCENARIOS = {
     "nnx": lambda p: nnx_statistics(batches_of(p, 2 if p else 3)),
     "sharded over both": lambda p: sharded(batches_of(p, 2 if p else 3)),
     "sharded over both, nnx": lambda p: sharded(batches_of(p, 2 if p else 3), True),
+    "diagnose": lambda p: diagnosed(batches_of(p, 2 if p else 3)),
+    "diagnose, all on one": lambda p: diagnosed(batches_of(0, 3) + batches_of(1, 2) if p else []),
     "one breaks": lambda p: statistics(breaks_at(3, batches_of(p, 5)) if p else batches_of(p, 5)),
     "one breaks at once": lambda p: statistics(breaks_at(0, []) if p else batches_of(p, 5)),
     "one can be read once": lambda p: statistics(iter(batches_of(p, 2)) if p else batches_of(p, 2), consistent=True),
@@ -131,6 +139,7 @@ SCENARIOS = {
             batches_of(p, 2),
         )[1].batches
     ),
+    "diagnose, one breaks": lambda p: diagnosed(breaks_at(1, batches_of(p, 2)) if p else batches_of(p, 2)),
     "other variables": lambda p: jaxbn.check_replicas({"a": jnp.ones(3), "b": {"c": jnp.full(2, p)}}),
     "stopped": lambda p: statistics(endless(p), stop_when=0.12),
     "stopped, one runs out": lambda p: statistics(batches_of(p, 10) if p else endless(p), stop_when=0.12),
@@ -142,6 +151,11 @@ SCENARIOS = {
     ),
     "the same again": lambda p: statistics(batches_of(p, 2 if p else 3)),  # after all those errors
 }
+
+
+SCENARIOS |= {f"global: {name}": lambda _, agree=agree: agree() for name, agree in global_worker.AGREE.items()}
+SCENARIOS |= {f"global: {name}": fails for name, (fails, _) in global_worker.FAIL.items()}
+SCENARIOS |= {"global: again": SCENARIOS["global: pooled"]}  # after all those errors
 
 
 def main(address, process, path, *names):
