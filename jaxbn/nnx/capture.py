@@ -42,6 +42,7 @@ from jaxbn.population.layers import (
 )
 from jaxbn.population.methods import Method, evaluate, of_stock, operands_for
 from jaxbn.population.mixing import CalledNorm, Mixture
+from jaxbn.population.processes import check_unstacked
 
 Call = Callable[[Any, Any], Any]
 
@@ -138,6 +139,12 @@ def check_model(model: Any) -> None:
     """Raises a TypeError for anything that holds no NNX module."""
     if isinstance(model, type) or next(nnx.iter_modules(model), None) is None:
         raise not_a_model(model)
+
+
+def check_one_model(model: Any) -> None:
+    """Raises a ValueError if this is no model with normalization layers, or one that `pmap` has replicated."""
+    find_layers(model)
+    check_unstacked(nnx.state(model))
 
 
 def find_states(model: Any) -> dict[str, State]:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx, traverse_util
 
 from jaxbn.methods.batch_norm import BatchNormState
-from jaxbn.nnx.capture import find_layers, find_states, is_frozen, kind_of, set_class, with_call_of
+from jaxbn.nnx.capture import check_one_model, find_layers, find_states, is_frozen, kind_of, set_class, with_call_of
 from jaxbn.nnx.modules import Norm
 from jaxbn.population.frozen import Frozen, check_frozen, check_kinds, check_shapes, copied, make_info, shapes_by_path
 from jaxbn.population.layers import LayerKind, select
@@ -40,7 +40,7 @@ def freeze(model: Any, report: Report | None = None) -> Frozen:
         >>> frozen.info.layer("")
         LayerInfo(method='batch_norm', epsilon=1e-05, estimator='pooled', rows=10.0)
     """
-    check_unstacked(nnx.state(model))
+    check_one_model(model)
     info = make_info(find_states(model), report=report, kinds=find_kinds(model))
     return Frozen(copied(to_variables(model)), info)
 
@@ -187,8 +187,8 @@ def summary(model: Any) -> str:
         layer     channels  learns       method      epsilon  statistics      rows
         layers/1         8  scale, bias  batch_norm  1e-05    initial values     -
     """
-    check_unstacked(model.variables if isinstance(model, Frozen) else nnx.state(model))
     if isinstance(model, Frozen):
+        check_unstacked(model.variables)
         flat = traverse_util.flatten_dict(model.variables, sep="/")
         paths = {path: f"{path}/" if path else "" for path, _ in model.info.layers}
         if missing := [path for path, start in paths.items() if f"{start}mean" not in flat]:
@@ -198,6 +198,7 @@ def summary(model: Any) -> str:
         states = {path: BatchNormState(flat[f"{start}mean"], flat[f"{start}var"]) for path, start in paths.items()}
         return tabulate(states, flat, info=model.info)
     states = find_states(model)
+    check_one_model(model)
     params = (_joined(path) for path, _ in nnx.to_flat_state(nnx.state(model, nnx.Param)))
     return tabulate(states, params, kinds=find_kinds(model))
 

@@ -9,14 +9,23 @@ from jax.typing import ArrayLike
 
 from jaxbn.core.moments import Moments
 from jaxbn.methods.base import State
-from jaxbn.nnx.capture import Call, capture, check_model, find_layers, find_states, method_of, run_model, transform_of
+from jaxbn.nnx.capture import (
+    Call,
+    capture,
+    check_model,
+    check_one_model,
+    find_layers,
+    find_states,
+    method_of,
+    run_model,
+    transform_of,
+)
 from jaxbn.population import postproc as _postproc
 from jaxbn.population.compiled import Recipe
 from jaxbn.population.estimate import Measure
 from jaxbn.population.estimators import Estimator, pooled
 from jaxbn.population.layer_paths import AS_THEY_ARE, LayerPath
 from jaxbn.population.layers import Measured, Weights, checked
-from jaxbn.population.processes import check_unstacked
 from jaxbn.population.report import Report
 
 
@@ -132,7 +141,7 @@ def install_moments(model: Any, moments: Mapping[str, Moments]) -> Any:
         >>> jaxbn.nnx.install_moments(model, moments).mean[...]
         Array([2.], dtype=float32)
     """
-    check_unstacked(nnx.state(model))
+    check_one_model(model)
 
     def installed(path: str, layer: Any, state: State, found: Moments) -> State:
         as_they_are = isinstance(path, LayerPath) and path.method is AS_THEY_ARE
