@@ -158,6 +158,55 @@ def test_keys_through_copies_and_files():
     assert type(pickle.loads(pickle.dumps(LayerPath("a", partial(jaxbn.batch_renorm))))) is str
 
 
+def test_a_momentum_does_not_take_the_place_of_a_method_of_ones_own():
+    layer = FloorNorm(use_running_average=True)
+    variables = initial(layer)
+    with pytest.raises(ValueError, match="of another method, floor_norm. Leave momentum out"):
+        jaxbn.linen.move_averages(variables, captured(layer, variables), 0.9)
+
+
+def learning_norm(*, share=0.5):
+    """Keeps a share of the gradient of its scale in its mean."""
+
+    def backward(params, state, grads):
+        return state._replace(mean=share * state.mean + grads.scale)
+
+    return jaxbn.batch_norm(momentum=None)._replace(backward=backward)
+
+
+class LearningNorm(jaxbn.linen.Norm):
+    factory = staticmethod(learning_norm)
+
+
+class NNXLearningNorm(jaxbn.nnx.Norm):
+    _factory = staticmethod(learning_norm)
+
+
+def test_a_method_that_learns_from_the_gradient():
+    """In the steps of both frameworks, and in update_backward of NNX, whose layers know their method."""
+    loss_fn = lambda outputs, batch: (jnp.mean(outputs**3), {})
+
+    class Learning(nn.Module):
+        @nn.compact
+        def __call__(self, x, train):
+            return LearningNorm(use_running_average=not train, share=0.25, name="norm")(x)
+
+    def loss_of(params):
+        return loss_fn(jaxbn.batch_norm(momentum=None).train(params, transform.init(CHANNELS)[1], X)[0], X)[0]
+
+    transform = learning_norm(share=0.25)
+    params, state = transform.init(CHANNELS)
+    expected = transform.backward(params, state, jax.grad(loss_of)(params)).mean
+    make = partial(jaxbn.linen.make_steps, loss_fn=loss_fn, optimizer=optax.sgd(0.1), inputs=lambda batch: batch)
+    steps = make(Learning())
+    stepped, _ = jax.jit(steps.train_step)(steps.init(jax.random.key(0), X), X)
+    np.testing.assert_allclose(stepped.batch_stats["norm"]["mean"], expected, rtol=1e-5)
+    model = nnx.Sequential(NNXLearningNorm(CHANNELS, share=0.25, rngs=nnx.Rngs(0)))
+    grads = nnx.grad(lambda model: loss_fn(model(X), X)[0])(model)
+    jaxbn.nnx.update_backward(model, grads)
+    np.testing.assert_allclose(model.layers[0].mean[...], expected, rtol=1e-5)
+
+
 class _Params(NamedTuple):
     mix: Any
 

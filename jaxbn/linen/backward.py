@@ -1,5 +1,6 @@
-"""What layers learn from the gradient, for linen: nothing, but for those of moving average batch normalization."""
+"""What layers learn from the gradient, for linen: nothing, unless their method has a `backward`."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import flax
@@ -9,15 +10,18 @@ from jax.typing import ArrayLike
 from jaxbn.linen.capture import check_variables, keys
 from jaxbn.linen.modules import STATISTICS
 from jaxbn.linen.postproc import statistics_at, with_states
-from jaxbn.methods.base import NormParams
 from jaxbn.methods.moving_average_batch_norm import moving_average_batch_norm
-from jaxbn.population.methods import state_of
+from jaxbn.population.layer_paths import LayerPath
+from jaxbn.population.methods import learned, loaded
 
 _LEAF = "gradient_window"  # by which its statistics are known
 
 
 def update_backward(variables: Any, grads: Any, *, loss_scale: ArrayLike = 1.0) -> dict[str, Any]:
     """Lets the layers of moving average batch normalization learn from a gradient: once after each training call.
+
+    Layers of a method of your own that has a `backward` learn in `make_steps`; elsewhere call it yourself, as the
+    variables do not tell the method.
 
     `make_steps` does it. In a loop of your own, before the optimizer's step, with the parameters of which the gradient
     is: `stats = update_backward({"params": state.params, **updates}, grads)["batch_stats"]`. Pure; may be jitted.
@@ -49,21 +53,26 @@ def update_backward(variables: Any, grads: Any, *, loss_scale: ArrayLike = 1.0) 
         Array([1.88], dtype=float32)
     """
     check_variables(variables)
-    transform = moving_average_batch_norm()
+    return learn(variables, grads, (), loss_scale)
+
+
+def learn(variables: Any, grads: Any, known: Iterable[str], loss_scale: ArrayLike = 1.0) -> dict[str, Any]:
+    """As `update_backward`, for layers of other methods too if their path knows the method."""
     flat = flax.traverse_util.flatten_dict(flax.core.unfreeze(variables.get(STATISTICS, {})), sep="/")
+    by_leaf = (name.removesuffix(_LEAF).rstrip("/") for name in flat if name.split("/")[-1] == _LEAF)
+    transforms = dict.fromkeys(by_leaf, moving_average_batch_norm())
+    transforms |= {path: path.method() for path in known if isinstance(path, LayerPath)}
     states = {}
-    for path in (name.removesuffix(_LEAF).rstrip("/") for name in flat if name.split("/")[-1] == _LEAF):
-        params, given = (_affine(tree, path) for tree in (variables.get("params", {}), grads))
-        state = state_of(transform, statistics_at(variables, path))
-        states[path] = transform.backward(params, state, given, loss_scale=loss_scale)
+    for path, transform in transforms.items():
+        if transform.backward is not None:
+            params, state = loaded(transform, _at(variables.get("params", {}), path), statistics_at(variables, path))
+            states[path] = learned(transform, path, params, state, _at(grads, path), loss_scale)
     return with_states(variables, states) if states else flax.core.unfreeze(variables)
 
 
-def _affine(tree: Any, path: str) -> NormParams:
-    """The scale and bias of a layer, in the params or in their gradient."""
+def _at(tree: Any, path: str) -> dict[str, Any]:
+    """The params of a layer, or their gradients, by name; empty if there are none."""
     tree = flax.core.unfreeze(meta.unbox(tree))
     for key in keys(path):
         tree = tree.get(key, {})
-    if tree.get("scale") is None:
-        raise ValueError(f"There is no scale of {path!r}: pass the gradient of all the params of the model.")
-    return NormParams(tree["scale"], tree.get("bias"))
+    return dict(tree)

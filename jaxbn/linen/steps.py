@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax.training import train_state
 
 from jaxbn.core.devices import AxisName, make_varying, mean_over
-from jaxbn.linen.backward import update_backward
+from jaxbn.linen.backward import learn
 from jaxbn.linen.capture import capture, find_states, is_call_of_layer
 from jaxbn.linen.freeze import apply_frozen
 from jaxbn.linen.modules import STATISTICS
@@ -127,7 +127,8 @@ def make_steps(
         params = make_varying(state.params, axis_name)
         grads, (metrics, batch_stats) = jax.grad(loss_of, has_aux=True)(params)
         grads, metrics = mean_over((grads, metrics), axis_name)
-        batch_stats = update_backward({"params": state.params, STATISTICS: batch_stats}, grads)[STATISTICS]
+        variables = {"params": state.params, STATISTICS: batch_stats}
+        batch_stats = learn(variables, grads, dict(state.kinds))[STATISTICS]
         return state.apply_gradients(grads=grads, batch_stats=batch_stats), metrics
 
     def measure(variables: Any, batch: Any) -> Measured:

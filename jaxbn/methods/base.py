@@ -43,8 +43,9 @@ class NormTransform(NamedTuple):
     measure: Callable[..., Moments]
     # (state, moments) -> state: install the moments of the population
     postproc: Callable[[State, Moments], State]
-    # (params, state, grads) -> state: learn from the gradient of the params, for methods that need it
-    backward: Callable[..., State]
+    # (params, state, grads) -> state: learn from the gradient of the params; None: the method does not. It may take
+    # loss_scale=, that of the next step.
+    backward: Callable[..., State] | None = None
     # (state, moments, samples=None) -> state: move the averages once, by moments that a loop has put together; None:
     # training keeps none
     move: Callable[..., State] | None = None

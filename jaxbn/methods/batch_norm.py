@@ -169,12 +169,8 @@ def batch_norm(
         mean = jnp.where(seen, moments.mean.astype(state.mean.dtype), state.mean)
         return state._replace(mean=mean, var=jnp.where(seen, moments.var.astype(state.var.dtype), state.var))
 
-    def backward(params: NormParams, state: BatchNormState, grads: NormParams) -> BatchNormState:
-        del params, grads
-        return state
-
     move = None if average is None else functools.partial(move_averages, average)
-    return NormTransform(init, train, evaluate, measure, postproc, backward, move)
+    return NormTransform(init, train, evaluate, measure, postproc, move=move)
 
 
 class AveragingStep(NamedTuple):

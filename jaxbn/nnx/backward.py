@@ -1,17 +1,19 @@
-"""What layers learn from the gradient, for NNX: nothing, but for those of moving average batch normalization."""
+"""What layers learn from the gradient, for NNX: nothing, unless their method has a `backward`."""
 
 from typing import Any
 
 from flax import nnx
 from jax.typing import ArrayLike
 
-from jaxbn.methods.base import NormParams
 from jaxbn.nnx.capture import check_model, is_frozen
-from jaxbn.nnx.methods import MovingAverageBatchNorm
+from jaxbn.nnx.modules import Norm
+from jaxbn.population.methods import learned
 
 
 def update_backward(model: Any, grads: Any, *, loss_scale: ArrayLike = 1.0) -> None:
     """Lets the layers of moving average batch normalization learn from a gradient: once after each training call.
+
+    So do layers of methods of your own that have a `backward`.
 
     `make_steps` does it. In a loop of your own call it before `optimizer.update(model, grads)`, as psi is of the
     parameters of which the gradient is. The statistics of the model move, as they do in a call.
@@ -40,19 +42,17 @@ def update_backward(model: Any, grads: Any, *, loss_scale: ArrayLike = 1.0) -> N
     found = nnx.to_pure_dict(grads)
     learnt = {}
     for path, layer in nnx.iter_modules(model):
-        if isinstance(layer, MovingAverageBatchNorm) and not is_frozen(layer):
-            given = NormParams(_leaf(found, path, "scale"), None)
-            learnt[layer] = layer.transform.backward(layer.params, layer.state, given, loss_scale=loss_scale)
+        if isinstance(layer, Norm) and not is_frozen(layer) and layer.transform.backward is not None:
+            name, given = "/".join(map(str, path)), _at(found, path)
+            learnt[layer] = learned(layer.transform, name, layer.params, layer.state, given, loss_scale)
     for layer, state in learnt.items():
         for name, leaf in state._asdict().items():
             if leaf is not None:
                 getattr(layer, name)[...] = leaf
 
 
-def _leaf(tree: Any, path: tuple[Any, ...], name: str) -> Any:
-    for key in (*path, name):
-        tree = tree.get(key) if isinstance(tree, dict) else None
-    if tree is None:
-        path_to = "/".join(map(str, path))
-        raise ValueError(f"There is no gradient of the scale of {path_to!r}: pass that of all the params of the model.")
-    return tree
+def _at(tree: Any, path: tuple[Any, ...]) -> dict[str, Any]:
+    """The part of nested dicts at a path; empty if there is none."""
+    for key in path:
+        tree = tree.get(key, {}) if isinstance(tree, dict) else {}
+    return tree if isinstance(tree, dict) else {}

@@ -157,6 +157,8 @@ def averaging_method(path: str, names: Iterable[str], momentum: Any) -> NormTran
     if isinstance(momentum, NormTransform):
         return momentum
     known = method_at(path, names)
+    if isinstance(path, LayerPath) and path.method is NOT_REACHED:
+        return known
     if momentum is None:
         if not isinstance(path, LayerPath):
             raise ValueError(
@@ -165,10 +167,11 @@ def averaging_method(path: str, names: Iterable[str], momentum: Any) -> NormTran
             )
         return known
     _, state = jax.eval_shape(lambda: known.init(1))
-    if type(state) not in (BatchNormState, GhostBatchNormState, DomainBatchNormState):
+    own = name_of(path.method) if isinstance(path, LayerPath) and name_of(path.method) not in _OURS else None
+    if own or type(state) not in (BatchNormState, GhostBatchNormState, DomainBatchNormState):
         raise ValueError(
             f"momentum={momentum!r} says how batch norm averages, and the statistics of {path!r} are of another "
-            f"method, a {type(state).__name__}. Leave momentum out, for moments under the keys that capture_moments "
-            f"gives; or pass the transform of the method, such as jaxbn.batch_renorm()."
+            f"method, {own or type(state).__name__}. Leave momentum out, for moments under the keys that "
+            f"capture_moments gives; or pass the transform of the method, such as jaxbn.batch_renorm()."
         )
     return batch_norm(momentum=momentum)

@@ -155,3 +155,23 @@ def of_stock(layer: Any, **changes: Any) -> Method:
     """The method of a layer of Flax, which is batch norm."""
     fields = {name: getattr(layer, name) for name in ("axis", "epsilon", "momentum", "use_fast_variance")}
     return Method(batch_norm, **fields | changes)
+
+
+def learned(
+    transform: NormTransform, path: str, params: Any, state: State, grads: Mapping[str, Any], loss_scale: ArrayLike
+) -> State:
+    """The state of a layer whose method learns from the gradient of its params, which are given by name.
+
+    Raises:
+        ValueError: If the gradient of one of the params is not there.
+    """
+    backward = cast(Callable[..., State], transform.backward)
+    held = [name for name, leaf in params._asdict().items() if leaf is not None]
+    for name in held:
+        if grads.get(name) is None:
+            raise ValueError(
+                f"There is no gradient of the {name} of {path!r}: pass that of all the params of the model."
+            )
+    takes = "loss_scale" in inspect.signature(backward).parameters
+    scaled = {"loss_scale": loss_scale} if takes else {}
+    return backward(params, state, params._replace(**{name: grads[name] for name in held}), **scaled)

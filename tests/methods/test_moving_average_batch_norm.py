@@ -479,7 +479,7 @@ def test_the_gradient_that_is_missing_is_named():
     x = jnp.ones((2, 3))
     layer = jaxbn.linen.MovingAverageBatchNorm(use_running_average=False)
     variables = layer.init(jax.random.key(0), x)
-    with pytest.raises(ValueError, match="There is no scale of ''"):
+    with pytest.raises(ValueError, match="There is no gradient of the scale of ''"):
         jaxbn.linen.update_backward(variables, {})
     model = nnx.Sequential(jaxbn.nnx.MovingAverageBatchNorm(3, rngs=nnx.Rngs(0)))
     with pytest.raises(ValueError, match="no gradient of the scale of 'layers/0'"):
