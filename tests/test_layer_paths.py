@@ -137,10 +137,9 @@ def test_a_method_of_which_only_the_name_is_known():
 
     with pytest.raises(ValueError, match="name of its method, floor_norm"):
         jax.jit(traced)(7.0)
-    # As in a process that had no batch, and heard of the layers of the others.
     assert type(by_name("a", "batch_renorm")) is str
     moments = {by_name("", "floor_norm"): jaxbn.batch_moments(X)}
-    with pytest.raises(ValueError, match="each process a batch"):
+    with pytest.raises(ValueError, match="take the keys from capture_moments"):
         jaxbn.linen.install_moments(variables, moments)
 
 
@@ -268,6 +267,15 @@ def test_a_learned_parameter_is_not_dropped_on_the_way_to_another_method():
         jaxbn.linen.convert_norms(initial(own), like=initial(plain))
     with pytest.raises(ValueError, match="'mix' of the model as it was have no counterpart"):
         jaxbn.nnx.replace(NNXMixedNorm(CHANNELS, rngs=nnx.Rngs(0)), jaxbn.nnx.BatchNorm)
+
+
+def test_summary_names_all_that_a_method_learns():
+    own, few = MixedNorm(use_running_average=True), MixNorm(use_running_average=True)
+    assert "  scale, bias, mix  " in jaxbn.linen.summary(initial(own))
+    assert "  mix  " in jaxbn.linen.summary(initial(few)) and "scale" not in jaxbn.linen.summary(initial(few))
+    model = NNXMixNorm(CHANNELS, rngs=nnx.Rngs(0))
+    assert "  scale, bias, mix  " in jaxbn.nnx.summary(NNXMixedNorm(CHANNELS, rngs=nnx.Rngs(0)))
+    assert "  mix  " in jaxbn.nnx.summary(jaxbn.nnx.replace(model, NNXMixNorm))
 
 
 def test_defaults_of_classes_that_inherit_from_a_layer():

@@ -11,7 +11,7 @@ from jaxbn.methods.batch_norm import BatchNormState
 from jaxbn.nnx.capture import check_one_model, find_layers, find_states, is_frozen, kind_of, set_class, with_call_of
 from jaxbn.nnx.modules import Norm
 from jaxbn.population.frozen import Frozen, check_frozen, check_kinds, check_shapes, copied, make_info, shapes_by_path
-from jaxbn.population.layers import LayerKind, select
+from jaxbn.population.layers import AFFINE, LayerKind, select
 from jaxbn.population.processes import check_unstacked
 from jaxbn.population.report import Report
 from jaxbn.population.summary import tabulate
@@ -196,7 +196,9 @@ def summary(model: Any) -> str:
                 f"This Frozen has no {missing[0]!r} of an NNX model; of a linen one use jaxbn.linen.summary."
             )
         states = {path: BatchNormState(flat[f"{start}mean"], flat[f"{start}var"]) for path, start in paths.items()}
-        return tabulate(states, flat, info=model.info)
+        # Of the variables of a network of NNX no more than the names are left.
+        params = (name for name in flat if name.rpartition("/")[2] in AFFINE)
+        return tabulate(states, params, info=model.info)
     states = find_states(model)
     check_one_model(model)
     params = (_joined(path) for path, _ in nnx.to_flat_state(nnx.state(model, nnx.Param)))

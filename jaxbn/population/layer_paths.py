@@ -118,8 +118,8 @@ def _not_reached() -> NormTransform:
 def _unknown(name: str) -> NormTransform:
     raise ValueError(
         f"Of a layer no more is known than the name of its method, {name}, and not how it installs statistics: its "
-        f"arguments are being traced, this process ran no batch, or it was read from a file. Give the layer numbers, "
-        f"and each process a batch; or use the functions of the method itself."
+        f"arguments are being traced, or it was read from a file. Give the layer numbers, and take the keys from "
+        f"capture_moments; or use the functions of the method itself."
     )
 
 

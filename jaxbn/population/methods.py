@@ -77,7 +77,7 @@ def check_leaves(
                 f"variable or an attribute of that name, which they hold side by side. Rename it."
             )
     for field, given in initializers.items():
-        if field.split("_")[0] not in learned and given is not defaults_of(cast(Hashable, type(layer)))[field]:
+        if field.split("_")[0] not in learned and given != defaults_of(cast(Hashable, type(layer)))[field]:
             raise ValueError(
                 f"{type(layer).__name__} was given {field}={given!r}, and its method {name_of(factory)} learns "
                 f"{', '.join(learned) or 'nothing'}: it would have no effect. Leave it out."

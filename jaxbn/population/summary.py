@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 
 from jaxbn.methods.base import State
 from jaxbn.population.frozen import AS_GIVEN, Info, LayerInfo, is_initial
-from jaxbn.population.layers import LayerKind
+from jaxbn.population.layers import AFFINE, LayerKind
 from jaxbn.population.tables import names_of
 
 _HEAD = ("layer", "channels", "learns", "method", "epsilon", "statistics", "rows")
@@ -23,7 +23,7 @@ def tabulate(
 
     Args:
         states: The statistics of each layer, by path.
-        params: The paths of all parameters.
+        params: The paths of all learned parameters.
         info: What is known of a frozen network.
         kinds: What the layers do, where there is no `info`.
 
@@ -35,8 +35,8 @@ def tabulate(
     rows = [_HEAD]
     names = names_of(states, _WIDEST_PATH)
     for path, state in states.items():
-        learned = ", ".join(name for name in ("scale", "bias") if (f"{path}/{name}" if path else name) in params)
-        rows.append((names[path], str(state.mean.size), learned or "-", *_cells(state, path, known, kinds or {})))
+        learned = ", ".join(_beside(path, params)) or "-"
+        rows.append((names[path], str(state.mean.size), learned, *_cells(state, path, known, kinds or {})))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     channels = sum(state.mean.size for state in states.values())
     lines = [f"{len(states)} normalization layer{'s'[: len(states) > 1]}, {channels} channel{'s'[: channels > 1]}"]
@@ -47,6 +47,13 @@ def tabulate(
         )
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
+
+
+def _beside(layer: str, params: Iterable[str]) -> list[str]:
+    """The names of the parameters of a layer: scale and bias, and then what its method learns besides."""
+    split = [param.rpartition("/") for param in params]
+    names = sorted(name for path, _, name in split if path == layer)
+    return sorted(names, key=lambda name: AFFINE.index(name) if name in AFFINE else len(AFFINE))
 
 
 def _cells(
