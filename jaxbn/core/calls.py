@@ -61,6 +61,14 @@ def parts_of_module(module: Any) -> Iterable[Any]:
     return module._state.children.values()
 
 
+def is_given_an_example(module: Any) -> bool:
+    """Whether a `flax.nnx.Module` is called with an example of an input, to show it or to make variables of it.
+
+    `nnx.tabulate` leaves a number in every module of the copy that it runs, and `nnx.bridge.lazy_init` sets a flag.
+    """
+    return hasattr(module, "_nnx_tabulate_id") or module._pytree__state.initializing
+
+
 # Reading a program
 
 

@@ -20,6 +20,7 @@ from jaxbn.linen.modules import Norm as Norm
 from jaxbn.linen.postproc import install_moments as install_moments
 from jaxbn.linen.postproc import move_averages as move_averages
 from jaxbn.linen.postproc import postproc as postproc
+from jaxbn.linen.registry import register_batch_norm as register_batch_norm
 from jaxbn.linen.replace import replace as replace
 from jaxbn.linen.steps import TrainState as TrainState
 from jaxbn.linen.steps import make_steps as make_steps

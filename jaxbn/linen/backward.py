@@ -7,9 +7,9 @@ import flax
 from flax.core import meta
 from jax.typing import ArrayLike
 
-from jaxbn.linen.capture import check_variables, keys
 from jaxbn.linen.modules import STATISTICS
 from jaxbn.linen.postproc import statistics_at, with_states
+from jaxbn.linen.variables import check_variables, keys
 from jaxbn.methods.moving_average_batch_norm import moving_average_batch_norm
 from jaxbn.population.layer_paths import LayerPath
 from jaxbn.population.methods import learned, loaded

@@ -8,28 +8,27 @@ wanted statistics, whatever flags the model passes, and marks the output. `harve
 
 import dataclasses
 import functools
-import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax
 import flax.linen as nn
 import jax
+from flax import nnx
 
 from jaxbn.core import calls as _calls
 from jaxbn.core import harvest as _harvest
 from jaxbn.core import moments as _moments
 from jaxbn.linen.modules import STATISTICS, Norm
+from jaxbn.linen.registry import OWN_LEAVES, REGISTER, Adapted, as_norm, class_inside, evaluates, is_call, run_bridge
+from jaxbn.linen.variables import find_shapes, find_states, states_in, with_leaves, without
 from jaxbn.methods.base import NormTransform, State
-from jaxbn.methods.batch_norm import BatchNormState
-from jaxbn.population.arguments import not_variables
 from jaxbn.population.layer_paths import keyed
 from jaxbn.population.layers import (
     Layer,
     LayerKind,
     Measured,
     Weights,
-    asked_stored,
     call_arguments,
     carry_weights,
     check_mode,
@@ -38,19 +37,14 @@ from jaxbn.population.layers import (
     marked,
     mask_of_examples,
     measured,
-    natural,
     normalize_as,
     wanted_mode,
 )
-from jaxbn.population.methods import Method, evaluate, loaded, of_stock, operands_for
+from jaxbn.population.methods import Method, evaluate, loaded, of_stock, operands_for, state_of
 from jaxbn.population.mixing import CalledNorm, Mixture
+from jaxbn.population.unserved import Touched, name_of
 
 Call = Callable[[Any, Any], Any]
-
-# The interceptor is given a method as a partial of the plain function of the class that defines it, so that a subclass
-# which calls super().__call__ is met as well.
-STOCK_CALL = inspect.unwrap(nn.BatchNorm.__call__)
-OUR_CALL = inspect.unwrap(Norm.__call__)
 
 _SLOT = "jaxbn_slot"
 _WEIGHTS = "jaxbn_weights"
@@ -127,10 +121,13 @@ def capture(
 
     def captured(variables: Any, batch: Any) -> tuple[Any, Measured]:
         variables = flax.core.unfreeze(variables)
+        if not (shapes := find_shapes(variables)):
+            find_states(variables)  # which says what is wrong
         count = count_examples(batch) if examples else None
-        layers = [Layer(path, state.mean.shape, mode, count) for path, state in find_states(variables).items()]
-        whole = {layer: layer.positions() for layer in layers}
-        slots = {layer.path: Slot(index, layer) for layer, index in whole.items()}
+        held = {path: Layer(path, shape, mode, count) for path, shape in shapes.items()}
+        layers = [held[path] for path in states_in(variables)]
+        slots = {path: Slot(layer.positions(), layer) for path, layer in held.items()}
+        whole = {layer: slots[layer.path].index for layer in layers}
 
         def run(variables: Any, batch: Any) -> Any:
             if weights is not None:
@@ -141,83 +138,74 @@ def capture(
                 return without(_WEIGHTS, call(variables, batch))
 
         outputs, records = _harvest.harvest(run)(with_leaves(variables, _SLOT, slots), batch)
-        return without(_SLOT, outputs), measured(records, whole, calls=examples)
+        found = measured(records, whole, calls=examples)
+        find_states(variables)  # which raises if there are none, now that no layer that is not known was met
+        return without(_SLOT, outputs), found
 
     return captured
 
 
-def find_states(variables: Mapping[str, Any]) -> dict[str, State]:
-    """The state of every normalization layer by its path."""
-    check_variables(variables)
-    flat = flax.traverse_util.flatten_dict(flax.core.unfreeze(variables.get(STATISTICS, {})))
-    parents = dict.fromkeys(path[:-1] for path in flat if path[-1] == "mean" and (*path[:-1], "var") in flat)
-    states = {
-        path: BatchNormState(*(flax.core.meta.unbox(flat.get((*keys(path), name))) for name in BatchNormState._fields))
-        for path in sorted(map("/".join, parents), key=natural)
-    }
-    if not states:
-        raise ValueError(
-            f"There are no statistics of a normalization layer (mean and var) in variables[{STATISTICS!r}]; the "
-            f"collections given are {sorted(variables)}. Pass all the variables of the model, not its params alone."
-        )
-    return states
-
-
-def check_variables(variables: Any) -> None:
-    """Raises a TypeError for anything but a dict of variables."""
-    if not isinstance(variables, Mapping):
-        raise not_variables(variables)
-
-
-def with_leaves(variables: dict[str, Any], name: str, leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """The variables with one leaf more, of this name, beside the statistics of each layer given by its path."""
-    flat = flax.traverse_util.flatten_dict(variables[STATISTICS])
-    flat |= {(*keys(path), name): leaf for path, leaf in leaves.items()}
-    return variables | {STATISTICS: flax.traverse_util.unflatten_dict(flat)}
-
-
-def without(name: str, tree: Any) -> Any:
-    """Outputs in which the call returned its variables, as with `mutable=`, without the leaves of this name."""
-
-    def holds_it(node: Any) -> bool:
-        return isinstance(node, dict | flax.core.FrozenDict) and name in node
-
-    def strip(node: Any) -> Any:
-        if not holds_it(node):
-            return node
-        return type(node)({key: without(name, value) for key, value in node.items() if key != name})
-
-    return jax.tree.map(strip, tree, is_leaf=holds_it)
-
-
-def keys(path: str) -> tuple[str, ...]:
-    """A path as the keys of nested dicts; the model itself has the path ''."""
-    return tuple(path.split("/")) if path else ()
-
-
 def _intercept(next_call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
     """Runs in the place of every method of every module, and lets all but the calls of normalization layers pass."""
-    layer: Any = context.module
+    module: Any = context.module
+    if not is_call_of_layer(context):
+        return _pass(next_call, args, kwargs, module)
     # Without a slot it is no layer of the variables that were passed in: a teacher, or our own call below.
-    slot = layer.get_variable(STATISTICS, _SLOT) if is_call_of_layer(context) else None
-    if slot is None or layer.has_variable(STATISTICS, FROZEN):
+    slot = module.get_variable(STATISTICS, _SLOT)
+    if slot is None or module.has_variable(STATISTICS, FROZEN):
         return next_call(*args, **kwargs)
-    x, mask, residual, where = call_arguments(*args, **kwargs)
-    transform = _transform_of(layer)
-    if mask is None and layer.has_variable(STATISTICS, _WEIGHTS):
-        mask = mask_of_examples(layer.get_variable(STATISTICS, _WEIGHTS), x, slot.layer.path, layer.axis)
+    layer = as_norm(module, args, kwargs)
+    x, mask, residual, where = arguments_of(layer, args, kwargs)
+    transform = transform_of(layer)
+    if mask is None and module.has_variable(STATISTICS, _WEIGHTS):
+        mask = mask_of_examples(module.get_variable(STATISTICS, _WEIGHTS), x, slot.layer.path, layer.axis)
     moments = transform.measure(x, **operands_for(transform.measure, mask=mask, **where))
     stored, synchronized = stored_state(layer), (layer.axis_name, layer.axis_index_groups)
-    asked = asked_stored(layer, *args, **kwargs)
+    asked = evaluates(module, args, kwargs)
     mode = wanted_mode(slot.layer, asked)
     if mode == "as_called":
-        y = next_call(*args, **kwargs)
+        y = called(next_call, args, kwargs, module)
     else:
         normalizing = functools.partial(normalize, layer)
         norm = CalledNorm(slot.layer.path, transform, stored, normalizing, layer.axis, *synchronized)
         y = normalize_as(mode, norm, moments, x, mask, residual, where)
     marks_layer = dataclasses.replace(slot.layer, method=method_of(layer), asked_stored=asked)
     return marked(y, slot.index, marks_layer, moments, x, axis=layer.axis, mask=mask)
+
+
+def _pass(next_call: Callable[..., Any], args: Any, kwargs: Any, module: Any) -> Any:
+    """Runs what is no layer that is known, and marks it if it keeps statistics."""
+    slots = [] if module.is_initializing() else slots_of(module)
+    y = called(next_call, args, kwargs, module)
+    for slot in slots:
+        cls = name_of(type(module), class_inside(module))
+        y = Touched(slot.layer.path, slot.layer.size, cls, REGISTER).on(y, slot.index)
+    return y
+
+
+def statistics_of(module: Any) -> dict[tuple[Any, ...], Any]:
+    """The statistics of a module itself; of all that is inside, if it is a bridge to NNX."""
+    if module.scope is None or isinstance(module, nn.SpectralNorm):  # whose statistics are those of weights
+        return {}
+    held = module.variables.get(STATISTICS, {})
+    if isinstance(module, nnx.bridge.ToLinen):
+        return flax.traverse_util.flatten_dict(flax.core.unfreeze(held))
+    return {(name,): leaf for name, leaf in held.items() if not isinstance(leaf, Mapping)}
+
+
+def slots_of(module: Any, name: str = _SLOT) -> list[Any]:
+    """The leaves of this name among the statistics of a module."""
+    if module.scope is None or not module.has_variable(STATISTICS, name) and not isinstance(module, nnx.bridge.ToLinen):
+        return []  # what is asked of every module, at little cost
+    return [leaf for place, leaf in statistics_of(module).items() if place[-1] == name]
+
+
+def called(next_call: Callable[..., Any], args: Any, kwargs: Any, module: Any) -> Any:
+    """What the call of a module gives back; a bridge to NNX runs without what rides beside its statistics."""
+    rides = (place[-1] for place in statistics_of(module)) if isinstance(module, nnx.bridge.ToLinen) else ()
+    if any(str(name).startswith(OWN_LEAVES) for name in rides):
+        return run_bridge(module, args, kwargs)
+    return next_call(*args, **kwargs)
 
 
 def is_call_of_layer(context: nn.module.InterceptorContext) -> bool:
@@ -231,7 +219,12 @@ def is_call_of_layer(context: nn.module.InterceptorContext) -> bool:
 
 def meets_layer(context: nn.module.InterceptorContext) -> bool:
     """Whether an interceptor has met the call of a normalization layer."""
-    return getattr(context.orig_method, "func", None) in (STOCK_CALL, OUR_CALL)
+    return is_call(context.module, getattr(context.orig_method, "func", None))
+
+
+def arguments_of(layer: Any, args: Any, kwargs: Any) -> tuple[jax.Array, Any, Any, dict[str, Any]]:
+    """The arguments of the call of a layer: x, mask, residual, and the domain."""
+    return layer.arguments() if isinstance(layer, Adapted) else call_arguments(*args, **kwargs)
 
 
 def successor_of(layer: Any) -> Callable[[], Any] | None:
@@ -254,24 +247,28 @@ def kind_of(layer: Any) -> LayerKind:
     return LayerKind.of(method_of(layer))
 
 
-def method_of(layer: Any) -> Method:
-    """The method of a layer; a stock one is a batch_norm."""
-    return layer.made_by() if isinstance(layer, Norm) else of_stock(layer)
+def method_of(layer: Any, **changes: Any) -> Method:
+    """The method of a layer; that of one which is not jaxbn's is a batch_norm, whose arguments may be changed."""
+    layer = as_norm(layer)
+    own = layer.made_by() if isinstance(layer, Norm) else layer.method if isinstance(layer, Adapted) else None
+    return of_stock(layer, **changes) if own is None else own
 
 
-def _transform_of(layer: Any) -> NormTransform:
-    """The pure functions of a layer, but for how a stock one averages."""
-    return layer.transform() if isinstance(layer, Norm) else of_stock(layer, momentum=None)()
+def transform_of(layer: Any) -> NormTransform:
+    """The pure functions of a layer, but for how one that is not jaxbn's averages."""
+    return method_of(layer, momentum=None)()
 
 
 def stored_state(layer: Any) -> State:
     """The statistics that a layer holds, as the methods' functions take them."""
     variables = flax.core.meta.unbox(layer.variables)
-    return loaded(_transform_of(layer), variables.get("params", {}), variables[STATISTICS])[1]
+    return state_of(transform_of(layer), variables[STATISTICS])
 
 
 def normalize(layer: Any, state: State, x: jax.Array, *, mask: Any, residual: Any, **where: Any) -> jax.Array:
     """What the layer makes of its input with these statistics."""
+    if isinstance(layer, Adapted):
+        return layer.normalize(state, x, mask=mask, residual=residual, **where)
     if not isinstance(layer, Norm):
         return _normalize_stock(layer, state, x)  # where Flax ignores the mask, and has no residual
     transform, variables = layer.transform(), flax.core.meta.unbox(layer.variables)

@@ -6,9 +6,10 @@ from typing import Any
 import flax
 from flax.core import meta
 
-from jaxbn.linen.capture import check_variables, find_states, keys
 from jaxbn.linen.modules import STATISTICS
+from jaxbn.linen.variables import check_variables, find_states, keys
 from jaxbn.population.layers import AFFINE, POPULATION, fitting, takes_over
+from jaxbn.population.registry import REGISTRY
 
 # Linen names a layer by its class, so that the kind of a layer shows in the paths of its variables.
 _CLASS = re.compile(
@@ -70,7 +71,17 @@ def convert_norms(variables: Any, like: Any) -> dict[str, Any]:
 
 
 def _flat(variables: Any) -> dict[tuple[str, ...], Any]:
-    return flax.traverse_util.flatten_dict(flax.core.unfreeze(variables))
+    """The variables by path, those of layers of a registered class by the names that they have in Flax's layer."""
+    flat = flax.traverse_util.flatten_dict(flax.core.unfreeze(variables))
+    held: dict[tuple[str, ...], dict[str, list[str]]] = {}
+    for collection, *module, name in flat:
+        held.setdefault(tuple(module), {}).setdefault(collection, []).append(name)
+    own = {
+        module: {theirs: name for name, theirs in REGISTRY.names_of(by[STATISTICS], by.get("params", ())).items()}
+        for module, by in held.items()
+        if STATISTICS in by
+    }
+    return {(*path[:-1], own.get(path[1:-1], {}).get(path[-1], path[-1])): leaf for path, leaf in flat.items()}
 
 
 def _place(path: tuple[str, ...]) -> tuple[str, ...]:

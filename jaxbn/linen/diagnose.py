@@ -3,7 +3,8 @@
 from collections.abc import Iterable
 from typing import Any
 
-from jaxbn.linen.capture import Call, capture, check_variables, find_states
+from jaxbn.linen.capture import Call, capture
+from jaxbn.linen.variables import check_variables, find_states
 from jaxbn.population import diagnose as _diagnose
 from jaxbn.population.compiled import Recipe
 from jaxbn.population.diagnosis import Diagnosis

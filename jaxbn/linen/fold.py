@@ -1,30 +1,33 @@
 """Folding for linen: the model is run with tags, and then with its folded layers left out, by interception."""
 
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import flax
 import flax.linen as nn
 import jax
+from flax import nnx
 from flax.linen.dtypes import promote_dtype
 
 from jaxbn.core import dataflow as _dataflow
 from jaxbn.core import fold as _fold
 from jaxbn.core.harvest import over_arrays
-from jaxbn.linen.capture import Call, check_variables, find_states, is_call_of_layer, keys
+from jaxbn.linen.capture import Call, arguments_of, is_call_of_layer, method_of, statistics_of
 from jaxbn.linen.kernels import MapKernel
-from jaxbn.linen.modules import STATISTICS, Norm
-from jaxbn.methods.base import NormTransform
-from jaxbn.methods.batch_norm import batch_norm
+from jaxbn.linen.modules import STATISTICS
+from jaxbn.linen.registry import REGISTER, as_norm, class_inside, evaluates, in_flax_names, known, run_bridge
+from jaxbn.linen.variables import check_variables, find_shapes, find_states, keys, states_in
 from jaxbn.population import folding as _folding
 from jaxbn.population.fold_check import checked_report
 from jaxbn.population.fold_report import FoldReport
 from jaxbn.population.folding import Layer, Tag
 from jaxbn.population.frozen import Frozen
-from jaxbn.population.layers import call_arguments
-from jaxbn.population.methods import loaded
+from jaxbn.population.methods import as_affine, loaded
+from jaxbn.population.registry import Registered
+from jaxbn.population.unserved import Watch
 
 _MARKS, _MARK = "jaxbn_fold", "mark"
 _LINEAR_CALLS = {
@@ -100,6 +103,8 @@ def fold(call: Call, variables: Any, example: Any, *, tolerance: float | None = 
     given = variables.variables if isinstance(variables, Frozen) else variables
     check_variables(given)
     given = flax.core.meta.unbox(flax.core.unfreeze(given))
+    if not find_shapes(given):
+        find_states(given)  # which says what is missing
     found = _follow(call, given, example)
     plan = _folding.make_plan(found.flow, found.norms, found.layers, found.values, list(find_states(given)))
     folded, new = _folded_call(call, plan, found), _write(given, plan, found.layers)
@@ -116,28 +121,37 @@ def _follow(call: Call, variables: dict[str, Any], example: Any) -> _Found:
     norms: dict[str, _folding.Norm] = {}
     layers: dict[str, Layer] = {}
 
+    shapes, watch = find_shapes(variables), Watch(REGISTER)
+
+    def holds(module: Any) -> bool:
+        return any("/".join(map(str, (*module.path, *names[:-1]))) in shapes for names in statistics_of(module))
+
     def intercept(next_call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
         module: Any = context.module
         is_norm = is_call_of_layer(context)
+        if is_norm and isinstance(module, nnx.bridge.ToLinen) and not _is_marked_bridge(module):
+            return next_call(*args, **kwargs)  # below, from where a bridge is run without the marks
         if not is_norm and not _is_call_of_linear(context):
-            return next_call(*args, **kwargs)
+            run = functools.partial(_called, next_call, args, kwargs, module)
+            return watch.run("/".join(module.path), type(module), run, lambda: holds(module), class_inside(module))
         mark = module.get_variable(_MARKS, _MARK)
         path = "/".join(module.path) if mark is None else mark.path
-        name = "x" if is_norm else "inputs"
+        name = "inputs" if (registered := known(module)) is None else registered.input_name
         x = args[0] if args else kwargs[name]
         tagged = _dataflow.tag(x, Tag(path, "input", mark is not None))
         args, kwargs = ((tagged, *args[1:]), kwargs) if args else ((), kwargs | {name: tagged})
         for variable in jax.tree.leaves([module.variables.get(part, {}) for part in ("params", STATISTICS)]):
             _dataflow.tag(variable, Tag(path, "variable"))
-        y = next_call(*args, **kwargs)
+        y = _called(next_call, args, kwargs, module)
         if mark is not None and is_norm:
+            watch.serve(path)
             norms[path] = _norm(module, _at(variables, path), y, *args, **kwargs)
         elif mark is not None:
             layers[path] = _layer(module, _at(variables, path), *args, **kwargs)
         return _dataflow.tag(y, Tag(path, "output", mark is not None))
 
     def run(variables: Any, inputs: Any) -> Any:
-        with nn.intercept_methods(intercept):
+        with watch, nn.intercept_methods(intercept):
             return over_arrays(call(variables, inputs()))
 
     inputs = _marked(variables)
@@ -149,6 +163,14 @@ def _follow(call: Call, variables: dict[str, Any], example: Any) -> _Found:
     return _Found(flow, norms, layers, values)
 
 
+def _called(next_call: Callable[..., Any], args: Any, kwargs: Any, module: Any) -> Any:
+    return run_bridge(module, args, kwargs) if _is_marked_bridge(module) else next_call(*args, **kwargs)
+
+
+def _is_marked_bridge(module: Any) -> bool:
+    return isinstance(module, nnx.bridge.ToLinen) and _MARKS in module.variables
+
+
 def _is_call_of_linear(context: nn.module.InterceptorContext) -> bool:
     return getattr(context.orig_method, "func", None) in _LINEAR_CALLS and not context.module.is_initializing()
 
@@ -157,7 +179,7 @@ def _marked(variables: dict[str, Any]) -> dict[str, Any]:
     """The variables with a mark for each normalization and each layer with a kernel, in a collection of its own."""
     flat, fold = flax.traverse_util.flatten_dict(variables), object()
     kernels = [path for path in flat if path[0] == "params" and path[-1] == "kernel"]
-    means = [(STATISTICS, *keys(path), "mean") for path in find_states(variables)]
+    means = [(STATISTICS, *keys(path), "mean") for path in states_in(variables)]
     for path in (*kernels, *means):
         flat[(_MARKS, *path[1:-1], _MARK)] = _Mark("/".join(path[1:-1]), fold)
     return flax.traverse_util.unflatten_dict(flat)
@@ -173,27 +195,20 @@ def _at(variables: dict[str, Any], path: str) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _norm(layer: Any, variables: dict[str, dict[str, Any]], y: jax.Array, *args: Any, **kwargs: Any) -> _folding.Norm:
-    x, _, residual, where = call_arguments(*args, **kwargs)
-    flags = (layer.use_running_average, *args[1:2], kwargs.get("use_running_average"))
-    refusal = _folding.MOVES if not any(flags) else _folding.DOMAINS if where else None
-    transform = _transform(layer)
+def _norm(module: Any, variables: dict[str, dict[str, Any]], y: jax.Array, *args: Any, **kwargs: Any) -> _folding.Norm:
+    layer, found = as_norm(module, args, kwargs), in_flax_names(cast(Registered, known(module)), variables)
+    x, _, residual, where = arguments_of(layer, args, kwargs)
+    refusal = _folding.MOVES if not evaluates(module, args, kwargs) else _folding.DOMAINS if where else None
+    transform = as_affine(method_of(layer, momentum=None))
     return _folding.Norm(
         transform,
-        *loaded(transform, variables.get("params", {}), variables[STATISTICS]),
+        *loaded(transform, found.get("params", {}), found[STATISTICS]),
         axis=layer.axis,
         ndim=x.ndim,
         dtypes=(x.dtype, y.dtype),
         bare=residual is None and getattr(layer, "activation", None) is None,
         refusal=refusal,
     )
-
-
-def _transform(layer: Any) -> NormTransform:
-    """The pure functions of a layer, as an affine map in full precision; a stock one is a batch_norm."""
-    if isinstance(layer, Norm):
-        return layer.transform(activation=None, dtype=None)
-    return batch_norm(axis=layer.axis, epsilon=layer.epsilon)
 
 
 def _layer(module: Any, variables: dict[str, dict[str, Any]], inputs: Any, *args: Any, **kwargs: Any) -> Layer:
@@ -248,9 +263,10 @@ def _folded_call(call: Call, plan: _folding.Plan, found: _Found) -> Call:
         module: Any = context.module
         is_norm = is_call_of_layer(context)
         path = "/".join(module.path) if is_norm or _is_call_of_linear(context) else None
-        if is_norm and path in gone and not module.has_variable(STATISTICS, "mean"):  # else it is another network's
-            x, _, residual, _ = call_arguments(*args, **kwargs)
-            return _fold.finish(x, residual, gone[path], getattr(module, "activation", None))
+        if is_norm and path in gone and not statistics_of(module):  # else it is another network's
+            layer = as_norm(module, args, kwargs)
+            x, _, residual, _ = arguments_of(layer, args, kwargs)
+            return _fold.finish(x, residual, gone[path], getattr(layer, "activation", None))
         if is_norm or path not in changed:
             return next_call(*args, **kwargs)
         plain = module.clone(parent=None, use_bias=True, promote_dtype=promote_dtype)

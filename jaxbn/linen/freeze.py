@@ -1,5 +1,6 @@
 """What stands still in a linen model: the frozen network, and single layers that keep their statistics in training."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,22 +12,23 @@ import jax.numpy as jnp
 from jaxbn.linen.capture import (
     FROZEN,
     Call,
+    arguments_of,
+    called,
     capture,
-    find_states,
     is_call_of_layer,
-    keys,
     kind_of,
     normalize,
+    slots_of,
     stored_state,
-    with_leaves,
-    without,
 )
-from jaxbn.linen.modules import STATISTICS
+from jaxbn.linen.registry import REGISTER, as_norm, class_inside
+from jaxbn.linen.variables import check_variables, find_shapes, find_states, keys, with_leaves, without
 from jaxbn.population.frozen import Frozen, check_frozen, check_kinds, check_shapes, copied, make_info, shapes_by_path
-from jaxbn.population.layers import call_arguments, select
+from jaxbn.population.layers import select
 from jaxbn.population.processes import check_unstacked
 from jaxbn.population.report import Report
 from jaxbn.population.summary import tabulate
+from jaxbn.population.unserved import Watch
 
 
 def freeze(variables: Any, report: Report | None = None) -> Frozen:
@@ -98,7 +100,8 @@ def freeze_layers(call: Callable[..., Any], paths: str | Sequence[str]) -> Calla
         A function like `call`.
 
     Raises:
-        ValueError: When called, if there is no layer at a path or below it.
+        ValueError: When called, if there is no layer at a path or below it, or one of a class that is not known, see
+            :func:`register_batch_norm`; where there are others too, it is a warning.
 
     Example:
         >>> net = jaxbn.linen.BatchNorm(use_running_average=False)
@@ -108,14 +111,15 @@ def freeze_layers(call: Callable[..., Any], paths: str | Sequence[str]) -> Calla
         >>> print(f"output {y[1, 0]:.2f}, mean {updates['batch_stats']['mean'][0]:.2f}")
         output 3.00, mean 0.00
     """
+    watch = Watch(REGISTER)
 
     def frozen_call(variables: Any, *args: Any, **kwargs: Any) -> Any:
         variables = flax.core.unfreeze(variables)
-        states = find_states(variables)
+        shapes = find_shapes(variables)
         # In the shape of the statistics, so that every transformation carries it in the same way. Being part of the
         # tree structure it keeps compiled programs with and without it apart.
-        marks = {path: jnp.ones(states[path].mean.shape, bool) for path in select(paths, states)}
-        with nn.intercept_methods(_hold):
+        marks = {path: jnp.ones(shapes[path], bool) for path in select(paths, shapes)}
+        with watch, nn.intercept_methods(functools.partial(_hold, watch)):
             return without(FROZEN, call(with_leaves(variables, FROZEN, marks), *args, **kwargs))
 
     return frozen_call
@@ -173,16 +177,25 @@ def summary(variables: Any, call: Call | None = None, batch: Any = None) -> str:
     """
     info = variables.info if isinstance(variables, Frozen) else None
     variables = variables.variables if isinstance(variables, Frozen) else variables
-    states = find_states(variables)
+    check_variables(variables)
     check_unstacked(variables)
     kinds = {} if call is None else dict(jax.eval_shape(capture(call, mode="eval"), variables, batch)[1].kinds)
     params = flax.traverse_util.flatten_dict(flax.core.unfreeze(variables.get("params", {})), sep="/")
-    return tabulate(states, params, info=info, kinds=kinds)
+    return tabulate(find_states(variables), params, info=info, kinds=kinds)
 
 
-def _hold(next_call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
-    layer: Any = context.module
-    if not is_call_of_layer(context) or not layer.has_variable(STATISTICS, FROZEN):
+def _hold(
+    watch: Watch, next_call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext
+) -> Any:
+    module: Any = context.module
+    if not slots_of(module, FROZEN) or module.is_initializing():
         return next_call(*args, **kwargs)
-    x, mask, residual, where = call_arguments(*args, **kwargs)
+    path = "/".join(module.path)
+    if not is_call_of_layer(context):
+        return watch.run(
+            path, type(module), lambda: called(next_call, args, kwargs, module), lambda: True, class_inside(module)
+        )
+    watch.serve(path)
+    layer = as_norm(module, args, kwargs)
+    x, mask, residual, where = arguments_of(layer, args, kwargs)
     return normalize(layer, stored_state(layer), x, mask=mask, residual=residual, **where)

@@ -9,8 +9,9 @@ from jax.typing import ArrayLike
 
 from jaxbn.core.averaging import Averaging
 from jaxbn.core.moments import Moments
-from jaxbn.linen.capture import Call, capture, check_variables, find_states, keys
+from jaxbn.linen.capture import Call, capture
 from jaxbn.linen.modules import STATISTICS
+from jaxbn.linen.variables import check_variables, find_states, keys
 from jaxbn.methods.base import NormTransform, State
 from jaxbn.population import postproc as _postproc
 from jaxbn.population.compiled import Recipe
@@ -20,6 +21,7 @@ from jaxbn.population.layer_paths import averaging_method, method_at
 from jaxbn.population.layers import Measured, Weights, checked
 from jaxbn.population.methods import state_of
 from jaxbn.population.processes import check_unstacked
+from jaxbn.population.registry import REGISTRY
 from jaxbn.population.report import Report
 
 
@@ -204,18 +206,21 @@ def move_averages(
 
 
 def statistics_at(variables: Any, path: str) -> dict[str, Any]:
-    """The statistics of a layer by name."""
+    """The statistics of a layer, by the names that they have in Flax's."""
     flat = flax.traverse_util.flatten_dict(flax.core.unfreeze(variables[STATISTICS]))
-    return {key[-1]: flax.core.meta.unbox(leaf) for key, leaf in flat.items() if key[:-1] == keys(path)}
+    held = {key[-1]: flax.core.meta.unbox(leaf) for key, leaf in flat.items() if key[:-1] == keys(path)}
+    names = {own: name for name, own in REGISTRY.names_in(held).items()}
+    return {names.get(own, own): leaf for own, leaf in held.items()}
 
 
 def with_states(variables: Any, states: Mapping[str, State]) -> dict[str, Any]:
     variables = flax.core.unfreeze(variables)
     flat = flax.traverse_util.flatten_dict(variables[STATISTICS])
     for path, state in states.items():
+        names = REGISTRY.names_in([key[-1] for key in flat if key[:-1] == keys(path)])
         for name, leaf in state._asdict().items():
             if leaf is not None:
-                key = (*keys(path), name)
+                key = (*keys(path), names.get(name, name))
                 flat[key] = flax.core.meta.replace_boxed(flat[key], leaf)
     return variables | {STATISTICS: flax.traverse_util.unflatten_dict(flat)}
 

@@ -11,13 +11,16 @@ import functools
 import inspect
 import secrets
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import flax.linen as nn
 
-from jaxbn.linen.capture import REPLACED, find_states, meets_layer, set_flags, successor_of
+from jaxbn.linen.capture import REPLACED, meets_layer, set_flags, statistics_of, successor_of
 from jaxbn.linen.modules import STATISTICS, Norm
+from jaxbn.linen.registry import REGISTER, Adapted, as_norm, class_inside, evaluates
+from jaxbn.linen.variables import find_states
 from jaxbn.population.layers import as_partial, carried, is_at_or_below, select
+from jaxbn.population.unserved import Watch
 
 Net = TypeVar("Net", bound=nn.Module)
 
@@ -46,7 +49,8 @@ def replace(net: Net, layer: Callable[..., nn.Module], paths: str | Sequence[str
     Raises:
         TypeError: If `layer` is no normalization layer.
         ValueError: When called, if there is no layer at a path or below it, or one has an activation inside that
-            `layer` cannot have.
+            `layer` cannot have; or, where there are others too a warning, if one is of a class that is not known, see
+            :func:`register_batch_norm`.
 
     Example:
         >>> net = flax.linen.Sequential([flax.linen.Dense(2), flax.linen.BatchNorm(use_running_average=False)])
@@ -78,6 +82,7 @@ class _Successor:
         self.paths = [paths] if isinstance(paths, str) else list(paths)
         self.earlier = earlier  # whose layers are replaced in turn
         self.token = secrets.token_hex()
+        self.watch = Watch(REGISTER)
 
     def __hash__(self) -> int:
         return hash(self.token)
@@ -99,9 +104,11 @@ class _Successor:
             old = self.earlier.make(old, path)
         if not self._is_meant(path):
             return old
-        cls: Any = self.layer.func
+        old, cls = as_norm(old), cast(Any, self.layer.func)
         shared = Norm if issubclass(cls, Norm) else nn.BatchNorm
         names = {field.name for field in dataclasses.fields(shared)} - {"parent", "name"}
+        if isinstance(old, Adapted):  # the flag goes with the call
+            names -= {"use_running_average"} | ({"momentum"} if old.momentum is None else set())
         scope = old.scope.rewound()
         scope.flags = scope.flags.copy({REPLACED: (None, 0)})  # so that it is not replaced again
         return cls(**carried(path, old, names, self.layer.keywords), parent=scope)
@@ -131,7 +138,7 @@ def _intercepted(successor: _Successor, method: Any) -> Any:
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:
         if self.scope is not None and not self.is_initializing():
             successor.check(self.variables)
-        with nn.intercept_methods(_intercept):
+        with successor.watch, nn.intercept_methods(functools.partial(_intercept, successor.watch)):
             return method(self, *args, **kwargs)
 
     run.__signature__ = inspect.signature(method)  # type: ignore[attr-defined]  # of functions mypy does not know it
@@ -139,6 +146,22 @@ def _intercepted(successor: _Successor, method: Any) -> Any:
     return run
 
 
-def _intercept(next_call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
-    made = successor_of(context.module) if meets_layer(context) else None
-    return next_call(*args, **kwargs) if made is None else made()(*args, **kwargs)
+def _intercept(watch: Watch, next_call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+    module: Any = context.module
+    make = None if module.scope is None else successor_of(module)
+    if make is None:
+        return next_call(*args, **kwargs)
+    path = "/".join(module.path)
+    if not meets_layer(context):
+        return watch.run(
+            path,
+            type(module),
+            lambda: next_call(*args, **kwargs),
+            lambda: bool(statistics_of(module)),
+            class_inside(module),
+        )
+    watch.serve(path)
+    new, old = make(), as_norm(module, args, kwargs)
+    if new is not module and isinstance(old, Adapted):
+        args, kwargs = old.registered.translated(old.bound, evaluates(module, args, kwargs))
+    return new(*args, **kwargs)

@@ -13,10 +13,12 @@ from flax.training import train_state
 
 from jaxbn.core.devices import AxisName, make_varying, mean_over
 from jaxbn.linen.backward import learn
-from jaxbn.linen.capture import capture, find_states, is_call_of_layer
+from jaxbn.linen.capture import capture, is_call_of_layer
 from jaxbn.linen.freeze import apply_frozen
-from jaxbn.linen.modules import STATISTICS
+from jaxbn.linen.modules import STATISTICS, Norm
 from jaxbn.linen.postproc import install_moments
+from jaxbn.linen.registry import as_norm
+from jaxbn.linen.variables import find_states
 from jaxbn.population import estimate as _estimate
 from jaxbn.population.estimate import Pass
 from jaxbn.population.estimators import Estimator, check_estimator, pooled
@@ -157,8 +159,9 @@ def make_steps(
 
     def check_layers(call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
         if is_call_of_layer(context):
-            layer: Any = context.module
-            check_synchronized("/".join(layer.path), layer.momentum, layer.axis_name, axis_name)
+            layer = as_norm(context.module)
+            averages = not isinstance(layer, Norm) or layer.momentum is not None
+            check_synchronized("/".join(context.module.path), averages, layer.axis_name, axis_name)
         return call(*args, **kwargs)
 
     capturing = capture(lambda v, batch: model.apply(v, *arguments(inputs, batch), train=False), mode="batch")

@@ -21,6 +21,7 @@ from jaxbn.nnx.modules import Norm as Norm
 from jaxbn.nnx.postproc import install_moments as install_moments
 from jaxbn.nnx.postproc import move_averages as move_averages
 from jaxbn.nnx.postproc import postproc as postproc
+from jaxbn.nnx.registry import register_batch_norm as register_batch_norm
 from jaxbn.nnx.replace import replace as replace
 from jaxbn.nnx.steps import TrainState as TrainState
 from jaxbn.nnx.steps import make_steps as make_steps

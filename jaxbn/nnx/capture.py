@@ -2,17 +2,18 @@
 
 The class of every normalization layer is replaced on a copy: by one whose call measures its input once, normalizes with
 the wanted statistics, whatever flags the model passes, and marks the output for `harvest`. Beside its statistics each
-layer holds their flat positions as one more `BatchStat`, which every transformation carries in the same way; which
-layer it is and in which mode is static, so that nothing compiled with and without capture is mistaken for each other.
+layer holds their flat positions as one more `BatchStat`, which every transformation carries in the same way. The layer
+and the mode are static, so that programs compiled with and without capture are never mistaken for each other.
 """
 
 import dataclasses
 import functools
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from jaxbn.core import harvest as _harvest
@@ -20,6 +21,18 @@ from jaxbn.core import moments as _moments
 from jaxbn.methods.base import NormTransform, State
 from jaxbn.methods.batch_norm import BatchNormState
 from jaxbn.nnx.modules import Norm
+from jaxbn.nnx.registry import (
+    REGISTER,
+    Adapted,
+    as_norm,
+    call_arguments_of,
+    evaluates,
+    known,
+    run_bridge,
+    set_call,
+    set_class,
+    with_touch,
+)
 from jaxbn.population.arguments import not_a_model
 from jaxbn.population.layer_paths import keyed
 from jaxbn.population.layers import (
@@ -27,22 +40,23 @@ from jaxbn.population.layers import (
     LayerKind,
     Measured,
     Weights,
-    asked_stored,
-    call_arguments,
     carry_weights,
     check_mode,
     count_examples,
     example_weights,
+    is_at_or_below,
     marked,
     mask_of_examples,
     measured,
     natural,
     normalize_as,
+    select,
     wanted_mode,
 )
 from jaxbn.population.methods import Method, evaluate, of_stock, operands_for
 from jaxbn.population.mixing import CalledNorm, Mixture
 from jaxbn.population.processes import check_unstacked
+from jaxbn.population.unserved import Touched, check, name_of
 
 Call = Callable[[Any, Any], Any]
 
@@ -106,6 +120,8 @@ def capture(
         modules = find_layers(copy)
         count = count_examples(batch) if examples else None
         whole = dict(_hook(path, layer, mode, count) for path, layer in modules.items())
+        for path, module in find_others(copy).items():
+            _watch(path, module)
         if weights is not None:
             per_example = example_weights(weights, batch)
             for layer in (layer for layer in whole if not is_frozen(modules[layer.path])):
@@ -125,12 +141,9 @@ def run_model(model: Any, batch: Any) -> Any:
 def find_layers(model: Any) -> dict[str, Any]:
     """Every normalization layer by its path."""
     check_model(model)
-    found = {
-        "/".join(map(str, path)): module
-        for path, module in nnx.iter_modules(model)
-        if isinstance(module, nnx.BatchNorm | Norm)
-    }
+    found = {_joined(path): module for path, module in nnx.iter_modules(model) if known(module) is not None}
     if not found:
+        check({path: _name_of(module) for path, module in find_others(model).items()}, (), register=REGISTER)
         raise ValueError("There is no normalization layer, of jaxbn.nnx or flax.nnx.BatchNorm, in this model.")
     return {path: found[path] for path in sorted(found, key=natural)}
 
@@ -147,6 +160,43 @@ def check_one_model(model: Any) -> None:
     check_unstacked(nnx.state(model))
 
 
+def find_others(model: Any) -> dict[str, Any]:
+    """Every module that keeps running statistics and is no layer that is known, by its path."""
+    return {
+        _joined(path): module
+        for path, module in nnx.iter_modules(model)
+        if known(module) is None and _statistics_of(module)
+    }
+
+
+def select_layers(model: Any, paths: str | Sequence[str]) -> list[str]:
+    """The layers at or below the paths; a ValueError for a path that leads to none.
+
+    A class that is not known is an error too, or a warning where there are other layers.
+    """
+    layers, others = find_layers(model), find_others(model)
+    for path in [paths] if isinstance(paths, str) else paths:
+        unknown = {other: _name_of(others[other]) for other in others if is_at_or_below(other, path)}
+        check(unknown, [layer for layer in layers if is_at_or_below(layer, path)], register=REGISTER)
+    return select(paths, layers)
+
+
+def _statistics_of(module: Any) -> list[nnx.Variable[Any]]:
+    """The variables of running statistics that a module itself holds, or one of linen that is in it."""
+    held = [value for name, value in sorted(vars(module).items()) if not name.startswith("_")]
+    leaves = jax.tree.leaves(held, is_leaf=lambda node: isinstance(node, nnx.Variable | nnx.Module))
+    return [leaf for leaf in leaves if isinstance(leaf, nnx.BatchStat)]
+
+
+def _name_of(module: Any) -> str:
+    inside = type(module.to_nnx__module) if isinstance(module, nnx.bridge.ToNNX) else None
+    return name_of(type(module), inside)
+
+
+def _joined(path: Iterable[Any]) -> str:
+    return "/".join(map(str, path))
+
+
 def find_states(model: Any) -> dict[str, State]:
     """The state of every normalization layer by its path."""
     return {path: state_of(layer) for path, layer in find_layers(model).items()}
@@ -154,12 +204,21 @@ def find_states(model: Any) -> dict[str, State]:
 
 def state_of(layer: Any) -> State:
     """The statistics of a layer; a stock one is a batch_norm."""
-    return layer.state if isinstance(layer, Norm) else BatchNormState(layer.mean[...], layer.var[...])
+    layer = as_norm(layer)
+    return layer.state if isinstance(layer, Norm | Adapted) else BatchNormState(layer.mean[...], layer.var[...])
+
+
+def set_state(layer: Any, state: State) -> None:
+    """Writes the statistics of a layer."""
+    registered: Any = known(layer)
+    for name, leaf in state._asdict().items():
+        if leaf is not None:
+            getattr(layer, registered.names.get(name, name))[...] = leaf
 
 
 def transform_of(layer: Any) -> NormTransform:
-    """The pure functions of a layer, but for how a stock one averages."""
-    return layer.transform if isinstance(layer, Norm) else of_stock(layer, momentum=None)()
+    """The pure functions of a layer, but for how one that is not jaxbn's averages."""
+    return method_of(layer, momentum=None)()
 
 
 def kind_of(layer: Any) -> LayerKind:
@@ -167,9 +226,11 @@ def kind_of(layer: Any) -> LayerKind:
     return LayerKind.of(method_of(layer))
 
 
-def method_of(layer: Any) -> Method:
-    """The method of a layer; a stock one is a batch_norm."""
-    return layer.made_by if isinstance(layer, Norm) else of_stock(layer)
+def method_of(layer: Any, **changes: Any) -> Method:
+    """The method of a layer; that of one which is not jaxbn's is a batch_norm, whose arguments may be changed."""
+    layer = as_norm(layer)
+    own = layer.made_by if isinstance(layer, Norm) else layer.method if isinstance(layer, Adapted) else None
+    return of_stock(layer, **changes) if own is None else own
 
 
 def is_frozen(layer: Any) -> bool:
@@ -177,30 +238,24 @@ def is_frozen(layer: Any) -> bool:
     return getattr(layer, "jaxbn_frozen", False)
 
 
-@functools.cache  # the same class each time, so that equal models have equal graphdefs
-def with_call_of(cls: type, ours: type, stock: type) -> type:
-    """The class with another call: that of `ours` or `stock`, right above the class that defines the call.
-
-    There super().__call__ meets it.
-    """
-    hook = ours if issubclass(cls, Norm) else stock
-    return hook if cls is nnx.BatchNorm else type(cls.__name__, (cls, hook), {})
-
-
-def set_class(module: Any, cls: type) -> None:
-    """Gives the module another class; not as an attribute that NNX keeps account of, which would be left in graphs."""
-    object.__setattr__(module, "__class__", cls)
-
-
 def _hook(path: str, module: Any, mode: str | Mixture, examples: int | None) -> tuple[Layer, jax.Array]:
     layer = Layer(path, state_of(module).mean.shape, mode, examples, method_of(module))
     positions = layer.positions()
     if not is_frozen(module):
-        cls: Any = type(module)
-        set_class(module, with_call_of(cls, _OurHook, _StockHook))
+        set_call(module, _measured)
         module.jaxbn_slot = Slot(positions)
         module.jaxbn_layer = nnx.static(layer)
     return layer, positions
+
+
+def _watch(path: str, module: Any) -> None:
+    """Marks what the module gives back, if it runs."""
+    cls: Any = type(module)
+    first, *_ = _statistics_of(module)
+    layer = Touched(path, first[...].size, _name_of(module), REGISTER)
+    set_class(module, with_touch(cls))
+    module.jaxbn_slot = Slot(jnp.arange(layer.size, dtype=jnp.int32).reshape(first.shape))
+    module.jaxbn_layer = nnx.static(layer)
 
 
 def _without_hooks(outputs: Any) -> Any:
@@ -210,7 +265,7 @@ def _without_hooks(outputs: Any) -> Any:
         return isinstance(node, nnx.State)
 
     for _, module in nnx.iter_modules(outputs):
-        if isinstance(module, _OurHook | _StockHook):
+        if hasattr(module, "jaxbn_layer"):
             set_class(module, type(module).__bases__[0])
             for name in {"jaxbn_slot", "jaxbn_layer", "jaxbn_weights"} & vars(module).keys():
                 delattr(module, name)
@@ -218,46 +273,38 @@ def _without_hooks(outputs: Any) -> Any:
     return jax.tree.map(lambda n: nnx.filter_state(n, filtered) if is_state(n) else n, outputs, is_leaf=is_state)
 
 
-def _measured(
-    module: Any, normalize: Callable[..., jax.Array], plain: Callable[..., jax.Array], *args: Any, **kwargs: Any
-) -> jax.Array:
+def _measured(module: Any, plain: Callable[..., jax.Array], *args: Any, **kwargs: Any) -> jax.Array:
     """The call of a hooked layer."""
     layer: Layer = module.jaxbn_layer
-    x, mask, residual, where = call_arguments(*args, **kwargs)
+    norm = as_norm(module, args, kwargs)
+    x, mask, residual, where = call_arguments_of(norm, args, kwargs)
     transform = transform_of(module)
     if mask is None and hasattr(module, "jaxbn_weights"):
-        mask = mask_of_examples(module.jaxbn_weights[...], x, layer.path, module.axis)
+        mask = mask_of_examples(module.jaxbn_weights[...], x, layer.path, norm.axis)
     moments = transform.measure(x, **operands_for(transform.measure, mask=mask, **where))
-    stored, synchronized = state_of(module), (module.axis_name, module.axis_index_groups)
-    asked = asked_stored(module, *args, **kwargs)
-    mode = wanted_mode(layer, asked)
+    stored, synchronized = state_of(module), (norm.axis_name, norm.axis_index_groups)
+    mode = wanted_mode(layer, asked := evaluates(module, args, kwargs))
     if mode == "as_called":
-        y = plain(*args, **kwargs)
+        y = run_bridge(module, args, kwargs) if isinstance(module, nnx.bridge.ToNNX) else plain(*args, **kwargs)
     else:
-        normalizing = functools.partial(normalize, module)
-        norm = CalledNorm(layer.path, transform, stored, normalizing, module.axis, *synchronized)
-        y = normalize_as(mode, norm, moments, x, mask, residual, where)
-    layer = dataclasses.replace(layer, asked_stored=asked)
-    return marked(y, module.jaxbn_slot[...], layer, moments, x, axis=module.axis, mask=mask)
+        normalizing = functools.partial(_normalize, norm)
+        called = CalledNorm(layer.path, transform, stored, normalizing, norm.axis, *synchronized)
+        y = normalize_as(mode, called, moments, x, mask, residual, where)
+    with_answer = dataclasses.replace(layer, asked_stored=asked)
+    return marked(y, module.jaxbn_slot[...], with_answer, moments, x, axis=norm.axis, mask=mask)
 
 
-class _OurHook(Norm):
-    def __call__(self, *args: Any, **kwargs: Any) -> jax.Array:
-        return _measured(self, _normalize, super().__call__, *args, **kwargs)
+def _normalize(layer: Any, state: State, x: jax.Array, **arguments: Any) -> jax.Array:
+    """What a layer makes of its input with these statistics."""
+    if isinstance(layer, Adapted):
+        return layer.normalize(state, x, **arguments)
+    if isinstance(layer, Norm):
+        return evaluate(layer.transform, layer.params, state, x, **arguments)
+    return _normalize_stock(layer, state, x)  # where Flax ignores the mask, and has no residual
 
 
-class _StockHook(nnx.BatchNorm):
-    def __call__(self, *args: Any, **kwargs: Any) -> jax.Array:
-        return _measured(self, _normalize_stock, super().__call__, *args, **kwargs)
-
-
-def _normalize(module: Any, state: State, x: jax.Array, **arguments: Any) -> jax.Array:
-    return evaluate(module.transform, module.params, state, x, **arguments)
-
-
-def _normalize_stock(module: Any, state: State, x: jax.Array, **arguments: Any) -> jax.Array:
+def _normalize_stock(module: Any, state: State, x: jax.Array) -> jax.Array:
     """Through Flax's own call, so that its rules hold, on a stand-in for the layer that holds the wanted statistics."""
-    del arguments  # a mask, which Flax ignores here, and a residual, which it does not have
     stand_in = types.SimpleNamespace(
         mean=state.mean, var=state.var, scale=module.scale, bias=module.bias, use_running_average=True,
         **{name: getattr(module, name) for name in _STOCK_FIELDS},

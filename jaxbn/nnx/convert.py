@@ -7,6 +7,7 @@ from flax import nnx
 
 from jaxbn.nnx.capture import check_model
 from jaxbn.nnx.freeze import SAVED
+from jaxbn.nnx.registry import known
 from jaxbn.population.layers import AFFINE, POPULATION, fitting, takes_over
 
 
@@ -38,7 +39,7 @@ def convert_norms(model: Any, like: Any) -> Any:
     check_model(model)
     check_model(like)
     converted = nnx.clone(like)
-    given = dict(nnx.to_flat_state(nnx.state(model, SAVED)))
+    given = _in_flax_names(model)
     old, new = _statistics(model), _statistics(converted)
     for path, variable in nnx.to_flat_state(nnx.state(converted, SAVED)):
         name, layer, source = "/".join(map(str, path)), path[:-1], given.pop(path, None)
@@ -53,9 +54,19 @@ def convert_norms(model: Any, like: Any) -> Any:
     return converted
 
 
+def _in_flax_names(model: Any, kind: Any = SAVED) -> dict[tuple[Any, ...], Any]:
+    """The variables by path, those of layers of a registered class by the names that they have in Flax's layer."""
+    layers = {path: registered for path, module in nnx.iter_modules(model) if (registered := known(module))}
+    own: dict[Any, dict[Any, str]] = {
+        path: {theirs: name for name, theirs in layer.names.items()} for path, layer in layers.items()
+    }
+    flat = nnx.to_flat_state(nnx.state(model, kind))
+    return {(*path[:-1], own.get(path[:-1], {}).get(path[-1], path[-1])): variable for path, variable in flat}
+
+
 def _statistics(model: Any) -> dict[tuple[Any, ...], set[str]]:
     """The names of the statistics of each normalization layer, by its path."""
-    paths = [path for path, _ in nnx.to_flat_state(nnx.state(model, nnx.BatchStat))]
+    paths = list(_in_flax_names(model, nnx.BatchStat))
     layers = {path[:-1] for path in paths if path[-1] == "var"}
     return {layer: {str(path[-1]) for path in paths if path[:-1] == layer} for layer in layers}
 

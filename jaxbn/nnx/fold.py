@@ -13,25 +13,25 @@ from flax.nnx.nn.dtypes import promote_dtype
 from jaxbn.core import dataflow as _dataflow
 from jaxbn.core import fold as _fold
 from jaxbn.core.harvest import over_arrays
-from jaxbn.methods.base import NormParams, NormTransform
+from jaxbn.methods.base import NormParams
 from jaxbn.nnx.capture import (
     Call,
     check_model,
-    find_layers,
     is_frozen,
+    method_of,
     run_model,
-    set_class,
+    select_layers,
     state_of,
-    transform_of,
-    with_call_of,
 )
 from jaxbn.nnx.kernels import MapKernel
 from jaxbn.nnx.modules import Norm
+from jaxbn.nnx.registry import Adapted, as_norm, call_arguments_of, has_plain_call, known, set_call, set_class
 from jaxbn.population import folding as _folding
 from jaxbn.population.fold_check import checked_report
 from jaxbn.population.fold_report import FoldReport
 from jaxbn.population.folding import Layer, Tag
 from jaxbn.population.layers import call_arguments
+from jaxbn.population.methods import as_affine
 
 Model = TypeVar("Model")
 
@@ -75,11 +75,12 @@ def fold(
     """
     call = run_model if call is None else call
     check_model(model)
+    paths = select_layers(model, "")
     given, folded = nnx.clone(model), nnx.clone(model)
     for copy in (given, folded):
         copy.eval()  # type: ignore[attr-defined]  # as all models have
     found = _follow(call, given, example)
-    plan = _folding.make_plan(found.flow, found.norms, found.layers, found.values, list(find_layers(given)))
+    plan = _folding.make_plan(found.flow, found.norms, found.layers, found.values, paths)
     _edit(folded, plan, found)
     before, after = (_as_function(call, copy, example) for copy in (given, folded))
     return folded, checked_report(plan, found.norms, found.layers, tolerance, before, after)
@@ -88,11 +89,14 @@ def fold(
 class Folded(nnx.Module):
     """What is left of a normalization whose statistics, scale and bias went into a layer beside it."""
 
-    def __init__(self, dtype: Any, activation: Callable[[jax.Array], jax.Array] | None):
+    def __init__(self, dtype: Any, activation: Callable[[jax.Array], jax.Array] | None, input_name: str | None):
         self.dtype = dtype
         self.activation = activation
+        self.input_name = input_name  # of a class with other arguments than Flax's; there is no residual
 
     def __call__(self, *args: Any, **kwargs: Any) -> jax.Array:
+        if self.input_name is not None:
+            args, kwargs = (args[0] if args else kwargs[self.input_name],), {}
         x, _, residual, _ = call_arguments(*args, **kwargs)
         return _fold.finish(x, residual, self.dtype, self.activation)
 
@@ -118,11 +122,12 @@ class _Found:
 
 def _modules_of(model: Any) -> dict[str, Any]:
     """The normalizations and linear layers by path."""
-    return {
-        _joined(path): module
-        for path, module in nnx.iter_modules(model)
-        if isinstance(module, (nnx.BatchNorm, Norm, *_LINEAR))
-    }
+    return {_joined(path): module for path, module in nnx.iter_modules(model) if _is_followed(module)}
+
+
+def _is_followed(module: Any) -> bool:
+    is_norm = known(module) is not None and not isinstance(module, nnx.bridge.ToNNX)
+    return is_norm or isinstance(module, _LINEAR)
 
 
 def _joined(path: Any) -> str:
@@ -133,9 +138,10 @@ def _follow(call: Call, model: Any, example: Any) -> _Found:
     """Runs a copy of the model with tags, for shapes alone."""
     found, copy = _Found(model), nnx.clone(model)
     for path, module in _modules_of(copy).items():
-        cls: Any = type(module)
-        is_linear = isinstance(module, _LINEAR)
-        set_class(module, _tagged_linear(cls) if is_linear else with_call_of(cls, _OurTagged, _StockTagged))
+        if isinstance(module, _LINEAR):
+            set_class(module, _tagged_linear(type(module)))
+        else:
+            set_call(module, _tagged_norm)
         module.jaxbn_fold = nnx.static((path, weakref.ref(found)))  # programs keep their keys, and must not keep arrays
     graphdef, state = nnx.split(copy)
 
@@ -176,14 +182,10 @@ def _tagged(module: Any, call: Callable[..., Any], name: str, *args: Any, **kwar
     return _dataflow.tag(y, Tag(path, "output"))
 
 
-class _OurTagged(Norm):
-    def __call__(self, *args: Any, **kwargs: Any) -> jax.Array:
-        return _tagged(self, super().__call__, "x", *args, **kwargs)
-
-
-class _StockTagged(nnx.BatchNorm):
-    def __call__(self, *args: Any, **kwargs: Any) -> jax.Array:
-        return _tagged(self, super().__call__, "x", *args, **kwargs)
+def _tagged_norm(module: Any, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    registered = known(module)
+    assert registered is not None
+    return _tagged(module, call, registered.input_name, *args, **kwargs)
 
 
 @functools.cache
@@ -196,34 +198,26 @@ def _tagged_linear(cls: Any) -> type:
     return type(cls.__name__, (cls,), {"__call__": call})
 
 
-def _norm(layer: Any, y: jax.Array, *args: Any, **kwargs: Any) -> _folding.Norm:
-    x, _, residual, where = call_arguments(*args, **kwargs)
-    given = (*args[1:2], kwargs.get("use_running_average"))
-    flags = [flag for flag in (*given, layer.use_running_average) if flag is not None]
-    cls: Any = type(layer).__bases__[0] if is_frozen(layer) else type(layer)
+def _norm(module: Any, y: jax.Array, *args: Any, **kwargs: Any) -> _folding.Norm:
+    layer, registered = as_norm(module, args, kwargs), known(module)
+    assert registered is not None
+    x, _, residual, where = call_arguments_of(layer, args, kwargs)
+    cls: Any = type(module).__bases__[0] if is_frozen(module) else type(module)
     refusal = _folding.DOMAINS if where else None
-    if not (is_frozen(layer) or flags[0]):
+    if not (is_frozen(module) or registered.evaluates(module, args, kwargs)):
         refusal = _folding.MOVES
-    elif cls.__call__ not in (nnx.BatchNorm.__call__, Norm.__call__):
+    elif not has_plain_call(module, cls):
         refusal = f"it is a {cls.__name__}, whose call is its own"
     return _folding.Norm(
-        _transform(layer),
+        as_affine(method_of(layer, momentum=None)),
         layer.params if isinstance(layer, Norm) else NormParams(*(p and p[...] for p in (layer.scale, layer.bias))),
-        state_of(layer),
+        state_of(module),
         axis=layer.axis,
         ndim=x.ndim,
         dtypes=(x.dtype, y.dtype),
         bare=residual is None and getattr(layer, "activation", None) is None,
         refusal=refusal,
     )
-
-
-def _transform(layer: Any) -> NormTransform:
-    """The pure functions of a layer, as an affine map in full precision; a stock one is a batch_norm."""
-    if isinstance(layer, Norm):
-        layer = nnx.clone(layer)
-        layer.activation, layer.dtype = None, None
-    return transform_of(layer)
 
 
 def _layer(module: Any, inputs: Any, *args: Any, **kwargs: Any) -> Layer:
@@ -261,7 +255,10 @@ def _edit(model: Any, plan: _folding.Plan, found: _Found) -> None:
     modules = _modules_of(model)
     for one in plan.folds:
         norm = modules[one.norm]
-        left = Folded(found.norms[one.norm].dtypes[1], getattr(norm, "activation", None))
+        layer = as_norm(norm)
+        of_old = getattr(type(norm), "jaxbn_input", None)  # of the layer that was there before `replace`
+        input_name = layer.registered.input_name if isinstance(layer, Adapted) else of_old
+        left = Folded(found.norms[one.norm].dtypes[1], getattr(norm, "activation", None), input_name)
         set_class(norm, Folded)
         vars(norm).clear()
         vars(norm).update(vars(left))

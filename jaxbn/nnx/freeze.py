@@ -1,15 +1,15 @@
 """What stands still in an NNX model: the frozen network, and single layers that keep their statistics in training."""
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx, traverse_util
 
 from jaxbn.methods.batch_norm import BatchNormState
-from jaxbn.nnx.capture import check_one_model, find_layers, find_states, is_frozen, kind_of, set_class, with_call_of
-from jaxbn.nnx.modules import Norm
+from jaxbn.nnx.capture import check_one_model, find_layers, find_states, is_frozen, kind_of, select_layers
+from jaxbn.nnx.registry import evaluate, set_call
 from jaxbn.population.frozen import Frozen, check_frozen, check_kinds, check_shapes, copied, make_info, shapes_by_path
 from jaxbn.population.layers import AFFINE, LayerKind, select
 from jaxbn.population.processes import check_unstacked
@@ -122,7 +122,8 @@ def freeze_layers(model: Any, paths: str | Sequence[str]) -> Any:
         A new model, with copies of the variables.
 
     Raises:
-        ValueError: If there is no layer at a path or below it.
+        ValueError: If there is no layer at a path or below it, or one of a class that is not known, see
+            :func:`register_batch_norm`; where there are others too, it is a warning.
 
     Example:
         >>> model = jaxbn.nnx.freeze_layers(jaxbn.nnx.BatchNorm(1, rngs=nnx.Rngs(0)), "")
@@ -132,10 +133,9 @@ def freeze_layers(model: Any, paths: str | Sequence[str]) -> Any:
     """
     copy = nnx.clone(model)
     layers = find_layers(copy)
-    for path in select(paths, layers):
+    for path in select_layers(copy, paths):
         if not is_frozen(layers[path]):
-            cls: Any = type(layers[path])
-            set_class(layers[path], with_call_of(cls, _OurFrozen, _StockFrozen))
+            set_call(layers[path], evaluate, ("jaxbn_frozen", True))
     return copy
 
 
@@ -207,17 +207,3 @@ def summary(model: Any) -> str:
 
 def _joined(path: Sequence[Any]) -> str:
     return "/".join(map(str, path))
-
-
-class _OurFrozen(Norm):
-    jaxbn_frozen: ClassVar[bool] = True
-
-    def __call__(self, x: Any, use_running_average: bool | None = None, **arguments: Any) -> jax.Array:
-        return super().__call__(x, True, **arguments)
-
-
-class _StockFrozen(nnx.BatchNorm):
-    jaxbn_frozen: ClassVar[bool] = True
-
-    def __call__(self, x: Any, use_running_average: bool | None = None, **arguments: Any) -> jax.Array:
-        return super().__call__(x, True, **arguments)

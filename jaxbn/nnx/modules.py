@@ -8,12 +8,14 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.nnx.bridge.wrappers import current_linen_module
 from flax.nnx.nn import dtypes
 from flax.nnx.nn.initializers import ones_init, zeros_init
 from flax.nnx.rnglib import Rngs
 from flax.typing import Initializer, PromoteDtypeFn
 from jax.typing import ArrayLike, DTypeLike
 
+from jaxbn.core import calls as _calls
 from jaxbn.core.averaging import Averaging
 from jaxbn.core.axes import static
 from jaxbn.core.devices import check_groups
@@ -158,7 +160,12 @@ class Norm(nnx.Module):
         return initial._replace(**{name: getattr(self, name)[...] for name in held})
 
     def set_view(self, use_running_average: bool | None = None) -> None:
-        """Called by `nnx.view(model, use_running_average=...)`."""
+        """Called by `nnx.view(model, use_running_average=...)`.
+
+        Args:
+          use_running_average: True: normalize with the stored statistics. False:
+            with those of the batch, and move the stored ones.
+        """
         if use_running_average is not None:
             self.use_running_average = use_running_average
 
@@ -191,7 +198,11 @@ class Norm(nnx.Module):
         flag = self.use_running_average if use_running_average is None else use_running_average
         if flag is None:
             raise ValueError(_MISSING_FLAG.format(name=type(self).__name__))
-        transform, state = self.transform, self.state
+        # As linen in `init`: an example may be of any size, on one device.
+        alone = {"axis_name": None, "axis_index_groups": None, "allow_single_value": True}
+        made = self.made_by
+        changes = {name: value for name, value in alone.items() if name in made.keywords and _is_given_an_example(self)}
+        transform, state = made(**changes), self.state
         arguments = {"mask": mask, "residual": residual, "domain": domain}
         if flag:
             return evaluate(transform, self.params, state, x, **arguments)
@@ -207,12 +218,20 @@ class Norm(nnx.Module):
         return params, state
 
 
+def _is_given_an_example(layer: Norm) -> bool:
+    """Whether a call only shows the layer, or makes the variables of a model, here or of a linen model around it."""
+    around = current_linen_module()
+    return _calls.is_given_an_example(layer) or around is not None and around.is_initializing()
+
+
 class BatchNorm(Norm):
     r"""Batch normalization; takes the place of `flax.nnx.BatchNorm`, with its variables and its checkpoints.
 
     Change the import and nothing else. Differs from Flax's layer as :class:`jaxbn.linen.BatchNorm` does, and in this:
     dtypes follow linen's rules, so that statistics are computed from the input as it is and stored ones are never
-    rounded; `promote_dtype` is accepted and not used.
+    rounded; `promote_dtype` is accepted and not used. One value per channel is an error in training, but not where a
+    call is for show: in `nnx.tabulate`, `nnx.bridge.lazy_init` and the `init` of a linen model around the layer. No
+    other trace for shapes, as of `jax.eval_shape`, can be told from one of `jax.jit`: it raises as training does.
 
     Args:
         num_features: Number of features, or their shape where there are several feature axes.

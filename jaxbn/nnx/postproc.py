@@ -18,6 +18,7 @@ from jaxbn.nnx.capture import (
     find_states,
     method_of,
     run_model,
+    set_state,
     transform_of,
 )
 from jaxbn.population import postproc as _postproc
@@ -195,10 +196,7 @@ def _with_states(
     copy = nnx.clone(model)
     layers, states = find_layers(copy), find_states(copy)
     for path, found in checked(moments, states).items():
-        state = new_state(path, layers[path], states[path], found)
-        for name, leaf in state._asdict().items():
-            if leaf is not None:
-                getattr(layers[path], name)[...] = leaf
+        set_state(layers[path], new_state(path, layers[path], states[path], found))
     return copy
 
 

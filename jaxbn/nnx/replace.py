@@ -3,15 +3,17 @@
 import functools
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxbn.nnx.capture import find_layers, set_class, transform_of
+from jaxbn.nnx.capture import find_layers, select_layers, transform_of
 from jaxbn.nnx.convert import convert_norms
 from jaxbn.nnx.modules import Norm
-from jaxbn.population.layers import as_partial, carried, select
+from jaxbn.nnx.registry import Adapted, as_norm, has_plain_call, known, set_class, translation, with_call
+from jaxbn.population.layers import as_partial, carried
+from jaxbn.population.registry import Registered
 
 Model = TypeVar("Model")
 
@@ -48,9 +50,9 @@ def replace(model: Model, layer: Callable[..., nnx.Module], paths: str | Sequenc
     bound = as_partial(layer, (Norm, nnx.BatchNorm))
     copy = nnx.clone(model)
     layers = find_layers(copy)
-    made = {path: _make(path, layers[path], bound) for path in select(paths, layers)}
+    made = {path: _make(path, layers[path], bound) for path in select_layers(copy, paths)}
     for path, new in made.items():  # in the same object, so that whoever holds the layer holds the new one
-        set_class(layers[path], type(new))
+        set_class(layers[path], _class_for(layers[path], type(new)))
         vars(layers[path]).clear()
         vars(layers[path]).update(vars(new))
     converted: Model = convert_norms(model, like=copy)
@@ -59,17 +61,32 @@ def replace(model: Model, layer: Callable[..., nnx.Module], paths: str | Sequenc
 
 def _make(path: str, old: Any, layer: functools.partial[Any]) -> Any:
     """The layer in the place of another, with initial statistics."""
-    if type(old).__call__ not in (nnx.BatchNorm.__call__, Norm.__call__):
+    if not has_plain_call(old):
         raise ValueError(
             f"{path!r} is a {type(old).__name__}, whose call is its own and would be lost. Name other layers with "
             f"paths=; freeze layers after they are replaced."
         )
     cls: Any = layer.func
     shared = Norm if issubclass(cls, Norm) else nnx.BatchNorm
-    names = inspect.signature(shared.__init__).parameters
-    metadata = {f"{name}_metadata": _metadata(getattr(old, name)) for name in ("scale", "bias")}
-    arguments = {**metadata, **carried(path, old, names, layer.keywords)}
+    names = set(inspect.signature(shared.__init__).parameters)
+    if isinstance(as_norm(old), Adapted) and as_norm(old).momentum is None:
+        names -= {"momentum"}
+    metadata = {f"{name}_metadata": _metadata(getattr(as_norm(old), name)) for name in ("scale", "bias")}
+    arguments = {**metadata, **carried(path, as_norm(old), names, layer.keywords)}
     return _stacked(cls(**arguments, rngs=nnx.Rngs(0)), old)
+
+
+def _class_for(old: Any, new: Any) -> Any:
+    """The class of the new layer, with a call that takes the arguments of the old one."""
+    cls, registered = cast(Any, type(old)), cast(Registered, known(old))
+    translates, input_name = (getattr(cls, name, None) for name in ("jaxbn_translates", "jaxbn_input"))
+    if isinstance(as_norm(old), Adapted):
+        inner: Any = registered.cls
+        translates, input_name = translation(inner, isinstance(old, nnx.bridge.ToNNX)), registered.input_name
+    if translates is None:
+        return new
+    base = Norm if issubclass(new, Norm) else nnx.BatchNorm
+    return with_call(new, base, translates, ("jaxbn_translates", translates), ("jaxbn_input", input_name))
 
 
 def _metadata(variable: nnx.Param[Any] | None) -> dict[str, Any]:
@@ -78,6 +95,7 @@ def _metadata(variable: nnx.Param[Any] | None) -> dict[str, Any]:
 
 def _stacked(new: Any, old: Any) -> Any:
     """The layer with as many copies of its variables along leading axes as the old one has, as of `nnx.vmap`."""
+    old = as_norm(old)
     _, initial = transform_of(old).init(old.num_features)
     leading = old.mean.shape[: old.mean.ndim - initial.mean.ndim]
     for _, variable in nnx.to_flat_state(nnx.state(new)):

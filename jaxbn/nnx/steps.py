@@ -12,7 +12,9 @@ from jaxbn.core.devices import AxisName, make_varying, mean_over
 from jaxbn.nnx.backward import update_backward
 from jaxbn.nnx.capture import capture, check_model, find_layers, find_states, is_frozen
 from jaxbn.nnx.freeze import find_kinds, install_frozen, to_variables
+from jaxbn.nnx.modules import Norm
 from jaxbn.nnx.postproc import install_moments
+from jaxbn.nnx.registry import as_norm
 from jaxbn.population import estimate as _estimate
 from jaxbn.population.estimate import Pass
 from jaxbn.population.estimators import Estimator, check_estimator, pooled
@@ -93,7 +95,8 @@ def make_steps(
     training, evaluating = _mode_of(start_from, "train"), _mode_of(start_from, "eval")
     for path, layer in find_layers(model).items():
         if not is_frozen(layer):
-            check_synchronized(path, layer.momentum, layer.axis_name, axis_name)
+            averages = not isinstance(layer, Norm) or layer.momentum is not None
+            check_synchronized(path, averages, as_norm(layer).axis_name, axis_name)
 
     def init(rng: jax.Array | None, batch: Any) -> TrainState:
         del batch  # of whose shapes linen makes the parameters

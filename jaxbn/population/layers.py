@@ -22,6 +22,7 @@ from jaxbn.methods.base import State
 from jaxbn.population.layer_paths import as_key
 from jaxbn.population.methods import Method, name_of
 from jaxbn.population.mixing import CalledNorm, Mixture, as_prior, normalize_mixed
+from jaxbn.population.unserved import all_served
 
 # What layers normalize with while they are measured: the statistics of their batch, the stored ones, or as they are
 # asked to.
@@ -105,7 +106,12 @@ class Measured:
 
 
 def measured(records: Sequence[_records.Record], whole: Mapping[Layer, jax.Array], *, calls: bool = False) -> Measured:
-    """What was harvested from a program into which the positions `whole` of its layers went."""
+    """What was harvested from a program into which the positions `whole` of its layers went.
+
+    Raises:
+        ValueError: If modules that keep running statistics ran, and none was a layer that is known.
+    """
+    records = all_served(records)
     values = {dataclasses.replace(layer, examples=None): index for layer, index in whole.items()}
     collected = _records.collect(records, {**whole, **values})
     by_layer = _records.by_layer(record for record in records if cast(Layer, record.layer).examples is None)
@@ -180,13 +186,13 @@ def merged(found: Measured, axis_name: _devices.AxisName | None) -> Measured:
     )
 
 
-def check_synchronized(path: str, momentum: Any, layer_axis: Any, axis_name: Any) -> None:
+def check_synchronized(path: str, averages: bool, layer_axis: Any, axis_name: Any) -> None:
     """Raises a ValueError if the running averages of a layer would differ from device to device."""
 
     def names(axis: Any) -> set[str]:
         return set() if axis is None else {axis} if isinstance(axis, str) else set(axis)
 
-    if momentum is not None and not names(axis_name) <= names(layer_axis):
+    if averages and not names(axis_name) <= names(layer_axis):
         raise ValueError(
             f"{path!r} would keep running averages of the rows of its own device, and they would differ over "
             f"{axis_name!r}: it has axis_name={layer_axis!r}. Give the layer axis_name={axis_name!r}; or, of jaxbn's "
@@ -205,12 +211,6 @@ def call_arguments(
 ) -> tuple[jax.Array, Any, Any, dict[str, Any]]:
     """The arguments of a layer's call, in either host; the flag is overruled by the mode. The last is the domain."""
     return jnp.asarray(x), mask, residual, {} if domain is None else {"domain": domain}
-
-
-def asked_stored(layer: Any, x: Any, use_running_average: Any = None, **_: Any) -> bool | None:
-    """Whether the call of a layer, with these arguments, asks for its stored statistics; None: nothing says so."""
-    flag = layer.use_running_average if use_running_average is None else use_running_average
-    return None if flag is None or _calls.is_tracer(flag) else bool(flag)
 
 
 def wanted_mode(layer: Layer, asked: bool | None) -> str | Mixture:

@@ -175,3 +175,8 @@ def learned(
     takes = "loss_scale" in inspect.signature(backward).parameters
     scaled = {"loss_scale": loss_scale} if takes else {}
     return backward(params, state, params._replace(**{name: grads[name] for name in held}), **scaled)
+
+
+def as_affine(method: Method) -> NormTransform:
+    """The functions of a method as an affine map in full precision: without an activation and a dtype."""
+    return method(**{name: None for name in ("activation", "dtype") if name in method.keywords})

@@ -18,9 +18,11 @@ from flax.core import meta, unfreeze
 from jax import export as jax_export
 
 from jaxbn.core import calls as _calls
-from jaxbn.linen.capture import FROZEN, find_states, is_call_of_layer
+from jaxbn.linen.capture import FROZEN, is_call_of_layer, statistics_of
 from jaxbn.linen.freeze import apply_frozen
 from jaxbn.linen.modules import STATISTICS
+from jaxbn.linen.registry import evaluates
+from jaxbn.linen.variables import find_states
 from jaxbn.methods.base import State
 from jaxbn.nnx.capture import find_states as find_states_nnx
 from jaxbn.nnx.freeze import SAVED
@@ -262,19 +264,30 @@ def _run_linen(call: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def _refuse_training(next_call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
-    layer = context.module
-    if is_call_of_layer(context) and not layer.has_variable(STATISTICS, FROZEN):
-        given = args[1] if len(args) > 1 else kwargs.get("use_running_average")
-        if (layer.use_running_average if given is None else given) is False:
-            raise ValueError(_TRAINS.format("/".join(layer.path)))
-    return next_call(*args, **kwargs)
+    module = context.module
+    if is_call_of_layer(context):
+        trains = not module.has_variable(STATISTICS, FROZEN) and evaluates(module, args, kwargs) is False
+        outputs = None if trains else next_call(*args, **kwargs)
+    else:  # of layers that are not known, those that train are told by what they do
+        before = statistics_of(module)
+        outputs = next_call(*args, **kwargs)
+        after = statistics_of(module)
+        trains = any(after[name] is not leaf for name, leaf in before.items())
+    if trains:
+        raise ValueError(_TRAINS.format("/".join(module.path)))
+    return outputs
+
+
+def _statistics(model: Any) -> dict[Any, Any]:
+    return {path: leaf.get_value() for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.BatchStat))}
 
 
 def _run_nnx(call: Callable[..., Any], model: Any, batch: Any) -> Any:
-    stored = [(path, leaf, leaf.get_value()) for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.BatchStat))]
+    before = _statistics(model)
     outputs = call(model, batch)
-    for path, leaf, before in stored:
-        if leaf.get_value() is not before:
+    after = _statistics(model)  # in new variables perhaps, as a bridge to linen has
+    for path, leaf in before.items():
+        if after.get(path) is not leaf:
             raise ValueError(_TRAINS.format("/".join(map(str, path[:-1]))) + " For NNX that is model.eval().")
     return outputs
 
