@@ -39,7 +39,7 @@ class Averaging(abc.ABC):
 
     @abc.abstractmethod
     def decay(self, count: jax.Array, samples: jax.Array) -> jax.Array:
-        """Weight of the old value when a batch of `samples` comes after `count`."""
+        """Weight of the old value when a batch of `samples` comes after `count`, in the dtype of these two."""
 
     def advance(self, count: jax.Array, samples: jax.Array) -> jax.Array:
         """The count after this batch. A float32 stays at 2^24 steps, and a schedule at its value there."""
@@ -54,9 +54,10 @@ class _Constant(Averaging):
 
     def decay(self, count: jax.Array, samples: jax.Array) -> jax.Array:
         if isinstance(self.momentum, jax.Array):
-            return self.momentum.astype(jnp.float32)
+            return self.momentum.astype(count.dtype)
         # A number instead of an array is no operation of the program, and counts as an array in all that is done to it.
-        return np.float32(self.momentum)  # type: ignore[arg-type, return-value]
+        number: jax.Array = count.dtype.type(self.momentum)
+        return number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +65,7 @@ class _Debiased(Averaging):
     momentum: ArrayLike
 
     def decay(self, count: jax.Array, samples: jax.Array) -> jax.Array:
-        a = jnp.asarray(self.momentum, jnp.float32)
+        a = jnp.asarray(self.momentum, count.dtype)
         # 1 - a^t = -expm1(t log a) keeps its digits for a near 1; a = 0 gives log a = -inf, and decay 0.
         log_a = jnp.log(a)
         before = jnp.where(count > 0, -jnp.expm1(count * jnp.where(count > 0, log_a, 0)), 0)
@@ -76,7 +77,7 @@ class _Scheduled(Averaging):
     schedule: Callable[[jax.Array], ArrayLike]
 
     def decay(self, count: jax.Array, samples: jax.Array) -> jax.Array:
-        return jnp.asarray(self.schedule(count), jnp.float32)
+        return jnp.asarray(self.schedule(count), count.dtype)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
+from jaxbn.core import explicit as _explicit
+
 Axis = int | Sequence[int]
 
 
@@ -108,8 +110,8 @@ def check_training_batch(shape: Sequence[int], axis: Axis, values: int, allow_si
         )
 
 
-def weights_like(mask: ArrayLike | None, shape: Sequence[int]) -> jax.Array | None:
-    """The mask as float32 weights of the rank of the input, constants; booleans are 0 or 1, what is not positive is 0.
+def weights_like(mask: ArrayLike | None, x: jax.Array) -> jax.Array | None:
+    """The mask as float32 weights of the rank of x, constants; booleans are 0 or 1, what is not positive is 0.
 
     Raises:
         ValueError: If the mask does not broadcast to the input by NumPy's rules, or fits its leading axes as well.
@@ -117,26 +119,26 @@ def weights_like(mask: ArrayLike | None, shape: Sequence[int]) -> jax.Array | No
     """
     if mask is None:
         return None
-    weights = jnp.asarray(mask)
+    weights, shape = jnp.asarray(mask), x.shape
     try:
-        fits = jnp.broadcast_shapes(weights.shape, tuple(shape)) == tuple(shape)
+        fits = jnp.broadcast_shapes(weights.shape, shape) == shape
     except ValueError:
         fits = False
     if not fits:
-        leading = weights.shape == tuple(shape[: weights.ndim])
+        leading = weights.shape == shape[: weights.ndim]
         fix = f"mask.reshape({weights.shape + (1,) * (len(shape) - weights.ndim)})" if leading else "one that does"
         raise ValueError(
-            f"A mask of shape {weights.shape} does not broadcast to the input {tuple(shape)}: shapes are aligned at "
+            f"A mask of shape {weights.shape} does not broadcast to the input {shape}: shapes are aligned at "
             f"the last axis. Pass {fix}."
         )
     front, back = weights.shape + (1,) * (len(shape) - weights.ndim), (1,) * (len(shape) - weights.ndim) + weights.shape
-    if weights.size > 1 and front != back and weights.shape == tuple(shape[: weights.ndim]):
+    if weights.size > 1 and front != back and weights.shape == shape[: weights.ndim]:
         raise ValueError(
-            f"A mask of shape {weights.shape} fits the leading axes of the input {tuple(shape)} as well as the last "
+            f"A mask of shape {weights.shape} fits the leading axes of the input {shape} as well as the last "
             f"ones, along which shapes are aligned. Pass mask.reshape({front}) for the leading axes, as of rows, or "
             f"mask.reshape({back})."
         )
     if jnp.issubdtype(weights.dtype, jnp.complexfloating):
         raise TypeError(f"A mask holds booleans or real weights, but this one is {weights.dtype}.")
     weights = weights.reshape(back).astype(jnp.float32)
-    return lax.stop_gradient(jnp.where(weights > 0, weights, 0))
+    return _explicit.on_values(lax.stop_gradient(jnp.where(weights > 0, weights, 0)), x)

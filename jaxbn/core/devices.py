@@ -17,6 +17,7 @@ from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxbn.core import calls as _calls
+from jaxbn.core import explicit as _explicit
 
 AxisName = str | tuple[str, ...]
 Groups = tuple[tuple[int, ...], ...]
@@ -39,9 +40,9 @@ def cut(x: jax.Array, rows: int, blocks: int) -> jax.Array:
     """[.., N, ..] -> [.., blocks, N / blocks, ..] along axis `rows`, moving nothing; an axis of size 1 is kept."""
     blocks = blocks if x.shape[rows] > 1 else 1
     shape = (*x.shape[:rows], blocks, x.shape[rows] // blocks, *x.shape[rows + 1 :])
-    sharding = jax.typeof(x).sharding
-    if not _is_explicit(sharding):
+    if not _explicit.is_explicit(x):
         return x.reshape(shape)
+    sharding = jax.typeof(x).sharding
     spec = sharding.spec
     devices = math.prod(sharding.mesh.shape[name] for name in _names(spec[rows]))
     if 1 < blocks and blocks % devices:
@@ -56,15 +57,16 @@ def cut(x: jax.Array, rows: int, blocks: int) -> jax.Array:
 
 def uncut(x: jax.Array, like: jax.Array) -> jax.Array:
     """What was cut, in the shape of `like` again, moving nothing."""
-    sharding = jax.typeof(like).sharding
-    return lax.reshape(x, like.shape, out_sharding=sharding) if _is_explicit(sharding) else x.reshape(like.shape)
+    if not _explicit.is_explicit(like):
+        return x.reshape(like.shape)
+    return lax.reshape(x, like.shape, out_sharding=jax.typeof(like).sharding)
 
 
 def repeat(stat: jax.Array, position: int, x: jax.Array, axis: int) -> jax.Array:
     """[C] once for each index along an axis of x, in the place `position`, and on the devices where these are."""
     shape = (*stat.shape[:position], x.shape[axis], *stat.shape[position:])
     sharding, stat = jax.typeof(x).sharding, jnp.expand_dims(stat, position)
-    if not _is_explicit(sharding):
+    if not _explicit.is_explicit(x):
         return jnp.broadcast_to(stat, shape)
     spec = list(jax.typeof(stat).sharding.spec)
     spec[position] = sharding.spec[axis]
@@ -185,7 +187,7 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
 def pin(tree: Any, mesh: Mesh) -> Any:
     """Inside `jit`: the arrays as they are, whole on all devices of a mesh, where the compiler might spread them."""
     everywhere = NamedSharding(mesh, PartitionSpec())
-    if _is_explicit(everywhere):
+    if AxisType.Explicit in mesh.axis_types:
         tree = jax.sharding.reshard(tree, everywhere)
     return lax.with_sharding_constraint(tree, everywhere) if AxisType.Auto in mesh.axis_types else tree
 
@@ -255,16 +257,12 @@ def _names(entry: Any) -> tuple[str, ...]:
     return tuple(entry) if isinstance(entry, Sequence) and not isinstance(entry, str) else (entry,)
 
 
-def _is_explicit(sharding: Any) -> bool:
-    return any(kind is AxisType.Explicit for kind in sharding.mesh.axis_types)
-
-
 def _replicate(blocks: jax.Array) -> jax.Array:
     """Makes the leading axis whole on every device of the mesh that `jit` shards over; features stay as they are."""
     sharding = jax.typeof(blocks).sharding
     if blocks.shape[0] == 1 or not set(sharding.mesh.axis_types) & {AxisType.Auto, AxisType.Explicit}:
         return blocks
-    if _is_explicit(sharding):
+    if _explicit.is_explicit(blocks):
         return jax.sharding.reshard(blocks, NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec[1:])))
     # Last, because vmap adds its axis to a constraint without moving the free axes behind a constrained one.
     free = PartitionSpec(*[PartitionSpec.UNCONSTRAINED] * (blocks.ndim - 1), None)

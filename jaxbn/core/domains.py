@@ -28,7 +28,7 @@ def domain_moments(
 ) -> _moments.Moments:
     """Moments [D, C] over the rows of each domain, over devices, in one collective; as `batch_moments` otherwise."""
     axes, dtype = _axes.split(x.ndim, axis), _dtypes.compute(x)
-    blocks, weights = _devices.count_blocks(x, axes.rows), _axes.weights_like(mask, x.shape)
+    blocks, weights = _devices.count_blocks(x, axes.rows), _axes.weights_like(mask, x)
     weights = jnp.ones((1,) * x.ndim, jnp.float32) if weights is None else weights
     x, weights, members = (_devices.cut(array, 0, blocks) for array in (x, weights, members))
     x = jnp.where(weights > 0, x, jnp.zeros((), x.dtype)).astype(dtype)  # what is masked may be NaN

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxbn.core import calls as _calls
+from jaxbn.core import explicit as _explicit
 from jaxbn.core import moments as _moments
 
 
@@ -39,7 +40,7 @@ def mark(y: jax.Array, index: jax.Array, moments: _moments.Moments, *, layer: La
             f"the index of {layer} arrived as {index.dtype}, must be int32: the program casts every leaf of its "
             "variables. Cast the floating-point leaves only."
         )
-    parts = [jnp.broadcast_to(part, index.shape) for part in moments]
+    parts = [jnp.broadcast_to(_explicit.whole(part), index.shape) for part in moments]
     return mark_p.bind(y, index, *parts, layer=layer)
 
 

@@ -129,7 +129,7 @@ def example_moments(x: jax.Array, *, axis: _axes.Axis = -1, mask: jax.Array | No
 
     Values of one example depend on each other, examples need not: by this their independence can be judged.
     """
-    given = _axes.weights_like(mask, x.shape)
+    given = _axes.weights_like(mask, x)
     weights = jnp.ones(x.shape, jnp.float32) if given is None else jnp.broadcast_to(given, x.shape)
     space = [a for a in _axes.split(x.ndim, axis).reduced if a != 0]
     total = weights.sum(space, keepdims=True)
@@ -232,7 +232,7 @@ def sum_in_blocks(axes: _axes.Axes, *values: jax.Array) -> jax.Array:
 def _stacked_blocks(x: ArrayLike, axis: _axes.Axis, mask: ArrayLike | None, fast: bool) -> jax.Array:
     """The means of each block as one array, [B, 4, C]."""
     x = jnp.asarray(x)
-    weights = _axes.weights_like(mask, x.shape)
+    weights = _axes.weights_like(mask, x)
     axes, arrays = _axes.with_rows(_axes.split(x.ndim, axis), *((x,) if weights is None else (x, weights)))
     block = _block_means(axes, fast, *arrays)
     return jnp.stack([part.astype(block.shift.dtype) for part in block], 1)
@@ -298,17 +298,17 @@ def _block_means(axes: _axes.Axes, fast: bool, x: jax.Array, weights: jax.Array 
     shift = mean(x.astype(dtype)) if near is None else near.mean(axes.reduced_in_blocks, keepdims=True)
     shift = _shift.rounded(lax.stop_gradient(shift))  # the result does not depend on it
     d = x.astype(dtype) - shift
-    parts = count, shift, mean(d), mean(_abs_sq(d))
-    return _Block(*(_blocks_to_front(part, axes) for part in parts))
+    return _Block(*(_blocks_to_front(part, axes) for part in (count, shift, mean(d), mean(_abs_sq(d)))))
 
 
 @jax.jit
 def _merge_blocks(block: _Block) -> Moments:
     """The moments of all blocks together: the second formula at the top, relative to the first block that holds any."""
-    present = block.count > 0
-    total = block.count.sum(0, keepdims=True)
+    present, total = block.count > 0, block.count.sum(0, keepdims=True)
     weight = block.count / jnp.where(total > 0, total, 1)
-    reference = jnp.take_along_axis(block.shift, jnp.argmax(present, 0, keepdims=True), 0)
+    # Selected and not indexed, which an Explicit mesh could not do over channels that are spread.
+    first = lax.broadcasted_iota(jnp.int32, present.shape, 0) == lax.argmax(present, 0, jnp.int32)[None]
+    reference = lax.select(first, block.shift, jnp.zeros_like(block.shift)).sum(0, keepdims=True)
     offset = jnp.where(present, (block.shift - reference) + block.first, 0)
     mean = (weight.astype(offset.dtype) * offset).sum(0, keepdims=True)
     within = jnp.where(present, jnp.maximum(block.second - _abs_sq(block.first), 0), 0)

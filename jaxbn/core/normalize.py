@@ -272,7 +272,7 @@ def _usable(x: jax.Array, weights: jax.Array) -> jax.Array:
 
 def without_padding(x: jax.Array, mask: ArrayLike | None) -> jax.Array:
     """The input with 0 for padding that is NaN or infinite: by way of the statistics it would reach all gradients."""
-    weights = _axes.weights_like(mask, x.shape)
+    weights = _axes.weights_like(mask, x)
     return x if weights is None else jnp.where(_usable(x, weights), x, jnp.zeros((), x.dtype))
 
 

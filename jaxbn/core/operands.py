@@ -10,6 +10,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jaxbn.core import axes as _axes
 from jaxbn.core import devices as _devices
+from jaxbn.core import explicit as _explicit
 
 Activation = Callable[[jax.Array], jax.Array]
 Measure = Callable[..., Any]  # (x, mask=) -> Moments, or what has more than their count, mean, m2 and var
@@ -77,5 +78,5 @@ def of_call(
     _axes.check_features(x.shape, spec.axis, mean.shape)
     if residual is not None and jnp.shape(residual) != x.shape:
         raise ValueError(f"residual {jnp.shape(residual)} must have the shape of the input, {x.shape}.")
-    residual = None if residual is None else jnp.asarray(residual)
-    return Operands(x, scale, bias, residual, _axes.weights_like(mask, x.shape))
+    residual = None if residual is None else _explicit.on_values(jnp.asarray(residual), x)
+    return Operands(x, scale, bias, residual, _axes.weights_like(mask, x))

@@ -17,8 +17,9 @@ from jaxbn.population import postproc as _postproc
 from jaxbn.population.compiled import Recipe
 from jaxbn.population.estimate import Measure
 from jaxbn.population.estimators import Estimator, pooled
+from jaxbn.population.install import checked, installable
 from jaxbn.population.layer_paths import averaging_method, method_at
-from jaxbn.population.layers import Measured, Weights, checked
+from jaxbn.population.layers import Measured, Weights
 from jaxbn.population.methods import state_of
 from jaxbn.population.processes import check_unstacked
 from jaxbn.population.registry import REGISTRY
@@ -126,16 +127,17 @@ def install_moments(variables: Any, moments: Mapping[str, Moments]) -> dict[str,
     Args:
         variables: All variables of the model.
         moments: `Moments` by layer path, as `capture_moments` and the estimators give them. Where the count is 0 the
-            statistics stay. The keys of `capture_moments` are paths that know the method of the layer, by which they
-            are installed. Under plain strings the names of the statistics tell, but for methods of your own: those
-            that have the statistics of batch norm are taken for it, and others are an error.
+            statistics stay, and inside `jit` where they are not finite. The keys of `capture_moments` are paths that
+            know the method of the layer, by which they are installed. Under plain strings the names of the statistics
+            tell, but for methods of your own: those that have the statistics of batch norm are taken for it, and others
+            are an error.
 
     Returns:
         New variables.
 
     Raises:
-        ValueError: If a path is not that of a normalization layer, the features of a layer differ, or it is not known
-            by which method to install.
+        ValueError: If a path is not that of a normalization layer, the features of a layer differ, moments are not
+            finite in the dtype of the statistics, or it is not known by which method to install.
 
     Example:
         >>> net = jaxbn.linen.BatchNorm(use_running_average=True)
@@ -146,7 +148,7 @@ def install_moments(variables: Any, moments: Mapping[str, Moments]) -> dict[str,
         Array([2.], dtype=float32)
     """
     check_unstacked(variables)
-    given, states = checked(moments, find_states(variables)), {}
+    given, states = installable(moments, find_states(variables)), {}
     for path, found in given.items():
         statistics = statistics_at(variables, path)
         transform = method_at(path, statistics)

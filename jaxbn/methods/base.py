@@ -5,11 +5,16 @@ nothing is kept, nothing is mutated, and train, postproc and eval compile to thr
 the variables of a transform; they compute nothing themselves.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
 
+from jaxbn.core import axes as _axes
+from jaxbn.core import explicit as _explicit
 from jaxbn.core.moments import Moments
 
 State = Any  # a NamedTuple of float32 arrays in the shape of the features, counters float32 []
@@ -49,3 +54,39 @@ class NormTransform(NamedTuple):
     # (state, moments, samples=None) -> state: move the averages once, by moments that a loop has put together; None:
     # training keeps none
     move: Callable[..., State] | None = None
+
+
+def on_meshes(transform: NormTransform, axis: _axes.Axis) -> NormTransform:
+    """The transform for params and statistics that lie on an Explicit mesh in another way than the channels of x.
+
+    What comes from x decides: params and state go to the devices that have the channels, and each leaf of the new state
+    goes back to where it came from. Gradients follow by themselves. Where no mesh is Explicit nothing is added.
+    """
+
+    def there(tree: Any, x: ArrayLike) -> Any:
+        x = jnp.asarray(x)
+        return _explicit.on_channels(tree, x, _axes.split(x.ndim, axis).features)
+
+    @functools.wraps(transform.train)
+    def train(params: NormParams, state: State, x: ArrayLike, **given: Any) -> tuple[jax.Array, State]:
+        y, after = transform.train(*there((params, state), x), x, **given)
+        return y, _explicit.as_before(after, state)
+
+    @functools.wraps(transform.eval)
+    def evaluate(params: NormParams, state: State, x: ArrayLike, **given: Any) -> jax.Array:
+        return transform.eval(*there((params, state), x), x, **given)
+
+    @functools.wraps(transform.postproc)
+    def postproc(state: State, moments: Moments) -> State:
+        return _explicit.as_before(transform.postproc(_beside(state, moments), moments), state)
+
+    def move(state: State, moments: Moments, samples: ArrayLike | None = None) -> State:
+        assert transform.move is not None
+        return _explicit.as_before(transform.move(_beside(state, moments), moments, samples), state)
+
+    moving = None if transform.move is None else move
+    return transform._replace(train=train, eval=evaluate, postproc=postproc, move=moving)
+
+
+def _beside(state: State, moments: Moments) -> State:
+    return _explicit.on_channels(state, moments.mean, range(moments.mean.ndim))

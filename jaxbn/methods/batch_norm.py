@@ -26,7 +26,7 @@ from jaxbn.core import dtypes as _dtypes
 from jaxbn.core import moments as _moments
 from jaxbn.core import normalize as _normalize
 from jaxbn.core import operands as _operands
-from jaxbn.methods.base import NormParams, NormTransform, State
+from jaxbn.methods.base import NormParams, NormTransform, State, on_meshes
 
 
 class BatchNormState(NamedTuple):
@@ -164,20 +164,23 @@ def batch_norm(
         return here(x, mask=mask)
 
     def postproc(state: BatchNormState, moments: _moments.Moments) -> BatchNormState:
-        # Algorithm 2, step 10: E[x] and Var[x], as an estimator found them; what saw nothing keeps what it has.
-        seen = moments.count > 0
+        # Algorithm 2, step 10: E[x] and Var[x], as an estimator found them; a channel that saw nothing, or nothing that
+        # the state can hold, keeps what it has.
+        found = moments.var
+        seen = _fits(state, moments, found)
         mean = jnp.where(seen, moments.mean.astype(state.mean.dtype), state.mean)
-        return state._replace(mean=mean, var=jnp.where(seen, moments.var.astype(state.var.dtype), state.var))
+        return state._replace(mean=mean, var=jnp.where(seen, found.astype(state.var.dtype), state.var))
 
     move = None if average is None else functools.partial(move_averages, average)
-    return NormTransform(init, train, evaluate, measure, postproc, move=move)
+    return on_meshes(NormTransform(init, train, evaluate, measure, postproc, move=move), axis)
 
 
 class AveragingStep(NamedTuple):
     """How far the running averages move, and where."""
 
-    decay: jax.Array  # f32[]
-    good: jax.Array  # bool[C]: the channels that saw something, all of it finite; the others stay
+    decay: jax.Array  # []
+    var: jax.Array  # [C]: the new value of the variance, unbiased where the average is one of that
+    good: jax.Array  # bool[C]: the channels that saw something, all of it finite in the state's dtype; others stay
     count: jax.Array | None  # type: ignore[assignment]  # hides tuple.count; f32[]: the one of the state, after the step
 
 
@@ -199,13 +202,22 @@ def averaging_step(
             f"The mean of a complex input is complex, but the statistics are {state.mean.dtype}. Initialize with a "
             f"complex input (linen), with param_dtype= (NNX), or with init(..., dtype={moments.mean.dtype})."
         )
-    good = (moments.count > 0) & jnp.isfinite(moments.mean) & jnp.isfinite(moments.m2)
+    var = moments.var * _moments.bessel(moments.count) if average.unbiased else moments.var
+    good = _fits(state, moments, var)
     count = jnp.zeros((), jnp.float32) if state.count is None else state.count
-    samples = jnp.asarray(0 if samples is None else samples, jnp.float32)
+    dtype = _dtypes.promote(state.var.dtype, var.dtype, jnp.float32)  # what the average is computed in
+    samples = jnp.asarray(0 if samples is None else samples, dtype)
     counted = None
     if state.count is not None:
-        counted = lax.stop_gradient(jnp.where(good.any(), average.advance(count, samples), count))
-    return AveragingStep(average.decay(count, samples), good, counted)
+        after = average.advance(count, samples.astype(count.dtype))
+        counted = lax.stop_gradient(jnp.where(good.any(), after, count))
+    return AveragingStep(average.decay(count.astype(dtype), samples), var, good, counted)
+
+
+def _fits(state: State, moments: _moments.Moments, var: jax.Array) -> jax.Array:
+    """bool[C]: which channels saw something that is finite, also when it is rounded to the dtype of the state."""
+    finite = jnp.isfinite(moments.mean.astype(state.mean.dtype)) & jnp.isfinite(var.astype(state.var.dtype))
+    return (moments.count > 0) & finite
 
 
 def count_samples(moments: _moments.Moments, shape: Sequence[int], axis: _axes.Axis) -> jax.Array:
@@ -218,9 +230,8 @@ def move_averages(
 ) -> State:
     """The state after one step of the running averages, of its mean and of its variance."""
     step = averaging_step(average, state, moments, samples)
-    var = moments.var * _moments.bessel(moments.count) if average.unbiased else moments.var
     return state._replace(
         mean=_averaging.move(state.mean, moments.mean, step.decay, step.good),
-        var=_averaging.move(state.var, var, step.decay, step.good),
+        var=_averaging.move(state.var, step.var, step.decay, step.good),
         count=step.count,
     )

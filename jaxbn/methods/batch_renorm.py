@@ -28,7 +28,7 @@ from jaxbn.core import dtypes as _dtypes
 from jaxbn.core import moments as _moments
 from jaxbn.core import normalize as _normalize
 from jaxbn.core import operands as _operands
-from jaxbn.methods.base import NormParams, NormTransform
+from jaxbn.methods.base import NormParams, NormTransform, on_meshes
 from jaxbn.methods.batch_norm import averaging_step, batch_norm, count_samples
 from jaxbn.methods.schedules import RAMP, Schedule, check_bounds
 
@@ -181,7 +181,7 @@ def batch_renorm(
         if not average.counts or state.count is None:
             return found
         # An average that is about to drop all that it holds has nothing to compare a batch with.
-        fresh = (state.count == 0) & (average.decay(state.count, jnp.ones(())) == 0)
+        fresh = (state.count == 0) & (average.decay(state.count, jnp.ones_like(state.count)) == 0)
         return _Bounds(jnp.where(fresh, 1, found.r_max), jnp.where(fresh, 0, found.d_max))
 
     def move(state: BatchRenormState, moments: _moments.Moments, samples: ArrayLike | None = None) -> BatchRenormState:
@@ -190,12 +190,12 @@ def batch_renorm(
         moved_var = _averaging.move if track_variance else functools.partial(_move_sigma, epsilon)
         return BatchRenormState(
             mean=_averaging.move(state.mean, moments.mean, decay, good),
-            var=moved_var(state.var, moments.var, decay, good),
+            var=moved_var(state.var, counted.var, decay, good),
             count=counted.count,
             step=None if state.step is None else lax.stop_gradient(state.step + good.any().astype(state.step.dtype)),
         )
 
-    return base._replace(init=init, train=train, move=move)
+    return on_meshes(base._replace(init=init, train=train, move=move), axis)
 
 
 def _correction(stored: _operands.Stored, mean: jax.Array, var: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -256,5 +256,5 @@ def _check_batch(x: jax.Array, axis: _axes.Axis, values: int, allow_single_value
             f"The input {x.shape} has one value per channel along axis={axis}: its output depends on the averages "
             f"alone, and no gradient passes to the layers before. Use a larger batch, synchronize over devices with "
             f"axis_name=, freeze the layer, or pass allow_single_value=True if this is meant.",
-            stacklevel=3,
+            stacklevel=4,  # the caller of train
         )

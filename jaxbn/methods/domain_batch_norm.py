@@ -22,10 +22,11 @@ from jaxbn.core import axes as _axes
 from jaxbn.core import devices as _devices
 from jaxbn.core import domains as _domains
 from jaxbn.core import dtypes as _dtypes
+from jaxbn.core import explicit as _explicit
 from jaxbn.core import moments as _moments
 from jaxbn.core import normalize as _normalize
 from jaxbn.core import operands as _operands
-from jaxbn.methods.base import NormParams, NormTransform
+from jaxbn.methods.base import NormParams, NormTransform, on_meshes
 from jaxbn.methods.batch_norm import BatchNormState, batch_norm, count_samples
 
 
@@ -187,9 +188,12 @@ def domain_batch_norm(
             residual = None if residual is None else residual[None]
             return base.eval(params, BatchNormState(*state), x[None], residual=residual)[0]
 
-        params = params if share_affine else _rows(params, ids)
-        residual = None if residual is None else jnp.asarray(residual)
-        return jax.vmap(of_example, in_axes=(of_params, 0, 0, 0))(params, _rows(state, ids), x, residual)
+        def of_examples(tree: Any) -> Any:  # what each is normalized with; NaN for those of no domain
+            return jax.tree.map(lambda leaf: _explicit.rows(leaf, ids, x), tree)
+
+        params = params if share_affine else of_examples(params)
+        residual = None if residual is None else _explicit.on_values(jnp.asarray(residual), x)
+        return jax.vmap(of_example, in_axes=(of_params, 0, 0, 0))(params, of_examples(state), x, residual)
 
     def measure(x: ArrayLike, *, domain: ArrayLike | None = None, mask: ArrayLike | None = None) -> _moments.Moments:
         x = jnp.asarray(x)
@@ -202,18 +206,12 @@ def domain_batch_norm(
         samples = None if samples is None else jnp.broadcast_to(jnp.asarray(samples), (num_domains,))
         return DomainBatchNormState(*jax.vmap(base.move)(BatchNormState(*state), moments, samples))
 
-    return base._replace(
-        init=init, train=train, eval=evaluate, measure=measure, move=None if base.move is None else move
-    )
+    moving = None if base.move is None else move
+    return on_meshes(base._replace(init=init, train=train, eval=evaluate, measure=measure, move=moving), axis)
 
 
 def _copies(num_domains: int, tree: Any) -> Any:
     return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (num_domains, *leaf.shape)), tree)
-
-
-def _rows(tree: Any, ids: jax.Array) -> Any:
-    """What each example is normalized with, [N, ...]; NaN for those of no domain."""
-    return jax.tree.map(lambda leaf: leaf.at[ids].get(mode="fill", fill_value=jnp.nan), tree)
 
 
 def _members(x: jax.Array, domain: ArrayLike | None, num_domains: int, axis: _axes.Axis) -> jax.Array:
@@ -237,7 +235,7 @@ def _check_domain(x: jax.Array, domain: ArrayLike | None, num_domains: int, axis
             f"a batch of one domain pass jnp.full({x.shape[:1]}, domain)."
         )
     ids = ids.astype(_dtypes.promote(ids.dtype, jnp.int32))
-    return jnp.where((ids >= 0) & (ids < num_domains), ids, num_domains).astype(jnp.int32)
+    return _explicit.on_values(jnp.where((ids >= 0) & (ids < num_domains), ids, num_domains).astype(jnp.int32), x)
 
 
 def _check_state(state: DomainBatchNormState, num_domains: int) -> None:

@@ -27,7 +27,7 @@ from jaxbn.core import dtypes as _dtypes
 from jaxbn.core import moments as _moments
 from jaxbn.core import normalize as _normalize
 from jaxbn.core import operands as _operands
-from jaxbn.methods.base import NormParams, NormTransform
+from jaxbn.methods.base import NormParams, NormTransform, on_meshes
 from jaxbn.methods.batch_norm import batch_norm, count_samples, move_averages
 
 
@@ -206,7 +206,7 @@ def ghost_batch_norm(
         within = groups.m2 * _moments.bessel(groups.count) if of_groups else groups.m2
         return union._replace(m2=within.sum(0))
 
-    return base._replace(init=init, train=train)
+    return on_meshes(base._replace(init=init, train=train), axis)
 
 
 def _check(ghost_size: int, grouping: str, running: str, axis_index_groups: None) -> int:

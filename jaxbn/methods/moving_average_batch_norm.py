@@ -23,10 +23,11 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxbn.core import averaging as _averaging
 from jaxbn.core import axes as _axes
 from jaxbn.core import devices as _devices
+from jaxbn.core import explicit as _explicit
 from jaxbn.core import moments as _moments
 from jaxbn.core import normalize as _normalize
 from jaxbn.core import operands as _operands
-from jaxbn.methods.base import NormParams, NormTransform
+from jaxbn.methods.base import NormParams, NormTransform, on_meshes
 from jaxbn.methods.batch_norm import averaging_step, batch_norm, count_samples
 
 _PLAIN_STEPS = 1000  # in which r is 1, if the warm-up is not longer
@@ -195,23 +196,19 @@ def moving_average_batch_norm(
         return lax.stop_gradient(
             state._replace(
                 mean=_averaging.move(state.mean, found.mean, moved.decay, moved.good),
-                var=_averaging.move(state.var, past + share * found.var, moved.decay, moved.good),
-                square_window=_push(state.square_window, found.var, moved.good),
+                var=_averaging.move(state.var, past + share * moved.var, moved.decay, moved.good),
+                square_window=_push(state.square_window, moved.var, moved.good),
                 values=jnp.where(moved.good, found.count.astype(state.values.dtype), state.values),
                 step=jnp.where(moved.good.any(), state.step + 1, state.step),
                 count=moved.count,
             )
         )
 
-    return NormTransform(init, train, base.eval, measure, postproc, backward, move)
+    return on_meshes(NormTransform(init, train, base.eval, measure, postproc, backward, move), axis)
 
 
 def backward(
-    params: NormParams,
-    state: MovingAverageBatchNormState,
-    grads: NormParams,
-    *,
-    loss_scale: ArrayLike = 1.0,
+    params: NormParams, state: MovingAverageBatchNormState, grads: NormParams, *, loss_scale: ArrayLike = 1.0
 ) -> MovingAverageBatchNormState:
     """Puts psi of the last training call into its window; under `vmap` and `scan` of layers, that of each layer.
 
@@ -219,15 +216,17 @@ def backward(
     stays.
     """
 
-    def learn(state: MovingAverageBatchNormState, scale: Any, dscale: Any) -> MovingAverageBatchNormState:
+    def learn(before: MovingAverageBatchNormState, scale: Any, dscale: Any) -> MovingAverageBatchNormState:
+        state = _explicit.on_channels(before, scale, range(scale.ndim))
         dtype = state.gradient_window.dtype
         psi = scale.astype(dtype) * dscale.astype(dtype) / jnp.where(state.values > 0, state.values, 1)
         good = (state.values > 0) & jnp.isfinite(psi)
-        return state._replace(
+        after = state._replace(
             gradient_window=_push(state.gradient_window, psi, good),
             gradients=jnp.where(good.any(), state.gradients + 1, state.gradients),
             loss_scale=jnp.asarray(loss_scale, jnp.float32),
         )
+        return _explicit.as_before(after, before)
 
     for _ in range(state.gradients.ndim):
         learn = jax.vmap(learn)

@@ -25,8 +25,9 @@ from jaxbn.population import postproc as _postproc
 from jaxbn.population.compiled import Recipe
 from jaxbn.population.estimate import Measure
 from jaxbn.population.estimators import Estimator, pooled
+from jaxbn.population.install import checked, installable
 from jaxbn.population.layer_paths import AS_THEY_ARE, LayerPath
-from jaxbn.population.layers import Measured, Weights, checked
+from jaxbn.population.layers import Measured, Weights
 from jaxbn.population.report import Report
 
 
@@ -127,13 +128,14 @@ def install_moments(model: Any, moments: Mapping[str, Moments]) -> Any:
     Args:
         model: The model.
         moments: `Moments` by layer path, as `capture_moments` and the estimators give them. Where the count is 0 the
-            statistics stay.
+            statistics stay, and inside `jit` where they are not finite.
 
     Returns:
         A new model.
 
     Raises:
-        ValueError: If a path is not that of a normalization layer, or the features of a layer differ.
+        ValueError: If a path is not that of a normalization layer, the features of a layer differ, or moments are not
+            finite in the dtype of the statistics.
 
     Example:
         >>> data = jnp.array([[1.0], [3.0]])
@@ -149,7 +151,7 @@ def install_moments(model: Any, moments: Mapping[str, Moments]) -> Any:
         new: State = (AS_THEY_ARE() if as_they_are else transform_of(layer)).postproc(state, found)
         return new
 
-    return _with_states(model, moments, installed)
+    return _with_states(model, installable(moments, find_states(model)), installed)
 
 
 def move_averages(model: Any, moments: Mapping[str, Moments], *, samples: ArrayLike | None = None) -> Any:

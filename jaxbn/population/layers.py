@@ -18,7 +18,6 @@ from jaxbn.core import moments as _moments
 from jaxbn.core import records as _records
 from jaxbn.core.moments import Moments
 from jaxbn.core.normalize import statistics_of_input, without_padding
-from jaxbn.methods.base import State
 from jaxbn.population.layer_paths import as_key
 from jaxbn.population.methods import Method, name_of
 from jaxbn.population.mixing import CalledNorm, Mixture, as_prior, normalize_mixed
@@ -238,7 +237,11 @@ def normalize_as(
         return norm.normalize(norm.stored, x, mask=mask, residual=residual, **where)
     if norm.axis_name is not None and _devices.is_bound(norm.axis_name):
         moments = _moments.merge_over(moments, norm.axis_name, norm.axis_index_groups)
-    state = norm.transform.postproc(as_prior(norm.stored, moments), moments)
+    prior = as_prior(norm.stored, moments)
+    # Statistics that are not finite are not installed, but the output of a layer shows them.
+    finite = jnp.isfinite(moments.mean) & jnp.isfinite(moments.m2)
+    prior = prior._replace(mean=jnp.where(finite, prior.mean, jnp.nan))
+    state = norm.transform.postproc(prior, moments)
     with statistics_of_input(True):
         return norm.normalize(state, without_padding(x, mask), mask=mask, residual=residual, **where)
 
@@ -281,17 +284,6 @@ def carried(path: str, old: Any, names: Iterable[str], given: Mapping[str, Any])
     if getattr(old, "activation", None) is not None and "activation" not in names:
         raise ValueError(f"{path!r} has its activation inside, and the layer in its place cannot. Leave it out.")
     return {name: getattr(old, name) for name in names if hasattr(old, name)} | dict(given)
-
-
-def checked(moments: Mapping[str, Moments], states: Mapping[str, State]) -> Mapping[str, Moments]:
-    """The moments, if all are of layers that there are and have their features; else a ValueError."""
-    for path in moments:
-        if path not in states:
-            raise ValueError(f"{path!r} is not a normalization layer; there are {', '.join(map(repr, states))}.")
-        found, features = moments[path].mean.shape, states[path].mean.shape
-        if found != features:
-            raise ValueError(f"The moments of {path!r} are for features {found}, its statistics for {features}.")
-    return moments
 
 
 def fitting(path: str, given: Any, like: jax.Array, *, copies: bool) -> jax.Array:

@@ -19,6 +19,7 @@ from jax.typing import ArrayLike
 from jaxbn.core import axes as _axes
 from jaxbn.core import devices as _devices
 from jaxbn.core import dtypes as _dtypes
+from jaxbn.core import explicit as _explicit
 from jaxbn.core.moments import Moments, merge_over
 from jaxbn.core.normalize import statistics_of_input, without_padding
 from jaxbn.methods.base import NormTransform, State
@@ -105,7 +106,8 @@ def mix(state: State, moments: Moments, weight: ArrayLike, *, rule: str = "linea
     _check_rule(rule)
     dtype = moments.m2.dtype
     b = jnp.where(moments.count > 0, jnp.asarray(weight, dtype), 0)
-    stored_mean, stored_var = state.mean.astype(moments.mean.dtype), state.var.astype(dtype)
+    stored = _explicit.on_channels((state.mean, state.var), moments.mean, range(moments.mean.ndim))
+    stored_mean, stored_var = stored[0].astype(moments.mean.dtype), stored[1].astype(dtype)
 
     def between(stored: jax.Array, found: jax.Array) -> jax.Array:  # what weighs nothing may be NaN
         share = b.astype(found.dtype)
@@ -124,7 +126,7 @@ def as_prior(stored: State, moments: Moments) -> State:
     def widened(leaf: jax.Array) -> jax.Array:
         return lax.stop_gradient(leaf.astype(_dtypes.promote(leaf.dtype, moments.m2.dtype)))
 
-    return jax.tree.map(widened, stored)
+    return jax.tree.map(widened, _explicit.on_channels(stored, moments.mean, range(moments.mean.ndim)))
 
 
 def normalize_mixed(
@@ -152,10 +154,10 @@ def normalize_mixed(
         with statistics_of_input(True):
             return norm.normalize(state, x, mask=mask, residual=residual, **where)[0]
 
-    weights = _axes.weights_like(mask, x.shape)
+    weights = _axes.weights_like(mask, x)
     weights = None if weights is None else jnp.broadcast_to(weights, x.shape)
-    where, residual = jax.tree.map(jnp.asarray, (where, residual))
-    return jax.vmap(of_example)(x, weights, residual, where)
+    along = jax.tree.map(lambda leaf: _explicit.on_values(jnp.asarray(leaf), x), (weights, residual, where))
+    return jax.vmap(of_example)(x, *along)
 
 
 def _state(norm: CalledNorm, moments: Moments, weight: ArrayLike, rule: str) -> State:
