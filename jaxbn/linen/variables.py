@@ -46,7 +46,6 @@ def states_in(variables: Mapping[str, Any]) -> dict[str, State]:
 
 def find_shapes(variables: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """The shape of the statistics of everything that keeps some, of layers that are not known too, by its path."""
-    check_variables(variables)
     states = states_in(variables)
     shapes = {}
     for place, leaves in _holders(variables).items():

@@ -2,14 +2,14 @@
 
 The class of every normalization layer is replaced on a copy: by one whose call measures its input once, normalizes with
 the wanted statistics, whatever flags the model passes, and marks the output for `harvest`. Beside its statistics each
-layer holds their flat positions as one more `BatchStat`, which every transformation carries in the same way. The layer
-and the mode are static, so that programs compiled with and without capture are never mistaken for each other.
+layer holds their flat positions as one more `BatchStat`, which every transformation carries in the same way; which
+layer it is and in which mode is static, so that nothing compiled with and without capture is mistaken for each other.
 """
 
 import dataclasses
 import functools
 import types
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -21,6 +21,7 @@ from jaxbn.core import moments as _moments
 from jaxbn.methods.base import NormTransform, State
 from jaxbn.methods.batch_norm import BatchNormState
 from jaxbn.nnx.modules import Norm
+from jaxbn.nnx.others import class_of, find_others, joined, statistics_of
 from jaxbn.nnx.registry import (
     REGISTER,
     Adapted,
@@ -56,7 +57,7 @@ from jaxbn.population.layers import (
 from jaxbn.population.methods import Method, evaluate, of_stock, operands_for
 from jaxbn.population.mixing import CalledNorm, Mixture
 from jaxbn.population.processes import check_unstacked
-from jaxbn.population.unserved import Touched, check, name_of
+from jaxbn.population.unserved import Touched, check
 
 Call = Callable[[Any, Any], Any]
 
@@ -141,9 +142,9 @@ def run_model(model: Any, batch: Any) -> Any:
 def find_layers(model: Any) -> dict[str, Any]:
     """Every normalization layer by its path."""
     check_model(model)
-    found = {_joined(path): module for path, module in nnx.iter_modules(model) if known(module) is not None}
+    found = {joined(path): module for path, module in nnx.iter_modules(model) if known(module) is not None}
     if not found:
-        check({path: _name_of(module) for path, module in find_others(model).items()}, (), register=REGISTER)
+        check({path: class_of(module) for path, module in find_others(model).items()}, (), register=REGISTER)
         raise ValueError("There is no normalization layer, of jaxbn.nnx or flax.nnx.BatchNorm, in this model.")
     return {path: found[path] for path in sorted(found, key=natural)}
 
@@ -160,15 +161,6 @@ def check_one_model(model: Any) -> None:
     check_unstacked(nnx.state(model))
 
 
-def find_others(model: Any) -> dict[str, Any]:
-    """Every module that keeps running statistics and is no layer that is known, by its path."""
-    return {
-        _joined(path): module
-        for path, module in nnx.iter_modules(model)
-        if known(module) is None and _statistics_of(module)
-    }
-
-
 def select_layers(model: Any, paths: str | Sequence[str]) -> list[str]:
     """The layers at or below the paths; a ValueError for a path that leads to none.
 
@@ -176,25 +168,9 @@ def select_layers(model: Any, paths: str | Sequence[str]) -> list[str]:
     """
     layers, others = find_layers(model), find_others(model)
     for path in [paths] if isinstance(paths, str) else paths:
-        unknown = {other: _name_of(others[other]) for other in others if is_at_or_below(other, path)}
+        unknown = {other: class_of(others[other]) for other in others if is_at_or_below(other, path)}
         check(unknown, [layer for layer in layers if is_at_or_below(layer, path)], register=REGISTER)
     return select(paths, layers)
-
-
-def _statistics_of(module: Any) -> list[nnx.Variable[Any]]:
-    """The variables of running statistics that a module itself holds, or one of linen that is in it."""
-    held = [value for name, value in sorted(vars(module).items()) if not name.startswith("_")]
-    leaves = jax.tree.leaves(held, is_leaf=lambda node: isinstance(node, nnx.Variable | nnx.Module))
-    return [leaf for leaf in leaves if isinstance(leaf, nnx.BatchStat)]
-
-
-def _name_of(module: Any) -> str:
-    inside = type(module.to_nnx__module) if isinstance(module, nnx.bridge.ToNNX) else None
-    return name_of(type(module), inside)
-
-
-def _joined(path: Iterable[Any]) -> str:
-    return "/".join(map(str, path))
 
 
 def find_states(model: Any) -> dict[str, State]:
@@ -210,7 +186,8 @@ def state_of(layer: Any) -> State:
 
 def set_state(layer: Any, state: State) -> None:
     """Writes the statistics of a layer."""
-    registered: Any = known(layer)
+    registered = known(layer)
+    assert registered is not None
     for name, leaf in state._asdict().items():
         if leaf is not None:
             getattr(layer, registered.names.get(name, name))[...] = leaf
@@ -251,8 +228,8 @@ def _hook(path: str, module: Any, mode: str | Mixture, examples: int | None) -> 
 def _watch(path: str, module: Any) -> None:
     """Marks what the module gives back, if it runs."""
     cls: Any = type(module)
-    first, *_ = _statistics_of(module)
-    layer = Touched(path, first[...].size, _name_of(module), REGISTER)
+    first, *_ = statistics_of(module)
+    layer = Touched(path, first[...].size, class_of(module), REGISTER)
     set_class(module, with_touch(cls))
     module.jaxbn_slot = Slot(jnp.arange(layer.size, dtype=jnp.int32).reshape(first.shape))
     module.jaxbn_layer = nnx.static(layer)
@@ -283,15 +260,16 @@ def _measured(module: Any, plain: Callable[..., jax.Array], *args: Any, **kwargs
         mask = mask_of_examples(module.jaxbn_weights[...], x, layer.path, norm.axis)
     moments = transform.measure(x, **operands_for(transform.measure, mask=mask, **where))
     stored, synchronized = state_of(module), (norm.axis_name, norm.axis_index_groups)
-    mode = wanted_mode(layer, asked := evaluates(module, args, kwargs))
+    asked = evaluates(module, args, kwargs)
+    mode = wanted_mode(layer, asked)
     if mode == "as_called":
         y = run_bridge(module, args, kwargs) if isinstance(module, nnx.bridge.ToNNX) else plain(*args, **kwargs)
     else:
         normalizing = functools.partial(_normalize, norm)
         called = CalledNorm(layer.path, transform, stored, normalizing, norm.axis, *synchronized)
         y = normalize_as(mode, called, moments, x, mask, residual, where)
-    with_answer = dataclasses.replace(layer, asked_stored=asked)
-    return marked(y, module.jaxbn_slot[...], with_answer, moments, x, axis=norm.axis, mask=mask)
+    layer = dataclasses.replace(layer, asked_stored=asked)
+    return marked(y, module.jaxbn_slot[...], layer, moments, x, axis=norm.axis, mask=mask)
 
 
 def _normalize(layer: Any, state: State, x: jax.Array, **arguments: Any) -> jax.Array:
