@@ -2,9 +2,13 @@
 
     python examples/multihost.py
 
-starts two processes on this machine, with two CPU devices each. They hold the same parameters and different data, and
-not equally much of it: the pass needs no padding and no agreement on the number of batches. Process 0 then compares the
-statistics with those of all the data in float64.
+starts two processes on this machine, with two CPU devices each. They give the pass batches of both kinds:
+
+- global arrays over the devices of all processes, as training has them: all run one program, and a batch counts once.
+- batches of their own, each with its replica of the parameters, and not equally many: the pass needs no padding and no
+  agreement on the number of batches.
+
+Process 0 then compares the statistics with those of all the data in float64.
 
 On a pod start the same file once on every host, with `--pod`: JAX finds the others by itself there.
 """
@@ -19,7 +23,7 @@ from collections.abc import Sequence
 import flax.linen as nn
 import jax
 import numpy as np
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxbn
 import jaxbn.linen
@@ -44,7 +48,7 @@ def predict(variables: dict, batch: np.ndarray) -> jax.Array:
 
 
 def data_of(process: int) -> np.ndarray:
-    """What a process reads: process 0 five batches, process 1 two and a half, with another mean."""
+    """What a process reads: process 0 five batches of its own, process 1 two and a half, with another mean."""
     rows = BATCH * 5 // (process + 1)
     return np.random.default_rng(process).normal(loc=3 * process, size=(rows, FEATURES)).astype(np.float32)
 
@@ -60,24 +64,46 @@ def in_float64(variables: dict, x: np.ndarray) -> dict[str, tuple[np.ndarray, np
     return found
 
 
-def work() -> None:
-    """What every process does."""
-    process = jax.process_index()
-    mine = data_of(process)
-    batches = [mine[start : start + BATCH] for start in range(0, len(mine), BATCH)]
-    mesh = jax.make_mesh((jax.local_device_count(),), ("data",), (AxisType.Auto,), devices=jax.local_devices())
-    variables = Net().init(jax.random.key(0), batches[0], train=False)  # the same key, the same parameters
-    variables, report = jaxbn.linen.postproc(predict, variables, batches, consistent=True, mesh=mesh)
-    jaxbn.check_replicas(variables)
-    if process:
-        return
-    print(report)
-    everything = np.concatenate([data_of(i) for i in range(jax.process_count())]).astype(np.float64)
+def global_batches(data: Sequence[np.ndarray]) -> list[jax.Array]:
+    """Batches that lie over the devices of all processes, of each of which this one gives its share."""
+    mesh = jax.make_mesh((jax.device_count(),), ("data",), (AxisType.Auto,))
+    rows = NamedSharding(mesh, PartitionSpec("data"))
+    return [jax.make_array_from_process_local_data(rows, part) for part in data]
+
+
+def report_error(title: str, variables: dict, everything: np.ndarray) -> None:
+    """Prints how far statistics are from those of all data."""
     off = max(
         np.abs(np.asarray(variables["batch_stats"][path]["mean"]) - mean).max() / np.sqrt(var.min())
-        for path, (mean, var) in in_float64(variables, everything).items()
+        for path, (mean, var) in in_float64(variables, everything.astype(np.float64)).items()
     )
-    print(f"{jax.process_count()} processes agree to the last bit, and with float64 to {off:.0e} standard deviations.")
+    print(f"{title}: all agree to the last bit, and with float64 to {off:.0e} standard deviations.")
+
+
+def work() -> None:
+    """What every process does."""
+    processes, process = range(jax.process_count()), jax.process_index()
+    variables = Net().init(jax.random.key(0), data_of(0), train=False)  # the same key, the same parameters
+
+    # As on a pod: batches are global arrays, and each process reads an equal share of every one.
+    share, fewest = BATCH // len(processes), min(len(data_of(i)) for i in processes)
+    shares = [slice(start, start + share) for start in range(0, fewest, share)]
+    batches = global_batches([data_of(process)[rows] for rows in shares])
+    found, report = jaxbn.linen.postproc(predict, variables, batches, consistent=True)
+    jaxbn.check_replicas(found)
+    if process == 0:
+        print(report)
+        report_error("Global batches", found, np.concatenate([data_of(i)[:fewest] for i in processes]))
+
+    # Each process by itself, with as many batches as it has; over the devices of this process.
+    mine = data_of(process)
+    own = [mine[start : start + BATCH] for start in range(0, len(mine), BATCH)]
+    mesh = jax.make_mesh((jax.local_device_count(),), ("data",), (AxisType.Auto,), devices=jax.local_devices())
+    found, report = jaxbn.linen.postproc(predict, variables, own, consistent=True, mesh=mesh)
+    jaxbn.check_replicas(found)
+    if process == 0:
+        print(report)
+        report_error("Batches of their own", found, np.concatenate([data_of(i) for i in processes]))
 
 
 def start_processes() -> int:

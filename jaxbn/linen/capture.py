@@ -35,10 +35,10 @@ from jaxbn.population.layers import (
     count_examples,
     example_weights,
     marked,
-    mask_of_examples,
     measured,
     normalize_as,
     wanted_mode,
+    weigh,
 )
 from jaxbn.population.methods import Method, evaluate, loaded, of_stock, operands_for, state_of
 from jaxbn.population.mixing import CalledNorm, Mixture
@@ -84,7 +84,8 @@ def capture_moments(
         mode: What the layers normalize with, whatever flags the model passes them: `"batch"`, the statistics of their
             batch; `"eval"`, the stored ones; `"as_called"`, what the model asks for.
         weights: `batch -> [N]`, booleans or real weights of the N examples along the leading axis of every layer's
-            input, such as 0 for those that fill up a batch. Layers that the model gives a mask follow that.
+            input, such as 0 for those that fill up a batch. They multiply the mask
+            that the model gives a layer.
 
     Returns:
         A function `(variables, batch) -> (outputs, moments)`. `moments` maps the path of each layer, such as
@@ -157,8 +158,8 @@ def _intercept(next_call: Callable[..., Any], args: Any, kwargs: Any, context: n
     layer = as_norm(module, args, kwargs)
     x, mask, residual, where = arguments_of(layer, args, kwargs)
     transform = transform_of(layer)
-    if mask is None and module.has_variable(STATISTICS, _WEIGHTS):
-        mask = mask_of_examples(module.get_variable(STATISTICS, _WEIGHTS), x, slot.layer.path, layer.axis)
+    if module.has_variable(STATISTICS, _WEIGHTS):
+        mask = weigh(mask, module.get_variable(STATISTICS, _WEIGHTS), x, slot.layer.path, layer.axis)
     moments = transform.measure(x, **operands_for(transform.measure, mask=mask, **where))
     stored, synchronized = stored_state(layer), (layer.axis_name, layer.axis_index_groups)
     asked = evaluates(module, args, kwargs)

@@ -52,10 +52,13 @@ def postproc(
             Whatever flags it passes, layers use their batch's statistics, dropout may be off, and nothing needs to be
             mutable. Pass the same function object again and it is not compiled again; what it closes over is not kept
             in memory after you drop it.
-        variables: All variables of the model; they are left untouched. What is spread over processes is gathered, for
-            which each needs the memory of a replica, and comes back as it was spread.
+        variables: All variables of the model; they are left untouched. What is spread over processes stays so for
+            global batches. For batches of a process's own it is gathered, for which each needs the memory of a replica,
+            and comes back as it was spread.
         batches: Any iterable of batches, pytrees of arrays, or a function that returns an iterator. Sizes may differ:
-            every value counts once. Each of several processes gives its own, none or any number of them.
+            every value counts once. Several processes give global arrays over the devices of all of them, as
+            `jax.make_array_from_process_local_data` makes them, all equally many; or each gives its own batches, none
+            or any number of them.
         estimator: `jaxbn.pooled()`, `jaxbn.mean_of_batches()` or `jaxbn.moving_average()`.
         consistent: Estimate the statistics of the network that will be used. One pass normalizes the layers before a
             layer with the statistics of each batch, so that deep statistics depend on the size of the batches. Here
@@ -72,7 +75,7 @@ def postproc(
             that was used. Channels that are constant so far do not hold it up. Later sweeps of `consistent` read as
             many batches as the first. Several processes decide together. None: read all.
         weights: `batch -> [N]`, booleans or real weights of the examples, such as 0 for those that fill up a batch.
-            Layers that the model gives a mask follow that.
+            They multiply the mask that the model gives a layer.
         skip_nonfinite: Leave batches out that give NaN or infinity in any layer, instead of raising; the report counts
             them. With `stop_when`, 100 batches in a row that add nothing are an error, as `batches` may be endless.
         mesh: Devices of this process over which each batch is spread; a batch that does not divide is whole on each.
@@ -84,10 +87,12 @@ def postproc(
         batch went through keep their statistics.
 
     Raises:
-        ValueError: If there is no batch, no normalization layer, none was reached, or a batch gave NaN; for `stop_when`
+        ValueError: If there is no batch, no normalization layer, none was reached, or a batch gave NaN; for variables
+            out of `pmap`, with a leading axis of devices; for `stop_when`
             and an estimator without standard errors, which `jaxbn.moving_average` is.
         TypeError: If `consistent` is given an iterator that can be read only once.
-        RuntimeError: If another process failed; the error of the process itself is raised as it is.
+        RuntimeError: If another process failed, or has other global batches than this one, or batches of its own where
+            this one has global ones; the error of the process itself is raised as it is.
 
     Example:
         >>> net = jaxbn.linen.BatchNorm(use_running_average=True)

@@ -37,7 +37,8 @@ def adapt(
             space: inference example weighing. The outputs of an example then do not depend on its batch.
         rule: `"linear"` mixes variances, `"raw"` the raw moments. None: as published, linear with `prior_count` and raw
             with `example_weight`.
-        weights: `batch -> [N]`, of the examples, such as 0 for those that fill up a batch.
+        weights: `batch -> [N]`, of the examples, such as 0 for those that fill up a batch. They multiply the
+            mask that the model gives a layer.
 
     Returns:
         A pure function `(model, batch) -> outputs`, which may be jitted. Each number is a program of its own.

@@ -47,12 +47,12 @@ from jaxbn.population.layers import (
     example_weights,
     is_at_or_below,
     marked,
-    mask_of_examples,
     measured,
     natural,
     normalize_as,
     select,
     wanted_mode,
+    weigh,
 )
 from jaxbn.population.methods import Method, evaluate, of_stock, operands_for
 from jaxbn.population.mixing import CalledNorm, Mixture
@@ -86,7 +86,8 @@ def capture_moments(
         mode: What the layers normalize with, whatever flags the model passes them: `"batch"`, the statistics of their
             batch; `"eval"`, the stored ones; `"as_called"`, what the model asks for.
         weights: `batch -> [N]`, booleans or real weights of the N examples along the leading axis of every layer's
-            input, such as 0 for those that fill up a batch. Layers that the model gives a mask follow that.
+            input, such as 0 for those that fill up a batch. They multiply the mask
+            that the model gives a layer.
 
     Returns:
         A function `(model, batch) -> (outputs, moments)`. `moments` maps the path of each layer, such as
@@ -256,8 +257,8 @@ def _measured(module: Any, plain: Callable[..., jax.Array], *args: Any, **kwargs
     norm = as_norm(module, args, kwargs)
     x, mask, residual, where = call_arguments_of(norm, args, kwargs)
     transform = transform_of(module)
-    if mask is None and hasattr(module, "jaxbn_weights"):
-        mask = mask_of_examples(module.jaxbn_weights[...], x, layer.path, norm.axis)
+    if hasattr(module, "jaxbn_weights"):
+        mask = weigh(mask, module.jaxbn_weights[...], x, layer.path, norm.axis)
     moments = transform.measure(x, **operands_for(transform.measure, mask=mask, **where))
     stored, synchronized = state_of(module), (norm.axis_name, norm.axis_index_groups)
     asked = evaluates(module, args, kwargs)

@@ -30,12 +30,14 @@ def diagnose(
     Args:
         model: The model.
         batches: Any iterable of batches, pytrees of arrays whose leading axis is that of the examples. They are all
-            read, so pass `itertools.islice(loader, 100)` of a large set.
+            read, so pass `itertools.islice(loader, 100)` of a large set. Of several processes all must call this; they
+            give global arrays, or each its own, as in `postproc`, and are told the same.
         call: Runs the model; None: `lambda model, batch: model(batch)`. Give a model in training mode, `model.train()`,
             to see as well which layers training never updates.
         r_max: Of Batch Renormalization: how often sigma_B / sigma is outside [1 / r_max, r_max] is counted. 1 or more.
         d_max: Likewise for |mu_B - mu| / sigma. Not negative.
         weights: `batch -> [N]`, booleans or real weights of the examples, such as 0 for those that fill up a batch.
+            They multiply the mask that the model gives a layer.
         progress: Show a progress bar. None: if this is a terminal.
 
     Returns:

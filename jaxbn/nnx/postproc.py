@@ -51,10 +51,12 @@ def postproc(
     As :func:`jaxbn.linen.postproc`, for NNX: a new model comes back, and the one given is left untouched.
 
     Args:
-        model: The model. What is spread over processes is gathered, for which each needs the memory of a replica, and
-            comes back as it was spread.
+        model: The model. What is spread over processes stays so for global batches. For batches of a process's own it
+            is gathered, for which each needs the memory of a replica, and comes back as it was spread.
         batches: Any iterable of batches, pytrees of arrays, or a function that returns an iterator. Sizes may differ:
-            every value counts once. Each of several processes gives its own, none or any number of them.
+            every value counts once. Several processes give global arrays over the devices of all of them, as
+            `jax.make_array_from_process_local_data` makes them, all equally many; or each gives its own batches, none
+            or any number of them.
         call: Runs the model; None: `lambda model, batch: model(batch)`. Whatever flags it passes, layers use their
             batch's statistics. Pass the same function object again and it is not compiled again; what it closes over
             is not kept in memory after you drop it.
@@ -74,7 +76,7 @@ def postproc(
             that was used. Channels that are constant so far do not hold it up. Later sweeps of `consistent` read as
             many batches as the first. Several processes decide together. None: read all.
         weights: `batch -> [N]`, booleans or real weights of the examples, such as 0 for those that fill up a batch.
-            Layers that the model gives a mask follow that.
+            They multiply the mask that the model gives a layer.
         skip_nonfinite: Leave batches out that give NaN or infinity in any layer, instead of raising; the report counts
             them. With `stop_when`, 100 batches in a row that add nothing are an error, as `batches` may be endless.
         mesh: Devices of this process over which each batch is spread; a batch that does not divide is whole on each.
@@ -89,7 +91,8 @@ def postproc(
         ValueError: If there is no batch, no normalization layer, none was reached, or a batch gave NaN; for `stop_when`
             and an estimator without standard errors, which `jaxbn.moving_average` is.
         TypeError: If `consistent` is given an iterator that can be read only once.
-        RuntimeError: If another process failed; the error of the process itself is raised as it is.
+        RuntimeError: If another process failed, or has other global batches than this one, or batches of its own where
+            this one has global ones; the error of the process itself is raised as it is.
 
     Example:
         >>> data = jnp.arange(10.0)[:, None]

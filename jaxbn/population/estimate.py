@@ -21,6 +21,7 @@ from jaxbn.population.compiled import Recipe, compiled
 from jaxbn.population.estimators import Estimator, Layers
 from jaxbn.population.layer_paths import keyed
 from jaxbn.population.layers import LayerKind, Measured
+from jaxbn.population.processes import on_all
 from jaxbn.population.progress import track
 from jaxbn.population.spread import relative
 
@@ -200,6 +201,7 @@ def finish(state: Pass, *, estimator: Estimator, skip_nonfinite: bool = False) -
             f"The accumulator has a leading axis, {state.batches.shape}: it is replicated. Pass one of the replicas, "
             f"which are equal: jax.tree.map(lambda leaf: leaf[0], acc)."
         )
+    state = on_all(state)  # the step of one's own may have left it spread
     if not state.batches:
         raise ValueError("The accumulator has seen no batch: call postproc_step on each batch first.")
     if not skip_nonfinite or state.skipped == state.batches:

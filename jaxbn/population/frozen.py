@@ -14,7 +14,7 @@ import numpy as np
 from jaxbn.core.averaging import INITIAL_MEAN, INITIAL_VAR
 from jaxbn.methods.base import State
 from jaxbn.population.layers import LayerKind
-from jaxbn.population.processes import check_unstacked
+from jaxbn.population.processes import check_unstacked, here
 from jaxbn.population.report import Report
 
 RUNNING = "running averages"
@@ -86,7 +86,7 @@ def make_info(
         ValueError: If nothing ever estimated the statistics of a layer, if they are not finite, or if the report is
             not about them.
     """
-    kinds = kinds or {}
+    kinds, states = kinds or {}, here(states)  # they may be spread over processes
     if report is not None and set(report.layers) != set(states):
         raise ValueError(
             f"The report is about the layers {sorted(report.layers)}, the variables hold {sorted(states)}."

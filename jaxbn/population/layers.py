@@ -165,15 +165,17 @@ def carry_weights(weights: jax.Array, layer: Layer) -> jax.Array:
     return jnp.broadcast_to(weights, (*layer.shape, *weights.shape))
 
 
-def mask_of_examples(carried: jax.Array, x: jax.Array, path: str, axis: Any) -> jax.Array:
-    """The weights of the examples as a mask for the input of a layer."""
+def weigh(mask: Any, carried: jax.Array, x: jax.Array, path: str, axis: Any) -> jax.Array:
+    """The mask of a layer's input: the weights of the examples, times the mask that the model gives, if it does."""
     weights = carried.reshape(-1, carried.shape[-1])[0]
     if x.shape[:1] != weights.shape or 0 in _axes.split(x.ndim, axis).features:
         raise ValueError(
             f"There are weights for {weights.size} examples, but the input of {path!r} is {x.shape}: its leading axis "
-            f"does not hold them. Give this layer a mask in the model instead."
+            f"does not hold them. Leave weights out, and give the layers masks in the model."
         )
-    return weights.reshape(-1, *(1,) * (x.ndim - 1))
+    weights = weights.reshape(-1, *(1,) * (x.ndim - 1))
+    given, own = _axes.weights_like(mask, x.shape), _axes.weights_like(weights, x.shape)
+    return weights if given is None or own is None else given * own
 
 
 def merged(found: Measured, axis_name: _devices.AxisName | None) -> Measured:

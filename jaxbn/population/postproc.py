@@ -102,10 +102,10 @@ def _postproc(host: Host, model: Any, source: _Source, options: Options) -> tupl
         changes = largest_changes(_states(host, before), _states(host, current))
     return current, report(
         options.estimator,
-        _processes.here(last.done),
-        _processes.here(last.moments),
+        last.done,
+        last.moments,
         old,
-        _states(host, current),
+        host.states(current),
         changes=changes,
         sweeps=sweeps,
         stop_when=options.stop_when,

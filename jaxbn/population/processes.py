@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.multihost_utils import process_allgather
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxbn.core import calls as _calls
 from jaxbn.core import devices as _devices
@@ -82,6 +83,16 @@ def here(tree: Any) -> Any:
         return jnp.asarray(np.asarray(leaf) if leaf.is_fully_replicated else process_allgather(leaf, tiled=True))
 
     return jax.tree.map(gathered, tree)
+
+
+def on_all(tree: Any) -> Any:
+    """The tree with the arrays that are spread over processes whole on all devices. Every process must call it."""
+
+    def replicated(leaf: Any) -> Any:
+        spread = not is_here(leaf) and not leaf.is_fully_replicated
+        return jax.device_put(leaf, NamedSharding(leaf.sharding.mesh, PartitionSpec())) if spread else leaf
+
+    return jax.tree.map(replicated, tree)
 
 
 def as_it_was(new: Any, used: Any, given: Any) -> Any:

@@ -15,6 +15,7 @@ from jaxbn.population.estimate import Pass
 from jaxbn.population.estimators import Estimator
 from jaxbn.population.layer_paths import AS_THEY_ARE, LayerPath
 from jaxbn.population.layers import LayerKind
+from jaxbn.population.processes import here
 from jaxbn.population.spread import Errors
 
 _WIDTH = 100  # of the table
@@ -237,6 +238,7 @@ def report(
     Returns:
         The report.
     """
+    done, moments, old, new = here((done, moments, old, new))  # they may be spread over processes
     kinds, errors = dict(done.kinds), estimator.errors(done.estimate) if estimator.errors else {}
 
     def of(path: str) -> LayerChange:

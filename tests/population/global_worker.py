@@ -89,13 +89,15 @@ def linen(given, variables=None, call=apply, **options):
     before = variables_of() if variables is None else variables
     after, report = jaxbn.linen.postproc(call, before, given, **options)
     check_places(before, after)
-    return {"statistics": listed(gather(after["batch_stats"])), "report": report.to_dict()}
+    frozen = jaxbn.linen.freeze(after, report)
+    return {"statistics": listed(gather(frozen.variables["batch_stats"])), "report": report.to_dict()}
 
 
 def in_nnx(given, model=None, **options):
     before = NnxNet(nnx.Rngs(0)) if model is None else model
     after, report = jaxbn.nnx.postproc(before, given, **options)
     check_places(nnx.state(before), nnx.state(after))
+    jaxbn.nnx.freeze(after, report)
     return {"statistics": listed(gather(nnx.state(after, nnx.BatchStat))), "report": report.to_dict()}
 
 
@@ -143,16 +145,16 @@ def diagnosed_nnx():
     return jaxbn.nnx.diagnose(NnxNet(nnx.Rngs(0)), batches(6), weights=weighed).to_dict()
 
 
-def stepped():
-    """A loop of one's own, which runs the same program on all processes."""
+def stepped(spread):
+    """A loop of one's own, which runs the same program on all processes; the state may be spread over them."""
     steps = jaxbn.linen.make_steps(Net(), lambda y, _: (jnp.mean(y), {}), optax.sgd(0.1), inputs=lambda batch: batch)
     given = batches(3, AxisType.Auto)
-    state = steps.init(jax.random.key(0), np.zeros((2, 3), np.float32))
+    state = spread(steps.init(jax.random.key(0), np.zeros((2, 3), np.float32)))
     acc, step = steps.start(state, given[0]), jax.jit(steps.postproc_step)
     for batch in given:
         acc = step(state, acc, batch)
     frozen, report = steps.finalize(state, acc)
-    return {"statistics": listed(frozen.variables["batch_stats"]), "report": report.to_dict()}
+    return {"statistics": listed(gather(frozen.variables["batch_stats"])), "report": report.to_dict()}
 
 
 def endless():
@@ -203,7 +205,8 @@ AGREE = {
     "nnx, sharded parameters": lambda: in_nnx(batches(6, AxisType.Auto), sharded_nnx()),
     "diagnose": diagnosed,
     "nnx, diagnose": diagnosed_nnx,
-    "steps": stepped,
+    "steps": lambda: stepped(lambda state: state),
+    "steps, sharded parameters": lambda: stepped(sharded),
 }
 
 # What fails in both, with what is in the messages of process 0 and 1.
