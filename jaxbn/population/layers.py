@@ -174,7 +174,7 @@ def weigh(mask: Any, carried: jax.Array, x: jax.Array, path: str, axis: Any) -> 
             f"does not hold them. Leave weights out, and give the layers masks in the model."
         )
     weights = weights.reshape(-1, *(1,) * (x.ndim - 1))
-    given, own = _axes.weights_like(mask, x.shape), _axes.weights_like(weights, x.shape)
+    given, own = _axes.weights_like(mask, x), _axes.weights_like(weights, x)
     return weights if given is None or own is None else given * own
 
 
