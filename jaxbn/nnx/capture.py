@@ -56,7 +56,6 @@ from jaxbn.population.layers import (
 )
 from jaxbn.population.methods import Method, evaluate, of_stock, operands_for
 from jaxbn.population.mixing import CalledNorm, Mixture
-from jaxbn.population.processes import check_unstacked
 from jaxbn.population.unserved import Touched, check
 
 Call = Callable[[Any, Any], Any]
@@ -154,12 +153,6 @@ def check_model(model: Any) -> None:
     """Raises a TypeError for anything that holds no NNX module."""
     if isinstance(model, type) or next(nnx.iter_modules(model), None) is None:
         raise not_a_model(model)
-
-
-def check_one_model(model: Any) -> None:
-    """Raises a ValueError if this is no model with normalization layers, or one that `pmap` has replicated."""
-    find_layers(model)
-    check_unstacked(nnx.state(model))
 
 
 def select_layers(model: Any, paths: str | Sequence[str]) -> list[str]:

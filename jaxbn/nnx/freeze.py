@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx, traverse_util
 
 from jaxbn.methods.batch_norm import BatchNormState
-from jaxbn.nnx.capture import check_one_model, find_layers, find_states, is_frozen, kind_of, select_layers
+from jaxbn.nnx.capture import find_layers, find_states, is_frozen, kind_of, select_layers
 from jaxbn.nnx.registry import evaluate, set_call
 from jaxbn.population.frozen import Frozen, check_frozen, check_kinds, check_shapes, copied, make_info, shapes_by_path
 from jaxbn.population.layers import AFFINE, LayerKind, select
@@ -43,6 +43,12 @@ def freeze(model: Any, report: Report | None = None) -> Frozen:
     check_one_model(model)
     info = make_info(find_states(model), report=report, kinds=find_kinds(model))
     return Frozen(copied(to_variables(model)), info)
+
+
+def check_one_model(model: Any) -> None:
+    """Raises a ValueError if this is no model with normalization layers, or one that `pmap` has replicated."""
+    find_layers(model)
+    check_unstacked(nnx.state(model))
 
 
 def install_frozen(model: Any, frozen: Frozen) -> Any:

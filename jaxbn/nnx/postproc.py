@@ -13,7 +13,6 @@ from jaxbn.nnx.capture import (
     Call,
     capture,
     check_model,
-    check_one_model,
     find_layers,
     find_states,
     method_of,
@@ -21,6 +20,7 @@ from jaxbn.nnx.capture import (
     set_state,
     transform_of,
 )
+from jaxbn.nnx.freeze import check_one_model
 from jaxbn.population import postproc as _postproc
 from jaxbn.population.compiled import Recipe
 from jaxbn.population.estimate import Measure
