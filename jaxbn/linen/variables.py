@@ -17,7 +17,6 @@ from jaxbn.population.registry import REGISTRY
 
 def find_states(variables: Mapping[str, Any]) -> dict[str, State]:
     """The state of every normalization layer by its path."""
-    check_variables(variables)
     states = states_in(variables)
     if not states:
         raise ValueError(
@@ -35,6 +34,7 @@ def check_variables(variables: Any) -> None:
 
 def states_in(variables: Mapping[str, Any]) -> dict[str, State]:
     """As `find_states`; there may be none."""
+    check_variables(variables)
     states = {}
     for place, leaves in _holders(variables).items():
         names = REGISTRY.names_in(leaves)
