@@ -245,12 +245,12 @@ def test_weights_reach_layers_inside_transformations(lift, data):
     assert {change.count for change in report.layers.values()} == {24.0}
 
 
-def test_a_mask_of_the_model_goes_before_weights(data):
+def test_weights_multiply_a_mask_of_the_model(data):
     net = jaxbn.linen.BatchNorm(use_running_average=True)
     variables = net.init(jax.random.key(0), data[:4])
-    call = lambda v, x: net.apply(v, x, mask=jnp.arange(16)[:, None] < 4)
+    call = lambda v, x: net.apply(v, x, mask=jnp.arange(16)[:, None] < 12)
     new, _ = jaxbn.linen.postproc(call, variables, [data[:16]], weights=lambda x: jnp.arange(16) >= 8)
-    np.testing.assert_allclose(new["batch_stats"]["mean"], data[:4].mean(0), rtol=1e-5)
+    np.testing.assert_allclose(new["batch_stats"]["mean"], data[8:12].mean(0), rtol=1e-5)
 
 
 @every_host
