@@ -5,6 +5,9 @@ rows lie along "rows". Behind a column-parallel layer the channels lie along "ch
 with them, while the variables of the normalization may lie otherwise; behind a row-parallel layer they are whole.
 """
 
+import contextlib
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -150,7 +153,9 @@ def test_plain_functions_can_be_traced(case, kind, layout):
     """What an Explicit mesh refuses it refuses while tracing, for which nothing needs to be compiled."""
     everything, arguments = plain(case)
     there = plain_on(mesh_of(kind), arguments, *layout)
-    jax.make_jaxpr(lambda *there: assert_types_of_plain(everything(*there), *there))(*there)
+    for context in contextlib.nullcontext(), jax.set_mesh(mesh_of(kind)):
+        with context:
+            jax.make_jaxpr(lambda *there: assert_types_of_plain(everything(*there), *there))(*there)
 
 
 # Batch norm on Explicit meshes in each layout, each case in the first, and each method on the other meshes.
@@ -178,6 +183,30 @@ def test_variables_and_masks_that_are_on_no_mesh():
     x_there = jax.device_put(x, NamedSharding(mesh_of("explicit"), P("rows", None, "channels")))
     expected = jax.jit(everything)(params, state, x, mask)
     assert_close(jax.jit(everything)(params, state, x_there, mask), expected)
+
+
+@pytest.mark.parametrize("name", slow_but(["batch_norm"], ["batch_norm", "batch_renorm", "moving_average_batch_norm"]))
+def test_shard_map_over_the_rows_alone(name):
+    """The rows are a named axis, and the channels stay on their Explicit axis."""
+    case, mesh = CASE_OF[name], mesh_of("explicit")
+    params, state = case.transform().init(FEATURES)
+
+    def step(transform, params, state, x):
+        def loss(params, x):
+            y, after = transform.train(params, state, x)
+            return (jnp.tanh(y) ** 2).sum(), after
+
+        (of_params, of_x), after = jax.grad(loss, argnums=(0, 1), has_aux=True)(params, x)
+        return (of_params, after), of_x
+
+    mapped = jax.shard_map(
+        functools.partial(step, case.transform(axis_name="rows")),
+        mesh=mesh, in_specs=(P(), P(), P("rows")), out_specs=(P(), P("rows")), axis_names={"rows"},
+    )  # fmt: skip
+    x = jax.device_put(X[0], NamedSharding(mesh, P("rows", None, "channels")))
+    with jax.set_mesh(mesh):
+        found = jax.jit(mapped)(*spread((params, state), mesh, WHOLE), x)
+    assert_close(found, jax.jit(functools.partial(step, case.transform()))(params, state, X[0]))
 
 
 # --- Frameworks ------------------------------------------------------------------------------------------------------
@@ -395,8 +424,8 @@ every_place = pytest.mark.parametrize("of_variables", slow_but([(WHOLE, WHOLE)],
 @every_kind
 @every_place
 def test_frameworks_can_be_traced(framework, name, kind, of_variables):
-    if name is None and of_variables[0] == BY_ROW:
-        of_variables = VARIABLES[0]  # Flax's own layer does not take its scale where the rows are
+    if name is None and of_variables[0] == BY_ROW:  # Flax's own layer does not take a scale that lies along the rows
+        of_variables = VARIABLES[0]
     framework = framework(name)
     everything = everything_of(framework, ROWS)
     there = framework_on(framework, kind, of_variables)
@@ -410,6 +439,8 @@ def test_frameworks_can_be_traced(framework, name, kind, of_variables):
     ("kind", "of_variables"), [("explicit", VARIABLES[0]), ("explicit rows", VARIABLES[2])], ids=str
 )
 def test_frameworks(framework, name, kind, of_variables):
+    if name is None:
+        of_variables = VARIABLES[0]
     framework = framework(name)
     everything = jax.jit(everything_of(framework, ROWS))
     there = framework_on(framework, kind, of_variables)

@@ -86,11 +86,11 @@ def gather(blocks: jax.Array, axis_name: AxisName | None, groups: Groups | None)
     # Where a shard_map keeps track of what differs, the result must be known to be the same on all devices, or the
     # state could not leave with out_specs=P(). Elsewhere that type has a wrong derivative.
     tracked = set(_names(axis_name)) <= varying(blocks)
-    everywhere = lax.all_gather(blocks, axis_name, to="invarying" if tracked else "varying")
+    everywhere = lax.all_gather(blocks, axis_name, to="invarying" if tracked else "varying", tiled=True)
     if groups is not None:
-        members = _members(axis_name, groups).reshape((-1,) + (1,) * blocks.ndim)
+        members = jnp.repeat(_members(axis_name, groups), len(blocks)).reshape(-1, *(1,) * (blocks.ndim - 1))
         everywhere = jnp.where(members, everywhere, jnp.zeros((), everywhere.dtype))
-    return everywhere.reshape(-1, *blocks.shape[1:])
+    return everywhere
 
 
 def total(partial: jax.Array, axis_name: AxisName | None, groups: Groups | None) -> jax.Array:

@@ -13,6 +13,7 @@ from jax import lax
 from jaxbn.core import axes as _axes
 from jaxbn.core import devices as _devices
 from jaxbn.core import dtypes as _dtypes
+from jaxbn.core import explicit as _explicit
 from jaxbn.core import moments as _moments
 from jaxbn.core import shift as _shift
 
@@ -32,7 +33,7 @@ def domain_moments(
     weights = jnp.ones((1,) * x.ndim, jnp.float32) if weights is None else weights
     x, weights, members = (_devices.cut(array, 0, blocks) for array in (x, weights, members))
     x = jnp.where(weights > 0, x, jnp.zeros((), x.dtype)).astype(dtype)  # what is masked may be NaN
-    count = _collect(axes, members, jnp.ones_like(x, jnp.float32) * weights)
+    count = _collect(axes, members, _explicit.on_values(jnp.ones_like(x, jnp.float32) * weights, x))
     divisor = jnp.where(count > 0, count, 1).astype(dtype)
 
     def mean(values: jax.Array) -> jax.Array:

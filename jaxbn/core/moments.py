@@ -24,6 +24,7 @@ from jax.typing import ArrayLike
 from jaxbn.core import axes as _axes
 from jaxbn.core import devices as _devices
 from jaxbn.core import dtypes as _dtypes
+from jaxbn.core import explicit as _explicit
 from jaxbn.core import fusion as _fusion
 from jaxbn.core import shift as _shift
 
@@ -272,8 +273,7 @@ def _moments_of_whole(x: jax.Array, axes: _axes.Axes, fast: bool) -> Moments:
 @functools.partial(jax.jit, static_argnames=("axes", "fast"))  # one program where there is no jit outside, as at init
 def _block_means(axes: _axes.Axes, fast: bool, x: jax.Array, weights: jax.Array | None = None) -> _Block:
     """Count, shift and means about the shift of each block of rows, [B, C]."""
-    blocks = _devices.count_blocks(x, axes.rows)
-    dtype = _dtypes.compute(x)
+    blocks, dtype = _devices.count_blocks(x, axes.rows), _dtypes.compute(x)
     x = _devices.cut(x, axes.rows, blocks)
     if weights is not None:
         weights = _devices.cut(weights, axes.rows, blocks)
@@ -286,7 +286,7 @@ def _block_means(axes: _axes.Axes, fast: bool, x: jax.Array, weights: jax.Array 
     if weights is None:  # as a number: float32 could not count beyond 2^24 one by one
         count = jnp.full_like(total(x), values, jnp.float32)
     else:
-        count = total(jnp.ones_like(x, jnp.float32) * weights)
+        count = total(_explicit.on_values(jnp.ones_like(x, jnp.float32) * weights, x))
     divisor = jnp.where(count > 0, count, 1)
 
     def mean(values: jax.Array) -> jax.Array:

@@ -89,4 +89,4 @@ def on_meshes(transform: NormTransform, axis: _axes.Axis) -> NormTransform:
 
 
 def _beside(state: State, moments: Moments) -> State:
-    return _explicit.on_channels(state, moments.mean, range(moments.mean.ndim))
+    return _explicit.on_channels(state, moments.m2, range(moments.m2.ndim))

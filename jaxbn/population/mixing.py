@@ -105,8 +105,8 @@ def mix(state: State, moments: Moments, weight: ArrayLike, *, rule: str = "linea
     """
     _check_rule(rule)
     dtype = moments.m2.dtype
-    b = jnp.where(moments.count > 0, jnp.asarray(weight, dtype), 0)
-    stored = _explicit.on_channels((state.mean, state.var), moments.mean, range(moments.mean.ndim))
+    b = (moments.count > 0).astype(dtype) * jnp.asarray(weight, dtype)
+    stored = _explicit.on_channels((state.mean, state.var), moments.m2, range(moments.m2.ndim))
     stored_mean, stored_var = stored[0].astype(moments.mean.dtype), stored[1].astype(dtype)
 
     def between(stored: jax.Array, found: jax.Array) -> jax.Array:  # what weighs nothing may be NaN
@@ -126,7 +126,7 @@ def as_prior(stored: State, moments: Moments) -> State:
     def widened(leaf: jax.Array) -> jax.Array:
         return lax.stop_gradient(leaf.astype(_dtypes.promote(leaf.dtype, moments.m2.dtype)))
 
-    return jax.tree.map(widened, _explicit.on_channels(stored, moments.mean, range(moments.mean.ndim)))
+    return jax.tree.map(widened, _explicit.on_channels(stored, moments.m2, range(moments.m2.ndim)))
 
 
 def normalize_mixed(
