@@ -88,8 +88,9 @@ def postproc(
 
     Raises:
         ValueError: If there is no batch, no normalization layer, none was reached, or a batch gave NaN; for variables
-            out of `pmap`, with a leading axis of devices; for `stop_when`
-            and an estimator without standard errors, which `jaxbn.moving_average` is.
+            out of `pmap`, with a leading axis of devices; if a variance would be of one value per channel, unless the
+            layer has `allow_single_value=True`; for `stop_when` and an estimator without standard errors, which
+            `jaxbn.moving_average` is.
         TypeError: If `consistent` is given an iterator that can be read only once.
         RuntimeError: If another process failed, or has other global batches than this one, or batches of its own where
             this one has global ones; the error of the process itself is raised as it is.
@@ -142,7 +143,8 @@ def install_moments(variables: Any, moments: Mapping[str, Moments]) -> dict[str,
 
     Raises:
         ValueError: If a path is not that of a normalization layer, the features of a layer differ, moments are not
-            finite in the dtype of the statistics, or it is not known by which method to install.
+            finite in the dtype of the statistics or of one value per channel, or it is not known by which method to
+            install.
 
     Example:
         >>> net = jaxbn.linen.BatchNorm(use_running_average=True)

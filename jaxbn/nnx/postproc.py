@@ -88,8 +88,9 @@ def postproc(
         batch went through keep their statistics.
 
     Raises:
-        ValueError: If there is no batch, no normalization layer, none was reached, or a batch gave NaN; for `stop_when`
-            and an estimator without standard errors, which `jaxbn.moving_average` is.
+        ValueError: If there is no batch, no normalization layer, none was reached, or a batch gave NaN; if a variance
+            would be of one value per channel, unless the layer has `allow_single_value=True`; for `stop_when` and an
+            estimator without standard errors, which `jaxbn.moving_average` is.
         TypeError: If `consistent` is given an iterator that can be read only once.
         RuntimeError: If another process failed, or has other global batches than this one, or batches of its own where
             this one has global ones; the error of the process itself is raised as it is.

@@ -19,7 +19,7 @@ from jaxbn.core.devices import mesh_of, pin, replicate, spread
 from jaxbn.population.batches import check_batch
 from jaxbn.population.compiled import Recipe, compiled
 from jaxbn.population.estimators import Estimator, Layers
-from jaxbn.population.layer_paths import keyed
+from jaxbn.population.layer_paths import check_single, keyed
 from jaxbn.population.layers import LayerKind, Measured
 from jaxbn.population.processes import on_all
 from jaxbn.population.progress import track
@@ -194,7 +194,7 @@ def finish(state: Pass, *, estimator: Estimator, skip_nonfinite: bool = False) -
     """The moments to install, under keys that know the methods of the layers.
 
     Raises:
-        ValueError: If there are none, or the moments of a batch were not finite.
+        ValueError: If there are none, the moments of a batch were not finite, or they are of one value per channel.
     """
     if state.batches.ndim:
         raise ValueError(
@@ -209,7 +209,15 @@ def finish(state: Pass, *, estimator: Estimator, skip_nonfinite: bool = False) -
     moments = estimator.finalize(state.estimate)
     # The first batch tells the methods; a layer that only later ones reached is installed by what its statistics tell.
     later = [path for path, part in moments.items() if np.any(np.asarray(part.count) > 0)]
-    return keyed(moments, [*later, *dict(state.kinds)])
+    found = keyed(moments, [*later, *dict(state.kinds)])
+    names = {path: kind.method for path, kind in state.kinds}
+    single = {} if estimator.single is None else estimator.single(state.estimate)
+    for path in found:
+        if path in single:
+            check_single(
+                path, single[path], f"The pass, {estimator.name}, saw in each batch no more than", names.get(path)
+            )
+    return found
 
 
 def is_certain(state: Pass, bound: float | None, *, estimator: Estimator) -> bool:

@@ -33,6 +33,8 @@ class Estimator(NamedTuple):
     finalize: Callable[[Any], Layers]  # count, mean and m2 = count * var of the population
     # -> the standard errors of mean and var, on the host; None where the last batches weigh more than those before
     errors: Callable[[Any], dict[str, Errors]] | None = None
+    # -> bool[*features] by layer: which variances are 0 as no more than one value went into each; None: not known
+    single: Callable[[Any], dict[str, jax.Array]] | None = None
 
 
 def check_estimator(estimator: Any) -> None:
@@ -95,6 +97,7 @@ def pooled(*, unbiased: bool = False) -> Estimator:
         merge=merge,
         finalize=finalize,
         errors=lambda acc: _spread.errors(acc.spread, between=True),
+        single=lambda acc: is_single(_compensated.total(acc.values)),
     )
 
 
@@ -164,6 +167,10 @@ def mean_of_batches(*, unbiased: bool = True) -> Estimator:
         count = _compensated.total(acc.values).count
         return Moments(count, _compensated.total(acc.mean).mean, count * _compensated.total(acc.var).mean)
 
+    def single(acc: _Means) -> jax.Array:
+        count, var = _compensated.total(acc.values).count, _compensated.total(acc.var)
+        return (count > 0) & (count <= var.count) & (var.mean == 0)
+
     return _per_layer(
         f"mean_of_batches{'' if unbiased else '(biased)'}",
         init=init,
@@ -171,12 +178,14 @@ def mean_of_batches(*, unbiased: bool = True) -> Estimator:
         merge=merge,
         finalize=finalize,
         errors=lambda acc: _spread.errors(acc.spread, between=False),
+        single=single,
     )
 
 
 class _Moving(NamedTuple):
     # Values seen.
     count: jax.Array  # type: ignore[assignment]  # hides tuple.count
+    most: jax.Array  # in one batch
     kept: jax.Array  # decay^batches: the share of the initial values that is left
     mean: jax.Array
     std: jax.Array
@@ -213,18 +222,23 @@ def moving_average(decay: float = 0.9, *, debias: bool = False) -> Estimator:
 
     def init(like: Moments) -> _Moving:
         real = jnp.zeros_like(like.m2)
-        return _Moving(real, real + 1, jnp.full_like(like.mean, start_mean), real + start_std)
+        return _Moving(real, real, real + 1, jnp.full_like(like.mean, start_mean), real + start_std)
 
     def update(acc: _Moving, moments: Moments) -> _Moving:
         a = jnp.where(moments.count > 0, decay, 1.0).astype(acc.kept.dtype)
         std = jnp.sqrt(moments.var)
         return _Moving(
-            acc.count + moments.count, a * acc.kept, a * acc.mean + (1 - a) * moments.mean, a * acc.std + (1 - a) * std
+            acc.count + moments.count,
+            jnp.maximum(acc.most, moments.count),
+            a * acc.kept,
+            a * acc.mean + (1 - a) * moments.mean,
+            a * acc.std + (1 - a) * std,
         )
 
     def merge(a: _Moving, b: _Moving) -> _Moving:
         return _Moving(
             a.count + b.count,
+            jnp.maximum(a.most, b.most),
             a.kept * b.kept,
             b.kept * (a.mean - start_mean) + b.mean,
             b.kept * (a.std - start_std) + b.std,
@@ -238,7 +252,13 @@ def moving_average(decay: float = 0.9, *, debias: bool = False) -> Estimator:
         return Moments(acc.count, mean, acc.count * jnp.square(std))
 
     name = f"moving_average({decay:g}{', debias' if debias else ''})"
-    return _per_layer(name, init=init, update=update, merge=merge, finalize=finalize)
+    single = lambda acc: (acc.count > 0) & (acc.most <= 1)  # noqa: E731  of one line
+    return _per_layer(name, init=init, update=update, merge=merge, finalize=finalize, single=single)
+
+
+def is_single(moments: Moments) -> jax.Array:
+    """Which variances are 0 as they are of one value."""
+    return (moments.count > 0) & (moments.count <= 1) & (moments.m2 == 0)
 
 
 def _per_layer(name: str, **functions: Callable[..., Any]) -> Estimator:

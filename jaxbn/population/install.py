@@ -7,6 +7,8 @@ import jax.numpy as jnp
 from jaxbn.core import calls as _calls
 from jaxbn.core.moments import Moments
 from jaxbn.methods.base import State
+from jaxbn.population.estimators import is_single
+from jaxbn.population.layer_paths import check_single
 
 
 def checked(moments: Mapping[str, Moments], states: Mapping[str, State]) -> Mapping[str, Moments]:
@@ -25,6 +27,7 @@ def installable(moments: Mapping[str, Moments], states: Mapping[str, State]) -> 
     for path, found in checked(moments, states).items():
         if any(_calls.is_tracer(part) for part in found):
             continue
+        check_single(path, is_single(found), "The moments are of")
         state = states[path]
         rounded = (part.astype(of.dtype) for part, of in ((found.mean, state.mean), (found.var, state.var)))
         if any((~jnp.isfinite(part) & (found.count > 0)).any() for part in rounded):

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.typing import ArrayLike
 
 from jaxbn.core import calls as _calls
 from jaxbn.core.moments import Moments
@@ -125,6 +126,28 @@ def _unknown(name: str) -> NormTransform:
 
 # Stands for the method of a layer that the model has not called: its statistics stay.
 NOT_REACHED: Method = Method(_not_reached)
+
+
+def check_single(path: str, single: ArrayLike, seen: str, name: str | None = None) -> None:
+    """Raises a ValueError for variances that are 0 as they are of one value, unless the method of the layer allows it.
+
+    Args:
+        path: The key of the moments.
+        single: Which variances.
+        seen: What saw them.
+        name: That of the method, where the key does not tell.
+    """
+    method = path.method if isinstance(path, LayerPath) else Method(batch_norm)
+    own = name_of(method) if name is None else name
+    # Of a method that asks for nothing it is fine, and in moving average batch norm, whose variance is about zero.
+    allowed = own not in _OURS or own == moving_average_batch_norm.__name__
+    if method is AS_THEY_ARE or method.keywords.get("allow_single_value", allowed) or allowed or not np.any(single):
+        return
+    raise ValueError(
+        f"{seen} one value per channel of {str(path)!r}: its variance is 0, every output would be the bias. Use larger "
+        f"batches; with jaxbn.pooled() several small ones will do, as all their values count together; or pass "
+        f"allow_single_value=True to a layer of jaxbn if this is meant. Nothing was installed."
+    )
 
 
 def method_at(path: str, names: Iterable[str]) -> NormTransform:

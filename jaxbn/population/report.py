@@ -198,7 +198,13 @@ class Report:
 
     def _notes(self, names: Mapping[str, str], marked: bool) -> list[str]:
         notes = [f"* the {_MARKED} layers that moved most"] if marked else []
-        constant = {path: int(change.constant.sum()) for path, change in self.layers.items() if change.count}
+        single = [path for path, change in self.layers.items() if 0 < (change.per_batch or 0) <= 1]
+        alone = [path for path in single if self.layers[path].constant.any()]
+        if alone:
+            text = f"of one value per channel, whose variance is 0: {', '.join(names[path] for path in alone[:_NAMED])}"
+            notes += textwrap.wrap(text, _WIDTH)
+        reached = {path: change for path, change in self.layers.items() if change.count and path not in alone}
+        constant = {path: int(change.constant.sum()) for path, change in reached.items()}
         found = [f"{number} in {names[path]}" for path, number in constant.items() if number]
         if found:
             more = [f"{len(found) - _NAMED} more layers"] * (len(found) > _NAMED)
