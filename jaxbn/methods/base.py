@@ -31,10 +31,11 @@ class NormTransform(NamedTuple):
     """What a normalization layer does, as pure functions. All of them may be jitted, vmapped and scanned.
 
     Shapes: x and residual `[..., C]`, mask broadcastable to x, params and state `[C]`. Structure and dtypes of the
-    state that goes in come out, and no gradient flows through it: `eval` stops it by `core.normalize.as_constants`, or
-    by the `eval` of another method, and not by `lax.stop_gradient`, as capture and adapt differentiate through the
-    statistics of an input with which `eval` is to normalize it. Every state has `mean` and `var`: what a pass installs,
-    a report compares and `eval` normalizes with.
+    state that goes in come out, and its sharding on Explicit meshes, for which a factory ends in `on_meshes`. No
+    gradient flows through the state: `eval` stops it by `core.normalize.as_constants`, or by the `eval` of another
+    method, and not by `lax.stop_gradient`, as capture and adapt differentiate through the statistics of an input with
+    which `eval` is to normalize it. What is not finite in the dtype of the state does not enter it. Every state has
+    `mean` and `var`: what a pass installs, a report compares and `eval` normalizes with.
     """
 
     # (feature_shape: int | tuple[int, ...], *, dtype=float32) -> (params, state)
