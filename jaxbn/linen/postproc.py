@@ -116,7 +116,7 @@ def postproc(
             states=find_states,
             install=install_moments,
         ),
-        variables,
+        flax.core.unfreeze(variables),
         batches,
         _postproc.Options(
             estimator, consistent, tolerance, max_sweeps, stop_when, skip_nonfinite, mesh=mesh, progress=progress

@@ -8,7 +8,7 @@ from jaxbn.core import calls as _calls
 from jaxbn.core.moments import Moments
 from jaxbn.methods.base import State
 from jaxbn.population.estimators import is_single
-from jaxbn.population.layer_paths import check_single
+from jaxbn.population.layer_paths import AS_THEY_ARE, LayerPath, check_single
 
 
 def checked(moments: Mapping[str, Moments], states: Mapping[str, State]) -> Mapping[str, Moments]:
@@ -25,7 +25,9 @@ def checked(moments: Mapping[str, Moments], states: Mapping[str, State]) -> Mapp
 def installable(moments: Mapping[str, Moments], states: Mapping[str, State]) -> Mapping[str, Moments]:
     """The moments, if they are `checked`, and finite in the dtypes of the statistics, as far as they are known yet."""
     for path, found in checked(moments, states).items():
-        if any(_calls.is_tracer(part) for part in found):
+        # Statistics from before a pass go back as they were, NaN too.
+        as_they_are = isinstance(path, LayerPath) and path.method is AS_THEY_ARE
+        if as_they_are or any(_calls.is_tracer(part) for part in found):
             continue
         check_single(path, is_single(found), "The moments are of")
         state = states[path]

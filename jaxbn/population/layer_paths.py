@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
 from jaxbn.core import calls as _calls
 from jaxbn.core.moments import Moments
-from jaxbn.methods.base import NormTransform
+from jaxbn.methods.base import NormTransform, State
 from jaxbn.methods.batch_norm import BatchNormState, batch_norm
 from jaxbn.methods.batch_renorm import BatchRenormState, batch_renorm
 from jaxbn.methods.domain_batch_norm import DomainBatchNormState
@@ -23,8 +24,22 @@ from jaxbn.population.methods import Method, name_of
 # Methods that install statistics alike whatever their arguments are, and that are known by the names of those.
 _OURS = frozenset("batch_norm batch_renorm domain_batch_norm ghost_batch_norm moving_average_batch_norm".split())
 
+
 # Installs means and variances as they are, as those from before a pass are put back, whatever the layer's method is.
-AS_THEY_ARE: Method = functools.partial(batch_norm)
+def _as_they_are() -> NormTransform:
+    """Batch norm whose `postproc` writes what it is given, NaN too."""
+
+    def postproc(state: State, moments: Moments) -> State:
+        seen, (mean, var) = moments.count > 0, (state.mean, state.var)
+        return state._replace(
+            mean=jnp.where(seen, moments.mean.astype(mean.dtype), mean),
+            var=jnp.where(seen, moments.var.astype(var.dtype), var),
+        )
+
+    return batch_norm()._replace(postproc=postproc)
+
+
+AS_THEY_ARE: Method = functools.partial(_as_they_are)
 
 
 class LayerPath(str):
