@@ -67,7 +67,7 @@ def fold(package, call, variables, weights):
 USES = [postproc, functools.partial(postproc, consistent=True), diagnose, capture, adapt, fold]
 
 
-@pytest.mark.sample(every=3)
+@pytest.mark.sample(every=11)
 @pytest.mark.parametrize("package", [jaxbn.linen, jaxbn.nnx], ids=["linen", "nnx"])
 @pytest.mark.parametrize("use", USES, ids=["postproc", "consistent", "diagnose", "capture", "adapt", "fold"])
 def test_what_a_call_closes_over_is_freed_and_so_is_the_model(package, use):

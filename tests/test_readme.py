@@ -45,7 +45,7 @@ def comments(code):
     return "".join(f"{line}\n" for line in re.findall(r"^ *print\(.*\)  # (.*)$", code, re.MULTILINE))
 
 
-@pytest.mark.sample(every=3)
+@pytest.mark.sample(every=2)
 @pytest.mark.parametrize("blocks", list(sections()))
 def test_blocks_run_and_print_what_they_say(blocks, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)  # where they may save

@@ -316,7 +316,6 @@ def dropping(host):
     return steps, batches, steps.init(KEY, batches[0])
 
 
-@pytest.mark.sample(every=2)
 @every_host
 def test_dropout_follows_its_key(host):
     steps, (batch, *_), state = dropping(host)

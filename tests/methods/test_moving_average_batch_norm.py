@@ -407,7 +407,6 @@ def test_in_a_plain_loop_of_nnx():
     np.testing.assert_allclose(np.sort(model.gradient_window[...], 0), np.sort(ring_gz, 0), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.slow
 def test_layers_under_vmap_learn_each_from_its_own_gradient():
     x = jnp.asarray(drifting(1)[0][0])
     layer = jaxbn.linen.MovingAverageBatchNorm

@@ -115,3 +115,4 @@ def test_arrays_without_the_libraries():
     params, state = jaxbn.serving.to_haiku(variables, params, empty, "net/norm")
     assert state.keys() == empty.keys() and params["net/norm"]["offset"].tolist() == [[1, 2, 3]]
     chex.assert_trees_all_equal(jaxbn.serving.from_haiku(params, state, "net/norm"), variables)
+    assert jaxbn.serving.to_haiku(variables, {}, empty, "net/norm")[0] == {}  # a layer that learns neither
