@@ -426,7 +426,7 @@ def test_method_two_is_the_pass_of_postproc(host, kind, estimator):
     chex.assert_trees_all_close(statistics_of(frozen), statistics_of(variables), rtol=1e-5, atol=1e-6)
     assert vars(report).keys() == vars(expected).keys() and report.batches == expected.batches
     for layer, change in expected.layers.items():
-        assert report.layers[layer].summary == pytest.approx(change.summary, rel=1e-4)
+        assert report.layers[layer].summary == pytest.approx(change.summary, rel=1e-4, nan_ok=True)
     for layer in LAYERS:
         assert frozen.info.layer(layer) == jaxbn.LayerInfo("batch_norm", 1e-5, estimator.name, 64.0)
 
