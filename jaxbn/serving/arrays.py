@@ -146,7 +146,7 @@ def unpack(shapes: Any, body: bytes | memoryview) -> Any:
 
 def from_bytes(leaf: Any, content: bytes | memoryview) -> np.ndarray:
     """The array of this shape and dtype out of its bytes."""
-    if leaf.dtype == bool and np.frombuffer(content, np.uint8).max(initial=0) > 1:
+    if leaf.dtype == bool and np.any(np.frombuffer(content, np.uint8) > 1):
         raise ValueError("one of its truth values is neither true nor false.")
     return np.frombuffer(content, leaf.dtype).reshape(leaf.shape)
 
