@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxbn.core.calls import inner_programs
+from jaxbn._src.internals import inner_programs
 
 
 def moved(variables):

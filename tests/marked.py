@@ -12,9 +12,9 @@ from jax import lax
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from jaxbn.core.calls import inner_programs
-from jaxbn.core.marks import mark
-from jaxbn.core.moments import Moments
+from jaxbn._src.internals import inner_programs
+from jaxbn._src.numerics.moments import Moments
+from jaxbn._src.tracing.sow import mark
 
 ROWS, CHANNELS, DEPTH = 6, 3, 4
 FULL = (ROWS, CHANNELS)

@@ -12,16 +12,29 @@ import jaxbn.linen
 import jaxbn.nnx
 
 ROOT = Path(__file__).parents[1]
+SOURCE = ROOT / "jaxbn" / "_src"
 FILES = sorted((ROOT / "jaxbn").rglob("*.py"))
-# From the bottom to the top; a room may import from those before it. The reference vectors share nothing with the rest.
-ROOMS = ["testing", "core", "methods", "population", "linen", "nnx", "serving"]
-HOSTS = ["linen", "nnx"]
-# Who may import from a room, where not all above it may: hosts do not import from each other.
-USERS = {"linen": {"linen", "serving"}, "nnx": {"nnx", "serving"}, "testing": {"testing"}}
-OUTSIDE = {"core": {"jax", "numpy"}, "methods": {"jax", "numpy"}}
-OUTSIDE |= {"population": {"jax", "matplotlib", "numpy", "rich", "scipy"}}
-OUTSIDE |= {host: {"jax", "flax"} for host in HOSTS} | {"testing": {"numpy"}}
-OUTSIDE |= {"serving": {"jax", "flax", "numpy", "orbax"}}
+PRIVATE = sorted(SOURCE.rglob("*.py"))
+FRAMEWORKS = ["linen", "nnx"]
+# The floors, from the bottom up: a room may import from itself and from the rooms of the floors before its own.
+FLOORS = [
+    ["internals", "testing"],
+    ["numerics", "display"],
+    ["methods", "tracing"],
+    ["framework"],
+    ["statistics"],
+    ["diagnostics", "inference"],
+    FRAMEWORKS,
+    ["serving", "interop"],
+]
+ARRAYS, TOOLS = {"jax", "numpy"}, {"jax", "numpy", "scipy"}
+# What each room may import of other packages.
+OUTSIDE = {
+    "internals": {"jax"}, "testing": {"numpy"}, "numerics": ARRAYS, "display": ARRAYS | {"matplotlib", "rich"},
+    "methods": ARRAYS, "tracing": ARRAYS, "framework": ARRAYS, "statistics": TOOLS, "diagnostics": TOOLS,
+    "inference": ARRAYS, "linen": {"jax", "flax"}, "nnx": {"jax", "flax"}, "serving": ARRAYS | {"flax", "orbax"},
+    "interop": ARRAYS | {"flax"},
+}  # fmt: skip
 TYPES_ONLY = {"optax"}  # imported for type hints, where nothing runs
 
 COLLECTIVES = set("psum pmean pmax pmin all_gather all_to_all ppermute psum_scatter axis_index axis_size".split())
@@ -31,9 +44,8 @@ ARITHMETIC = COLLECTIVES | set(
 )
 
 
-def room(file: Path) -> str | None:
-    parts = file.relative_to(ROOT / "jaxbn").parts
-    return parts[0] if len(parts) > 1 else None
+def room(file: Path) -> str:
+    return file.relative_to(SOURCE).parts[0].removesuffix(".py")
 
 
 def name_of(file: Path) -> str:
@@ -66,37 +78,63 @@ def called(file: Path) -> set[str]:
     return names
 
 
-def is_allowed(here: str | None, name: str) -> bool:
-    """Whether a file of the room `here` (None: the package itself) may import `name`."""
-    package, _, rest = name.partition(".")
+def floor(name: str) -> int:
+    return next(i for i, rooms in enumerate(FLOORS) if name in rooms)
+
+
+def is_allowed(here: str, name: str) -> bool:
+    """Whether a file of the room `here` may import `name`."""
+    package, *rest = name.split(".")
     if package == "jaxbn":
-        there = rest.split(".")[0]
-        below = ROOMS if here is None else ROOMS[: ROOMS.index(here) + 1]
-        return there in below and here in USERS.get(there, {here})
-    relative = package == ""
-    return not relative and (here is None or package in sys.stdlib_module_names or package in OUTSIDE[here])
+        there = rest[1] if rest[0] == "_src" else None  # the public packages are for users
+        return there == here or (there not in (None, "testing") and floor(there) < floor(here))
+    return package != "" and (package in sys.stdlib_module_names or package in OUTSIDE[here])
+
+
+def imported_files(file: Path) -> set[Path]:
+    """The files of jaxbn that a file imports."""
+    names = {name for found in imports(file) for name in found if name.startswith("jaxbn.")}
+    paths = {ROOT / f"{part.replace('.', '/')}.py" for name in names for part in (name, name.rpartition(".")[0])}
+    return paths & set(PRIVATE)
 
 
 def test_rooms_are_those_of_the_plan():
-    assert {room(file) for file in FILES} == {None, *ROOMS}
+    assert {room(file) for file in PRIVATE} == {"__init__", *OUTSIDE}
+    assert {file.relative_to(ROOT / "jaxbn").parts[0] for file in set(FILES) - set(PRIVATE)} == {
+        "__init__.py", "linen", "nnx", "serving", "testing"
+    }  # fmt: skip
 
 
 def test_imports_are_absolute_and_go_down():
     wrong = set()
-    for file in FILES:
+    for file in PRIVATE:
         running, for_types = imports(file)
         wrong |= {(name_of(file), name) for name in running if not is_allowed(room(file), name)}
         wrong |= {(name_of(file), name) for name in for_types - TYPES_ONLY}
     assert not wrong
 
 
-def test_hosts_compute_nothing():
-    wrong = {(name_of(file), name) for file in FILES if room(file) in HOSTS for name in called(file) & ARITHMETIC}
+def test_no_file_imports_itself_by_way_of_others():
+    left = {file: imported_files(file) for file in PRIVATE}
+    while free := [file for file, needs in left.items() if not needs & left.keys()]:
+        left = {file: needs for file, needs in left.items() if file not in free}
+    assert not {name_of(file) for file in left}
+
+
+def test_only_tests_import_around_the_public_packages():
+    files = [*(ROOT / "examples").rglob("*.py"), *(ROOT / "README.md", *(ROOT / "examples").rglob("*.md"))]
+    assert not {name_of(file) for file in files if re.search(r"import .*_src|from jaxbn\._src", file.read_text())}
+
+
+def test_frameworks_compute_nothing():
+    wrong = {
+        (name_of(file), name) for file in PRIVATE if room(file) in FRAMEWORKS for name in called(file) & ARITHMETIC
+    }
     assert not wrong
 
 
 def test_collectives_live_in_one_file():
-    others = set(FILES) - {ROOT / "jaxbn" / "core" / "devices.py"}
+    others = set(FILES) - {SOURCE / "numerics" / "collectives.py"}
     wrong = {(name_of(file), name) for file in others for name in called(file) & (COLLECTIVES - {"axis_size"})}
     assert not wrong
 
@@ -112,8 +150,8 @@ def test_only_re_exports_in_init():
     assert not {(name, kind) for name, kind in kinds if kind not in {ast.ImportFrom, ast.Expr}}
 
 
-SHARED = {"__init__", "base", "schedules"}  # files of methods/ that are no method
-METHODS = sorted({file.stem for file in (ROOT / "jaxbn" / "methods").glob("*.py")} - SHARED)
+SHARED = {"__init__", "protocol", "schedules"}  # files of methods/ that are no method
+METHODS = sorted({file.stem for file in (SOURCE / "methods").glob("*.py")} - SHARED)
 
 
 def test_one_stem_for_each_method():
@@ -121,7 +159,7 @@ def test_one_stem_for_each_method():
     for stem in METHODS:
         camel = "".join(word.capitalize() for word in stem.split("_"))
         factory, state = getattr(jaxbn, stem), getattr(jaxbn, f"{camel}State")
-        assert factory.__module__ == state.__module__ == f"jaxbn.methods.{stem}"
+        assert factory.__module__ == state.__module__ == f"jaxbn._src.methods.{stem}"
         rows = [case for case in CASES if case.factory is factory]
         assert rows and all(case.name.startswith(stem) for case in rows), stem
         for case in rows:

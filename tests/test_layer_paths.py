@@ -17,7 +17,7 @@ from own_method import MixedNorm, NNXMixedNorm, mixed_norm
 import jaxbn
 import jaxbn.linen
 import jaxbn.nnx
-from jaxbn.population.layer_paths import LayerPath, by_name, contents_of
+from jaxbn._src.framework.layer_paths import LayerPath, by_name, contents_of
 
 CHANNELS, ROWS = 3, 8
 X = jnp.asarray(np.random.default_rng(0).normal(3, 2, (ROWS, CHANNELS)), jnp.float32)

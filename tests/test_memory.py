@@ -14,7 +14,7 @@ from flax import nnx
 import jaxbn
 import jaxbn.linen
 import jaxbn.nnx
-from jaxbn.population.compiled import Recipe, compiled
+from jaxbn._src.framework.program_cache import Recipe, compiled
 
 X = np.arange(24, dtype=np.float32).reshape(4, 6) % 5
 NET = nn.Sequential([nn.Dense(2), nn.BatchNorm(use_running_average=True)])

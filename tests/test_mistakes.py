@@ -15,7 +15,7 @@ from flax.training.train_state import TrainState
 import jaxbn
 import jaxbn.linen
 import jaxbn.nnx
-from jaxbn.population.batches import check_batch
+from jaxbn._src.framework.batches import check_batch
 
 X = np.arange(24, dtype=np.float32).reshape(8, 3)
 NET = jaxbn.linen.BatchNorm(use_running_average=True)

@@ -392,7 +392,7 @@ def test_layers_are_listed_by_number():
 
 def test_what_the_interceptor_leans_on_in_flax(rng):
     """It is given the method as a partial of the function that the class defines, under Flax's wrappers."""
-    from jaxbn.linen.registry import is_call
+    from jaxbn._src.linen.registry import is_call
 
     seen = []
 

@@ -16,8 +16,8 @@ from layers import normal
 
 import jaxbn
 import jaxbn.linen
+from jaxbn._src.linen.capture import capture
 from jaxbn.linen import BatchRenorm, GhostBatchNorm, replace
-from jaxbn.linen.capture import capture
 
 KEY = jax.random.key(0)
 RENORM = functools.partial(BatchRenorm, r_max=lambda step: 1.5 + step, d_max=lambda step: 0.1 * step)

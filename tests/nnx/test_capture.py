@@ -14,7 +14,7 @@ from meshes import AXIS, DEVICES, mesh
 
 import jaxbn
 import jaxbn.nnx
-from jaxbn.nnx import capture
+from jaxbn._src.nnx import capture
 
 NORMS = [nnx.BatchNorm, jaxbn.nnx.BatchNorm]
 every_norm = pytest.mark.parametrize("norm", NORMS, ids=["stock", "jaxbn"])

@@ -16,7 +16,7 @@ from flax.core import FrozenDict
 import jaxbn
 import jaxbn.nnx
 import jaxbn.serving
-from jaxbn.serving.arrays import DTYPES
+from jaxbn._src.serving.arrays import DTYPES
 
 INFO = jaxbn.Info((), ())
 # Without x64, which other tests have.

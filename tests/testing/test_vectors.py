@@ -16,8 +16,8 @@ import jaxbn
 import jaxbn.linen
 import jaxbn.nnx
 import jaxbn.testing
-from jaxbn.population.estimators import pooled
-from jaxbn.testing import generate, reference, vectors
+from jaxbn._src.statistics.estimators import pooled
+from jaxbn._src.testing import generate, reference, vectors
 
 LOADED = [jaxbn.testing.load(name) for name in jaxbn.testing.names()]
 METHODS = [vector for vector in LOADED if vector.state]

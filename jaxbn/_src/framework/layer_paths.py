@@ -1,0 +1,215 @@
+"""Which method a layer has, where the variables do not tell: keys of moments that know it, or names of statistics."""
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from jaxbn._src import internals as _internals
+from jaxbn._src.framework.method import Method, name_of
+from jaxbn._src.methods.batch_norm import BatchNormState, batch_norm
+from jaxbn._src.methods.batch_renorm import BatchRenormState, batch_renorm
+from jaxbn._src.methods.domain_batch_norm import DomainBatchNormState
+from jaxbn._src.methods.ghost_batch_norm import GhostBatchNormState
+from jaxbn._src.methods.moving_average_batch_norm import MovingAverageBatchNormState, moving_average_batch_norm
+from jaxbn._src.methods.protocol import NormTransform, State
+from jaxbn._src.numerics.moments import Moments
+
+# Methods that install statistics alike whatever their arguments are, and that are known by the names of those.
+_OURS = frozenset("batch_norm batch_renorm domain_batch_norm ghost_batch_norm moving_average_batch_norm".split())
+
+
+# Installs means and variances as they are, as those from before a pass are put back, whatever the layer's method is.
+def _as_they_are() -> NormTransform:
+    """Batch norm whose `postproc` writes what it is given, NaN too."""
+
+    def postproc(state: State, moments: Moments) -> State:
+        seen, (mean, var) = moments.count > 0, (state.mean, state.var)
+        return state._replace(
+            mean=jnp.where(seen, moments.mean.astype(mean.dtype), mean),
+            var=jnp.where(seen, moments.var.astype(var.dtype), var),
+        )
+
+    return batch_norm()._replace(postproc=postproc)
+
+
+AS_THEY_ARE: Method = functools.partial(_as_they_are)
+
+
+class LayerPath(str):
+    """The path of a layer, as a key of moments, that knows the method of the layer.
+
+    Variables of linen do not tell by which method they are used, so what is measured says it. It equals the plain path,
+    and survives whatever keeps the keys of a dict: jit, `jax.tree.map`, comprehensions. Pickled, it knows the name of
+    the method alone.
+
+    Paths with different methods differ: keys are a part of what jit compiles for, and a program that installs by one
+    method must not be used again for another.
+    """
+
+    method: Method
+
+    def __new__(cls, path: str, method: Method) -> "LayerPath":
+        """The path with a method."""
+        made = super().__new__(cls, path)
+        made.method = method
+        return made
+
+    @functools.cached_property
+    def _contents(self) -> Any:
+        return contents_of(self.method)
+
+    def __eq__(self, other: object) -> bool:
+        same = str.__eq__(self, other) is True
+        return same and not (isinstance(other, LayerPath) and self._contents != other._contents)
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def __hash__(self) -> int:
+        return str.__hash__(self)
+
+    def __deepcopy__(self, memo: Any) -> "LayerPath":
+        return self
+
+    def __reduce__(self) -> tuple[Callable[[str, str], str], tuple[str, str]]:
+        return by_name, (str(self), name_of(self.method))
+
+
+def contents_of(value: Any, *, depth: int = 8) -> Any:
+    """What tells a value from others even if it is made anew for each call.
+
+    Of functions it is their code, and what they close over. The depth bounds functions that refer to themselves.
+    """
+    inside = functools.partial(contents_of, depth=depth - 1)
+    if depth == 0 or _internals.is_tracer(value):
+        return type(value)
+    if isinstance(value, np.ndarray | jax.Array):
+        values = np.asarray(value)
+        return values.shape, values.dtype.name, values.tobytes()
+    if isinstance(value, functools.partial):
+        return inside(value.func), inside(value.args), inside(value.keywords)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return type(value), inside(vars(value))
+    if isinstance(value, Mapping):
+        return tuple((name, inside(part)) for name, part in value.items())
+    if isinstance(value, tuple | list):
+        return type(value), *map(inside, value)
+    if inspect.isfunction(value):
+        cells = tuple(cell.cell_contents for cell in value.__closure__ or ())
+        return value.__code__, inside(value.__defaults__), inside(value.__kwdefaults__), inside(cells)
+    return value
+
+
+def as_key(path: str, method: Method | None) -> str:
+    """The path as a key of moments; a plain one where the method is unknown, or one of ours that is being traced."""
+    if method is None:
+        return path
+    if any(map(_internals.is_tracer, jax.tree.leaves(method.keywords))):
+        return by_name(path, name_of(method))
+    return LayerPath(path, method)
+
+
+def by_name(path: str, name: str) -> str:
+    """A key of moments where no more than the name of the method is known: for ours that is enough to install them."""
+    return path if name in _OURS else LayerPath(path, Method(_unknown, name))
+
+
+def keyed(moments: Mapping[str, Moments], known: Iterable[str]) -> dict[str, Moments]:
+    """The moments under the keys that know the method of the layer; the others are of layers that were not reached."""
+    keys = {str(key): key for key in known}
+    return {keys.get(path, LayerPath(path, NOT_REACHED)): found for path, found in moments.items()}
+
+
+def _not_reached() -> NormTransform:
+    return batch_norm(momentum=None)._replace(postproc=lambda state, moments: state)
+
+
+def _unknown(name: str) -> NormTransform:
+    raise ValueError(
+        f"Of a layer no more is known than the name of its method, {name}, and not how it installs statistics: its "
+        f"arguments are being traced, or it was read from a file. Give the layer numbers, and take the keys from "
+        f"capture_moments; or use the functions of the method itself."
+    )
+
+
+# Stands for the method of a layer that the model has not called: its statistics stay.
+NOT_REACHED: Method = Method(_not_reached)
+
+
+def check_single(path: str, single: ArrayLike, seen: str, name: str | None = None) -> None:
+    """Raises a ValueError for variances that are 0 as they are of one value, unless the method of the layer allows it.
+
+    Args:
+        path: The key of the moments.
+        single: Which variances.
+        seen: What saw them.
+        name: That of the method, where the key does not tell.
+    """
+    method = path.method if isinstance(path, LayerPath) else Method(batch_norm)
+    own = name_of(method) if name is None else name
+    # Of a method that asks for nothing it is fine, and in moving average batch norm, whose variance is about zero.
+    allowed = own not in _OURS or own == moving_average_batch_norm.__name__
+    if method is AS_THEY_ARE or method.keywords.get("allow_single_value", allowed) or allowed or not np.any(single):
+        return
+    raise ValueError(
+        f"{seen} one value per channel of {str(path)!r}: its variance is 0, every output would be the bias. Use larger "
+        f"batches; with jaxbn.pooled() several small ones will do, as all their values count together; or pass "
+        f"allow_single_value=True to a layer of jaxbn if this is meant. Nothing was installed."
+    )
+
+
+def method_at(path: str, names: Iterable[str]) -> NormTransform:
+    """The functions of the method of a layer, by the key of its moments, or else by the names of its statistics.
+
+    Raises:
+        ValueError: If neither tells.
+    """
+    if isinstance(path, LayerPath):
+        return path.method()  # raises if only the name is known
+    held = set(names)
+    if held <= set(BatchNormState._fields):
+        return batch_norm()
+    if held <= set(BatchRenormState._fields):
+        return batch_renorm()
+    if held <= set(MovingAverageBatchNormState._fields):
+        return moving_average_batch_norm()
+    raise ValueError(
+        f"The statistics of {path!r} are {', '.join(sorted(held))}: they are of no method of jaxbn, and its moments do "
+        f"not say which it is, as their key is a plain string. Use the keys of the moments that capture_moments gives."
+    )
+
+
+def averaging_method(path: str, names: Iterable[str], momentum: Any) -> NormTransform:
+    """The functions by which the running averages of a layer are updated; see `jaxbn.linen.move_averages`.
+
+    Raises:
+        ValueError: If it is not known how the layer averages, or the momentum is not that of its method.
+    """
+    if isinstance(momentum, NormTransform):
+        return momentum
+    known = method_at(path, names)
+    if isinstance(path, LayerPath) and path.method is NOT_REACHED:
+        return known
+    if momentum is None:
+        if not isinstance(path, LayerPath):
+            raise ValueError(
+                f"It is not known how {path!r} averages, as the key of its moments is a plain string. Pass momentum=, "
+                f"or use the keys of the moments that capture_moments gives."
+            )
+        return known
+    _, state = jax.eval_shape(lambda: known.init(1))
+    own = name_of(path.method) if isinstance(path, LayerPath) and name_of(path.method) not in _OURS else None
+    if own or type(state) not in (BatchNormState, GhostBatchNormState, DomainBatchNormState):
+        raise ValueError(
+            f"momentum={momentum!r} says how batch norm averages, and the statistics of {path!r} are of another "
+            f"method, {own or type(state).__name__}. Leave momentum out, for moments under the keys that "
+            f"capture_moments gives; or pass the transform of the method, such as jaxbn.batch_renorm()."
+        )
+    return batch_norm(momentum=momentum)

@@ -1,0 +1,190 @@
+r"""Evaluation with statistics between the stored ones and those of what is evaluated.
+
+.. math:: \mu = (1 - b) \mu_s + b \mu_t, \qquad
+          \sigma^2 = (1 - b) \sigma_s^2 + b \sigma_t^2 \;[\; + \, b (1 - b) (\mu_s - \mu_t)^2 \;]
+
+with s the stored statistics and t those of the batch, or of each example by itself. The last term is there when raw
+moments, E[x] and E[x^2], are mixed, as if the values were pooled, and not when variances are.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import ArrayLike
+
+from jaxbn._src.methods.protocol import NormTransform, State
+from jaxbn._src.numerics import axes as _axes
+from jaxbn._src.numerics import collectives as _collectives
+from jaxbn._src.numerics import dtypes as _dtypes
+from jaxbn._src.numerics import explicit_meshes as _explicit_meshes
+from jaxbn._src.numerics.moments import Moments, merge_over
+from jaxbn._src.numerics.normalize import statistics_of_input, without_padding
+
+RULES = ("linear", "raw")
+
+
+class Mixture(NamedTuple):
+    """How the layers of a model mix; static, and a mode of a capture."""
+
+    prior_count: float | None  # of examples that the stored statistics count for; the batch counts for its own
+    example_weight: float | None  # of each example's own statistics
+    rule: str
+
+
+class CalledNorm(NamedTuple):
+    """What is to be known of a layer to normalize for it, with other statistics than it would."""
+
+    path: str
+    transform: NormTransform
+    stored: State
+    normalize: Callable[..., jax.Array]  # (state, x, mask=, residual=, **where) -> y
+    axis: _axes.Axis
+    axis_name: _collectives.AxisName | None
+    axis_index_groups: Any
+
+
+def make_mixture(prior_count: float | None, example_weight: float | None, rule: str | None) -> Mixture:
+    """The mixture of these arguments of `adapt`; a ValueError for those that make no sense."""
+    if (prior_count is None) == (example_weight is None):
+        raise ValueError(
+            f"Give one of prior_count= and example_weight=, not {'neither' if prior_count is None else 'both'}: the "
+            f"first mixes with the statistics of the batch, the second with those of each example by itself."
+        )
+    if prior_count is not None and not prior_count >= 0:
+        raise ValueError(f"prior_count={prior_count} is a number of examples: 0 or more, or infinity.")
+    if example_weight is not None and not 0 <= example_weight <= 1:
+        raise ValueError(f"example_weight={example_weight} is outside [0, 1]: it is the weight of the example's own.")
+    rule = ("raw" if prior_count is None else "linear") if rule is None else rule
+    _check_rule(rule)
+    return Mixture(
+        None if prior_count is None else float(prior_count),
+        None if example_weight is None else float(example_weight),
+        rule,
+    )
+
+
+def mix(state: State, moments: Moments, weight: ArrayLike, *, rule: str = "linear") -> Moments:
+    r"""Moments between the stored statistics and those of a batch.
+
+    For the pure functions of a method, `transform.postproc(state, jaxbn.mix(state, transform.measure(x), weight))` is a
+    state to evaluate with. `jaxbn.linen.adapt` and `jaxbn.nnx.adapt` adapt whole models, and say when to. The mixture
+    is a differentiable function of its arguments, but `eval` takes a state as a constant; in `adapt` gradients flow.
+
+    Args:
+        state: A state of any method, with `mean` and `var`.
+        moments: `Moments` of the batch, in the shape of the statistics. Where the count is 0 they weigh nothing.
+        weight: b, the share of the batch, in [0, 1]: a number, or one for each statistic. n / (N + n) for a batch of n
+            examples and stored statistics that count for N.
+        rule: `"linear"` mixes variances, `"raw"` the raw moments, E[x] and E[x^2].
+
+    Returns:
+        `Moments`, whose count is that of the batch.
+
+    Raises:
+        ValueError: If there is no such rule.
+
+    Example:
+        >>> bn = jaxbn.batch_norm()
+        >>> params, state = bn.init(1)  # mean 0, variance 1
+        >>> batch = bn.measure(jnp.array([[3.0], [5.0]]))  # mean 4, variance 1
+        >>> for rule in ("linear", "raw"):
+        ...     mixed = jaxbn.mix(state, batch, 0.5, rule=rule)
+        ...     print(float(mixed.mean[0]), float(mixed.var[0]))
+        2.0 1.0
+        2.0 5.0
+
+    References:
+        Schneider et al., `Improving robustness against common corruptions by covariate shift adaptation
+        <https://arxiv.org/abs/2006.16971>`_, 2020 (linear; the variance of the batch is the biased one here); Summers &
+        Dinneen, `Four Things Everyone Should Know to Improve Batch Normalization <https://arxiv.org/abs/1906.03548>`_,
+        2020 (raw; mixed here about the means, where E[x^2] - E[x]^2 would lose the digits).
+    """
+    _check_rule(rule)
+    dtype = moments.m2.dtype
+    b = (moments.count > 0).astype(dtype) * jnp.asarray(weight, dtype)
+    stored = _explicit_meshes.on_channels((state.mean, state.var), moments.m2, range(moments.m2.ndim))
+    stored_mean, stored_var = stored[0].astype(moments.mean.dtype), stored[1].astype(dtype)
+
+    def between(stored: jax.Array, found: jax.Array) -> jax.Array:  # what weighs nothing may be NaN
+        share = b.astype(found.dtype)
+        return jnp.where(b > 0, (1 - share) * stored + share * found, stored)
+
+    var = between(stored_var, moments.var)
+    if rule == "raw":
+        distance = jnp.square(jnp.abs(stored_mean - moments.mean))
+        var = var + jnp.where(b > 0, b * (1 - b) * distance, 0)
+    return Moments(moments.count, between(stored_mean, moments.mean), moments.count * var)
+
+
+def as_prior(stored: State, moments: Moments) -> State:
+    """Stored statistics for something to be put in their place: constants, which will not round these moments."""
+
+    def widened(leaf: jax.Array) -> jax.Array:
+        return lax.stop_gradient(leaf.astype(_dtypes.promote(leaf.dtype, moments.m2.dtype)))
+
+    return jax.tree.map(widened, _explicit_meshes.on_channels(stored, moments.m2, range(moments.m2.ndim)))
+
+
+def normalize_mixed(
+    mixture: Mixture, norm: CalledNorm, moments: Moments, x: jax.Array, mask: Any, residual: Any, where: dict[str, Any]
+) -> jax.Array:
+    """What a layer makes of its input with the mixture; `moments` are those of the input on this device."""
+    space = _check_input(mixture, norm, x)
+    x = without_padding(x, mask)
+    if mixture.prior_count is not None:
+        if norm.axis_name is not None and _collectives.is_bound(norm.axis_name):
+            moments = merge_over(moments, norm.axis_name, norm.axis_index_groups)
+        n = moments.count / space
+        share = n / jnp.where(n > 0, n + mixture.prior_count, 1)
+        state = _state(norm, moments, share, mixture.rule)
+        with statistics_of_input(True):
+            return norm.normalize(state, x, mask=mask, residual=residual, **where)
+
+    assert mixture.example_weight is not None
+    weight = mixture.example_weight
+
+    def of_example(x: jax.Array, mask: Any, residual: Any, where: dict[str, Any]) -> jax.Array:
+        x, mask, residual, where = jax.tree.map(lambda leaf: leaf[None], (x, mask, residual, where))
+        own = norm.transform.measure(x, mask=mask, **where)
+        state = _state(norm, own, weight, mixture.rule)
+        with statistics_of_input(True):
+            return norm.normalize(state, x, mask=mask, residual=residual, **where)[0]
+
+    weights = _axes.weights_like(mask, x)
+    weights = None if weights is None else jnp.broadcast_to(weights, x.shape)
+    along = jax.tree.map(lambda leaf: _explicit_meshes.on_values(jnp.asarray(leaf), x), (weights, residual, where))
+    return jax.vmap(of_example)(x, *along)
+
+
+def _state(norm: CalledNorm, moments: Moments, weight: ArrayLike, rule: str) -> State:
+    """The state with the mixture as its statistics, which each method installs in its own way."""
+    stored = as_prior(norm.stored, moments)
+    return norm.transform.postproc(stored, mix(stored, moments, weight, rule=rule))
+
+
+def _check_input(mixture: Mixture, norm: CalledNorm, x: jax.Array) -> int:
+    """How many values of a channel an example has; a ValueError where what is mixed would have no variance."""
+    axes = _axes.split(x.ndim, norm.axis)
+    if not axes.reduced or axes.reduced[0] != 0:
+        raise ValueError(f"The leading axis of the input of {norm.path!r}, {x.shape}, does not hold examples.")
+    space = math.prod(x.shape[a] for a in axes.reduced[1:])
+    bound = norm.axis_name is not None and _collectives.is_bound(norm.axis_name)
+    rows = x.shape[0] * (_collectives.group_size(norm.axis_name, norm.axis_index_groups) if bound else 1)
+    alone = mixture.example_weight is not None
+    nothing_new = mixture.example_weight == 0 or mixture.prior_count == math.inf
+    if space * (1 if alone else rows) == 1 and not nothing_new:
+        raise ValueError(
+            f"The input of {norm.path!r}, {x.shape}, has one value per channel in {'an example' if alone else 'all'}: "
+            f"its variance is 0, and no statistics to mix. {'Use prior_count=' if alone else 'Use a larger batch'}, or "
+            f"keep the stored statistics of this layer with freeze_layers."
+        )
+    return space
+
+
+def _check_rule(rule: str) -> None:
+    if rule not in RULES:
+        raise ValueError(f"rule={rule!r} is none of {', '.join(map(repr, RULES))}.")

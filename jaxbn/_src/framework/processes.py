@@ -1,0 +1,201 @@
+"""What processes tell each other, and what each of them holds of an array.
+
+All that is exchanged is bytes. A process in which something fails says so instead of staying away, so that all raise
+and none waits for ever.
+"""
+
+import hashlib
+import json
+import pickle
+from collections.abc import Callable
+from typing import Any, NoReturn, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.multihost_utils import process_allgather
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxbn._src import internals as _internals
+from jaxbn._src.numerics import collectives as _collectives
+
+_Result = TypeVar("_Result")
+
+# Leaves of normalization layers that have an axis of channels.
+_PER_CHANNEL = {"mean", "var", "scale", "bias"}
+
+
+def agree(attempt: Callable[[], tuple[_Result, Any]]) -> tuple[_Result, list[Any]]:
+    """Does something that may fail in one process alone, and lets all know. Every process must call it.
+
+    Args:
+        attempt: Returns a result, and what the others are told: anything that JSON can hold.
+
+    Returns:
+        The result of this process; and what each process tells, by index.
+
+    Raises:
+        RuntimeError: If it failed in another process; an exception of this process is raised as it is.
+    """
+    result, told, error = None, None, None
+    try:
+        result, told = attempt()
+    except Exception as raised:  # whatever it is, the others must hear of it
+        error = raised
+    failed = None if error is None else f"{type(error).__name__}: {error}"
+    everything = [json.loads(message) for message in exchange(json.dumps([failed, told]).encode())]
+    if error is not None:
+        raise error
+    for process, (failed, _) in enumerate(everything):
+        if failed:
+            raise RuntimeError(f"Process {process} failed: {failed.rstrip('.')}. All stop, and nothing was changed.")
+    return result, [told for _, told in everything]  # type: ignore[return-value]  # the attempt succeeded
+
+
+def exchange(message: bytes) -> list[bytes]:
+    """The messages of all processes, by index. Every process must call it, and as often as the others."""
+    lengths = process_allgather(np.int32(len(message)))
+    padded = np.zeros(max(int(lengths.max()), 1), np.uint8)
+    padded[: len(message)] = np.frombuffer(message, np.uint8)
+    rows = process_allgather(padded)
+    return [row[:length].tobytes() for row, length in zip(rows, lengths, strict=True)]
+
+
+def is_here(leaf: Any) -> bool:
+    """Whether this process holds all of an array."""
+    return not isinstance(leaf, jax.Array) or leaf.is_fully_addressable
+
+
+def gather(mine: Any) -> list[Any]:
+    """What each process has of something, by index; on the host. Every process must call it."""
+    return [pickle.loads(message) for message in exchange(pickle.dumps(jax.device_get(mine)))]
+
+
+def here(tree: Any) -> Any:
+    """The tree with the arrays that are spread over processes, or replicated over them, whole in this one.
+
+    Every process must call it. Each needs the memory for a replica.
+    """
+
+    def gathered(leaf: Any) -> Any:
+        if is_here(leaf):
+            return leaf
+        return jnp.asarray(np.asarray(leaf) if leaf.is_fully_replicated else process_allgather(leaf, tiled=True))
+
+    return jax.tree.map(gathered, tree)
+
+
+def on_all(tree: Any) -> Any:
+    """The tree with the arrays that are spread over processes whole on all devices. Every process must call it."""
+
+    def replicated(leaf: Any) -> Any:
+        spread = not is_here(leaf) and not leaf.is_fully_replicated
+        return jax.device_put(leaf, NamedSharding(leaf.sharding.mesh, PartitionSpec())) if spread else leaf
+
+    return jax.tree.map(replicated, tree)
+
+
+def as_it_was(new: Any, used: Any, given: Any) -> Any:
+    """A tree with its arrays where they were given.
+
+    Every process must call it.
+
+    Args:
+        new: What was made of `used`.
+        used: What was made of `given`, with its arrays elsewhere.
+        given: The tree as it was.
+
+    Returns:
+        `new`, of which the arrays that did not change are those given.
+    """
+
+    def placed(new: Any, used: Any, given: Any) -> Any:
+        if new is used:
+            return given
+        if not isinstance(given, jax.Array) or (new.sharding, new.committed) == (given.sharding, given.committed):
+            return new
+        if not is_here(given):
+            return jax.device_put(new, given.sharding)
+        value = np.asarray(here(new))
+        return jax.device_put(value, given.sharding) if given.committed else jnp.asarray(value)
+
+    return jax.tree.map(placed, new, used, given)
+
+
+def check_replicas(tree: Any) -> None:
+    """Checks that all devices and processes hold the same bits where they should, as of variables after training.
+
+    Every process must call it. Arrays that are sharded are compared where their shards are copies of each other; of a
+    state out of `pmap`, whose arrays have the devices as their leading axis, the copies along it are compared.
+
+    Args:
+        tree: A pytree of arrays.
+
+    Returns:
+        None.
+
+    Raises:
+        ValueError: If two copies of an array differ; the message names it, and where.
+
+    Example:
+        >>> jaxbn.check_replicas({"mean": jnp.zeros(3)})
+    """
+    digests: dict[str, str] = {}
+    stacked = is_stacked(tree)
+    for path, leaf in jax.tree.leaves_with_path(tree):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        for part, device, data in _copies(leaf, stacked):
+            digest = hashlib.sha256(np.ascontiguousarray(data).tobytes()).hexdigest()
+            if digests.setdefault(f"{name}{part}", digest) != digest:
+                raise ValueError(f"{name!r} on {device} differs from its copy on the device before.")
+    everywhere = [json.loads(message) for message in exchange(json.dumps(digests).encode())]
+    for process, theirs in enumerate(everywhere):
+        for name, digest in theirs.items():
+            if everywhere[0].get(name, digest) != digest:
+                raise ValueError(f"{name!r} on process {process} differs from its copy on process 0.")
+
+
+def check_unstacked(tree: Any) -> None:
+    """Raises a ValueError for variables or a state that `pmap` has replicated, of which one replica is wanted."""
+    if is_stacked(tree):
+        raise_stacked(jax.tree.leaves(tree)[0].shape[:1])
+
+
+def raise_stacked(shape: tuple[int, ...]) -> NoReturn:
+    """Says that something has a leading axis of devices."""
+    raise ValueError(
+        f"The state has a leading axis, {shape}: it is replicated. Pass one of the replicas, which are equal: "
+        f"jax.tree.map(lambda leaf: leaf[0], state). jaxbn.check_replicas(state) names what differs between them."
+    )
+
+
+def is_stacked(tree: Any) -> bool:
+    """Whether this is what `pmap` returns: every array has a leading axis, with one index on each device.
+
+    That is a state of one network for each device. A network whose arrays are spread over the devices has some that do
+    not divide so: counters, and the statistics and parameters of normalization layers, which have one axis.
+    """
+    leaves = [
+        (path, leaf)
+        for path, leaf in jax.tree.leaves_with_path(tree)
+        if isinstance(leaf, jax.Array) and not _internals.is_tracer(leaf)
+    ]
+    return bool(leaves) and all(
+        _collectives.is_split_by_index(leaf) and not (leaf.ndim == 1 and _PER_CHANNEL & _names(path))
+        for path, leaf in leaves
+    )
+
+
+def _names(path: Any) -> set[str]:
+    return set(jax.tree_util.keystr(path, simple=True, separator="/").split("/"))
+
+
+def _copies(leaf: Any, stacked: bool) -> list[tuple[str, Any, np.ndarray]]:
+    """Which part of the array, on which device, and its values; of this process."""
+    if not isinstance(leaf, jax.Array):
+        return [("", "the host", np.asarray(leaf))]
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        leaf = jax.random.key_data(leaf)
+    whole = stacked or leaf.is_fully_replicated
+    shards = leaf.addressable_shards
+    return [("" if whole else f" {shard.index}", shard.device, np.asarray(shard.data)) for shard in shards]

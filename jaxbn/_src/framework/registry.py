@@ -1,0 +1,157 @@
+"""Classes of layers that are batch normalization, and neither Flax's nor jaxbn's: what their parts are called."""
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+from jaxbn._src import internals as _internals
+from jaxbn._src.framework.layers import POPULATION
+
+
+@dataclasses.dataclass(frozen=True)
+class Registered:
+    """What is known of a class."""
+
+    cls: type
+    evaluation: Mapping[str, Any]  # arguments of the call, or fields, with which it evaluates
+    names: Mapping[str, str]  # mean, var, scale and bias -> the names of the variables
+    fields: Mapping[str, Any]  # axis, epsilon and momentum -> the name of a field, or the value
+
+    def field(self, layer: Any, name: str) -> Any:
+        """A hyper-parameter of a layer."""
+        given = self.fields[name]
+        if isinstance(given, str) and not hasattr(layer, given):
+            raise ValueError(f"A {type(layer).__name__} has no {given!r}: register its class with another {name}=.")
+        return getattr(layer, given) if isinstance(given, str) else given
+
+    @functools.cached_property
+    def signature(self) -> inspect.Signature:
+        """Of the call, without the layer."""
+        signature = inspect.signature(self.cls.__call__)
+        return signature.replace(parameters=list(signature.parameters.values())[1:])
+
+    @property
+    def input_name(self) -> str:
+        """The first argument of the call."""
+        return next(iter(self.signature.parameters))
+
+    def bind(self, args: Any, kwargs: Any) -> inspect.BoundArguments:
+        """The arguments of a call by their names."""
+        return self.signature.bind(*args, **kwargs)
+
+    def evaluates(self, layer: Any, args: Any, kwargs: Any) -> bool | None:
+        """Whether a call normalizes with the stored statistics; None: nothing says so."""
+        bound = self.bind(args, kwargs)
+        bound.apply_defaults()
+        given = {name: bound.arguments.get(name) for name in self.evaluation}
+        found = {name: getattr(layer, name, None) if value is None else value for name, value in given.items()}
+        if any(value is None or _internals.is_tracer(value) for value in found.values()):
+            return None
+        return all(bool(found[name] == value) for name, value in self.evaluation.items())
+
+    def translated(self, bound: inspect.BoundArguments, flag: bool | None) -> tuple[tuple[Any], dict[str, Any]]:
+        """The arguments of a call as Flax's layer takes them, and the flag with them if there is one."""
+        given = self.signature.bind(*bound.args, **bound.kwargs)
+        given.apply_defaults()
+        arguments = {"mask": given.arguments["mask"]} if "mask" in given.arguments else {}
+        return (given.arguments[self.input_name],), arguments | ({} if flag is None else {"use_running_average": flag})
+
+    def split_evaluation(self, is_field: Callable[[str], bool]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The fields, and the arguments of the call, with which it evaluates; what may be both is a field.
+
+        As an argument it is then left out: many a call refuses to be told twice.
+        """
+        fields: dict[str, Any] = {}
+        arguments: dict[str, Any] = {}
+        for name, value in self.evaluation.items():
+            parameter = self.signature.parameters.get(name)
+            required = parameter is not None and parameter.default is parameter.empty
+            (fields if is_field(name) and not required else arguments)[name] = value
+        return fields, arguments
+
+
+class Registry:
+    """The classes that are known, of all frameworks, those of Flax and jaxbn among them."""
+
+    def __init__(self) -> None:
+        self._known: dict[type, Registered] = {}
+
+    def add(self, registered: Registered) -> None:
+        """Registers a class; a ValueError if it is registered as something else."""
+        earlier = self._known.setdefault(registered.cls, registered)
+        if earlier != registered:
+            raise ValueError(f"{registered.cls.__name__} is registered already, and otherwise: {_told(earlier)}.")
+
+    def of(self, cls: type) -> Registered | None:
+        """What is known of the class, or of the nearest class that it inherits from."""
+        return next((self._known[base] for base in cls.__mro__ if base in self._known), None)
+
+    def names_in(self, variables: Collection[str]) -> dict[str, str]:
+        """What the mean and the variance are called among variables beside each other; empty: there are none."""
+        pairs = [POPULATION, *((one.names["mean"], one.names["var"]) for one in self._known.values())]
+        found = next((pair for pair in pairs if set(pair) <= set(variables)), ())
+        return dict(zip(POPULATION, found, strict=False))
+
+    def names_of(self, statistics: Collection[str], params: Collection[str]) -> Mapping[str, str]:
+        """What the variables of a layer that has these are called, mean, var, scale and bias; empty: it is none."""
+        for one in self._known.values():
+            if {one.names["mean"], one.names["var"]} <= set(statistics) and set(params) <= set(one.names.values()):
+                return one.names
+        return {}
+
+
+# One for the process, as that of `jax.tree_util`: what a class is does not change from call to call.
+REGISTRY = Registry()
+
+
+def make(
+    cls: Any,
+    base: type,
+    evaluation: Mapping[str, Any],
+    names: Mapping[str, str],
+    fields: Mapping[str, Any],
+    known: Collection[str] | None = None,
+) -> Registered:
+    """Checks what is said of a class of modules of a framework.
+
+    Args:
+        cls: The class.
+        base: The class of all modules.
+        evaluation: See `register_batch_norm`, as for the other two.
+        names: Likewise.
+        fields: Likewise.
+        known: The fields of the class. None: they show in its instances alone.
+
+    Returns:
+        What is known.
+
+    Raises:
+        TypeError: If it is no such class.
+        ValueError: If there is no such field or argument.
+    """
+    if not (isinstance(cls, type) and issubclass(cls, base)):
+        raise TypeError(f"{cls!r} is no class of layers: give a subclass of {base.__module__}.{base.__name__}.")
+    registered = Registered(cls, dict(evaluation), dict(names), dict(fields))
+    if not evaluation:
+        raise ValueError(
+            f"evaluation= must say how a call of {cls.__name__} evaluates, such as {{'use_running_average': True}} or "
+            f"{{'training': False}}: arguments of its call, or fields."
+        )
+    if known is None:
+        return registered
+    both = {*registered.signature.parameters, *known}
+    for name in evaluation.keys() - both:
+        raise ValueError(f"evaluation= names {name!r}; {cls.__name__} and its call have {sorted(both)}.")
+    for name, given in fields.items():
+        if isinstance(given, str) and given not in known:
+            raise ValueError(
+                f"{cls.__name__} has no field {given!r}: pass {name}= the name of the field that holds it, or a value."
+            )
+    return registered
+
+
+def _told(registered: Registered) -> str:
+    parts = {"evaluation": registered.evaluation, **registered.names, **registered.fields}
+    return ", ".join(f"{name}={value!r}" for name, value in parts.items())

@@ -1,0 +1,276 @@
+"""Which normalizations disappear into a linear layer, and why the others do not, read off the program of the model.
+
+A host tags what its normalizations and linear layers are given and give back. A normalization is folded into the layer
+before it if it uses that layer's output, and nobody else does; else into the layer behind it if that one uses its
+output, and nobody else does. Every doubt is a reason not to fold.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxbn._src.inference import fold_arithmetic as _fold_arithmetic
+from jaxbn._src.inference.fold_report import LayerFold
+from jaxbn._src.methods.protocol import NormTransform, State
+from jaxbn._src.numerics import axes as _axes
+from jaxbn._src.numerics import dtypes as _dtypes
+from jaxbn._src.tracing import dataflow as _dataflow
+
+MOVES = "it normalizes with the statistics of its batch; `call` must run the model in evaluation"
+DOMAINS = "its statistics depend on the domain of each example"
+
+
+class Tag(NamedTuple):
+    """What a tagged value is."""
+
+    path: str
+    role: str  # "input", "output", or "variable": what it holds
+    own: bool = True  # False: of a layer of this path that does not belong to the variables that were given
+
+
+class Norm(NamedTuple):
+    """A normalization, as the model calls it."""
+
+    transform: NormTransform  # without activation and dtype
+    params: Any  # of the method
+    state: State
+    axis: Any
+    ndim: int  # of its input
+    dtypes: tuple[np.dtype, np.dtype]  # of its input and its output
+    bare: bool  # without activation and residual
+    refusal: str | None = None  # why the call cannot be folded, whatever is beside it
+
+
+class Layer(NamedTuple):
+    """A linear layer, as the model calls it."""
+
+    linear: _fold_arithmetic.Linear | None
+    weights: _fold_arithmetic.Weights
+    refusal: str | None = None  # why nothing can be folded into it
+    map_kernel: Callable[[jax.Array], jax.Array] | None = None  # with what it computes in the place of its kernel
+
+
+class Fold(NamedTuple):
+    """One decision: this normalization goes into this layer."""
+
+    norm: str
+    layer: str
+    behind: bool  # the normalization is behind the layer
+    affine: _fold_arithmetic.Affine
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is to be folded, in the order of the program, and what is said of each normalization."""
+
+    folds: tuple[Fold, ...]
+    layers: dict[str, LayerFold]
+
+
+def make_plan(
+    flow: _dataflow.Flow,
+    norms: Mapping[str, Norm],
+    layers: Mapping[str, Layer],
+    values: Mapping[str, Sequence[_dataflow.Value | None]],
+    paths: list[str],
+) -> Plan:
+    """Decides for each normalization.
+
+    Args:
+        flow: The program.
+        norms: The normalizations that it calls, by path.
+        layers: The linear layers that it calls, by path.
+        values: The inputs of the program that are variables of a layer, by its path; None: of others too.
+        paths: Of all normalizations that the model has.
+
+    Returns:
+        The plan; its `layers` are in the order of `paths`.
+    """
+    planner = _Planner(flow, norms, layers, values)
+    order = {node.tag.path: None for node in flow.nodes if isinstance(node.tag, Tag) and node.tag.path in norms}
+    said = {path: planner.decide(path) for path in dict.fromkeys([*order, *paths])}
+    return Plan(tuple(planner.folds), {path: said[path] for path in paths})
+
+
+def fold_weights(plan: Plan, layers: Mapping[str, Layer]) -> dict[str, _fold_arithmetic.Weights]:
+    """The new kernel and bias of each layer into which something is folded."""
+
+    def compute(
+        weights: dict[str, _fold_arithmetic.Weights], maps: list[tuple[jax.Array, jax.Array]]
+    ) -> dict[str, _fold_arithmetic.Weights]:
+        for path, held in weights.items():
+            if function := layers[path].map_kernel:
+                weights[path] = held._replace(kernel=function(held.kernel))
+        for one, (scale, shift) in zip(plan.folds, maps, strict=True):
+            linear, fold = (
+                layers[one.layer].linear,
+                _fold_arithmetic.fold_behind if one.behind else _fold_arithmetic.fold_before,
+            )
+            assert linear is not None
+            weights[one.layer] = fold(weights[one.layer], one.affine._replace(scale=scale, shift=shift), linear)
+        return weights
+
+    given = {one.layer: layers[one.layer].weights for one in plan.folds}
+    return jax.jit(compute)(given, [one.affine[:2] for one in plan.folds])
+
+
+class _No(Exception):
+    """A reason not to fold."""
+
+
+class _Planner:
+    def __init__(
+        self,
+        flow: _dataflow.Flow,
+        norms: Mapping[str, Norm],
+        layers: Mapping[str, Layer],
+        values: Mapping[str, Sequence[_dataflow.Value | None]],
+    ) -> None:
+        self.flow, self.norms, self.layers, self.values = flow, norms, layers, values
+        self.folds: list[Fold] = []
+        self._hidden = {one.tag.path: one.inside for one in flow.unreadable if isinstance(one.tag, Tag)}
+
+    def decide(self, path: str) -> LayerFold:
+        """Folds a normalization, if that changes nothing."""
+        reasons = []
+        for find, behind in ((self._layer_before, True), (self._layer_behind, False)):
+            try:
+                affine = self._affine(path)
+                layer = find(path, affine)
+            except _No as reason:
+                reasons.append(str(reason))
+            else:
+                self.folds.append(Fold(path, layer, behind, affine))
+                return LayerFold(True, layer, f"{'behind' if behind else 'before'} {_name(layer)}")
+        return LayerFold(False, None, "; ".join(dict.fromkeys(reasons)))
+
+    def _check_alone(self, path: str) -> None:
+        """A layer must run once, where it can be followed, and its variables must serve nothing else."""
+        name = "it" if path in self.norms or path not in self.layers else _name(path)
+        if hidden := self._hidden.get(path):
+            raise _No(f"{name} runs inside `{hidden}`, into which fold does not see")
+        calls = len(self.flow.tagged(Tag(path, "output")))
+        if self.flow.tagged(Tag(path, "output", own=False)):
+            raise _No(f"another network, with variables of its own, has a layer of the path of {name}")
+        if calls == 0:
+            raise _No("the call does not reach it as a layer that fold knows, or its output is not used")
+        if calls > 1:
+            raise _No(f"{name} is called {calls} times")
+        values = self.values.get(path, ())
+        if not self.flow.given.get(Tag(path, "variable"), {None}) <= set(values):
+            raise _No(f"{name} computes with something else than the variables that it is given")
+        if not all(value is not None and self.flow.leaves_by(value, Tag(path, "output")) for value in values):
+            raise _No(f"the variables of {name} are used elsewhere too")
+
+    def _affine(self, path: str) -> _fold_arithmetic.Affine:
+        """What a normalization does to each channel, if it may be folded at all."""
+        self._check_alone(path)
+        if refusal := self.norms[path].refusal:
+            raise _No(refusal)
+        affine, is_one = self._affines[path]
+        if not is_one:
+            raise _No("its evaluation is no affine map of its input")
+        return affine
+
+    @functools.cached_property
+    def _affines(self) -> dict[str, tuple[_fold_arithmetic.Affine, bool]]:
+        """Of all normalizations that can be followed, in one program."""
+        norms, axes = {}, {}
+        for path, norm in self.norms.items():
+            if norm.refusal is None and path not in self._hidden:
+                norms[path], axes[path] = norm, _axes.split(norm.ndim, norm.axis).features
+
+        def compute(held: Mapping[str, Any]) -> Any:
+            found = {}
+            for path, (params, state) in held.items():
+                norm = norms[path]
+                evaluate = functools.partial(norm.transform.eval, params, state)
+                like = jnp.zeros(state.mean.shape, _dtypes.promote(norm.dtypes[0], state.mean.dtype))
+                affine, same = _fold_arithmetic.affine_of(evaluate, norm.ndim, axes[path], like)
+                found[path] = affine.scale, affine.shift, same
+            return found
+
+        found = jax.jit(compute)({path: (norm.params, norm.state) for path, norm in norms.items()})
+        return {
+            path: (_fold_arithmetic.Affine(scale, shift, axes[path]), bool(same))
+            for path, (scale, shift, same) in found.items()
+        }
+
+    def _layer_before(self, path: str, affine: _fold_arithmetic.Affine) -> str:
+        """The layer whose output the normalization is given, and it alone."""
+        value = self._given(path)
+        while True:
+            maker, uses = self.flow.makers.get(value), self.flow.uses(value)
+            if maker is None:
+                raise _No("its input is that of the model, or a constant")
+            if not isinstance(maker.tag, Tag):
+                raise _No(f"its input is made by {_what(maker)}")
+            before = maker.tag.path
+            if len(uses) > 1:
+                others = [node for node in uses if node.tag != Tag(path, "input")]
+                raise _No(f"the output of {_name(before)} goes into {_what(others[0])} too")
+            if before in self.layers:
+                self._check_layer(before, affine, behind=True)
+                return before
+            if not (self.norms[before].bare and any(one.norm == before and one.behind for one in self.folds)):
+                raise _No(f"its input is made by the normalization {_name(before)}")
+            path, value = before, self._given(before)  # which is gone
+
+    def _layer_behind(self, path: str, affine: _fold_arithmetic.Affine) -> str:
+        """The layer that is given the normalization's output, and nobody else is."""
+        if not self.norms[path].bare:
+            raise _No("its own activation or residual comes before the next layer")
+        (output,) = self.flow.tagged(Tag(path, "output"))
+        uses = self.flow.uses(output.outputs[0])
+        if len(uses) > 1:
+            raise _No(f"its output is used {len(uses)} times")
+        behind = uses[0].tag
+        if not uses[0].inputs:
+            raise _No("its output is that of the model")
+        if not isinstance(behind, Tag):
+            raise _No(f"its output goes into {_what(uses[0])}, not straight into a layer")
+        if behind.path not in self.layers:
+            raise _No(f"its output goes into {_name(behind.path)}")
+        self._check_layer(behind.path, affine, behind=False)
+        return behind.path
+
+    def _given(self, path: str) -> _dataflow.Value:
+        (node,) = self.flow.tagged(Tag(path, "input"))
+        return node.inputs[0]
+
+    def _check_layer(self, path: str, affine: _fold_arithmetic.Affine, *, behind: bool) -> None:
+        layer = self.layers[path]
+        self._check_alone(path)
+        if layer.refusal or layer.linear is None:
+            raise _No(f"{_name(path)} {layer.refusal}")
+        linear = layer.linear
+        features = linear.outputs if behind else linear.inputs
+        if not set(affine.axes) <= set(features):
+            raise _No(f"it normalizes along axes {affine.axes}, the features of {_name(path)} are {tuple(features)}")
+        if not behind and linear.uneven and np.any(np.asarray(affine.shift)):
+            raise _No(f"{_name(path)} {linear.uneven}")
+
+
+def _name(path: str) -> str:
+    return repr(path) if path else "the model itself"
+
+
+def _what(node: _dataflow.Node) -> str:
+    """An equation in words."""
+    if isinstance(node.tag, Tag):
+        return repr(node.tag.path)
+    if node.label in _ACTIVATIONS:
+        return f"an activation ({node.label})"
+    return f"`{node.label}`" if " " not in node.label else node.label
+
+
+# Of jax.nn, and the primitives that others are.
+_ACTIVATIONS = set(
+    "relu relu6 sigmoid softplus sparse_plus soft_sign silu swish log_sigmoid leaky_relu hard_sigmoid hard_silu "
+    "hard_swish hard_tanh tanh elu celu selu gelu glu squareplus mish logistic max".split()
+)

@@ -1,0 +1,179 @@
+"""The frozen network: parameters and statistics that nothing moves any more, and what is known of where they come from.
+
+It is what training and postproc end in, and what is evaluated, saved and served.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from importlib import metadata
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxbn._src.framework.layers import LayerKind
+from jaxbn._src.framework.processes import check_unstacked, here
+from jaxbn._src.methods.protocol import State
+from jaxbn._src.numerics.averages import INITIAL_MEAN, INITIAL_VAR
+from jaxbn._src.statistics.pass_report import Report
+
+RUNNING = "running averages"
+AS_GIVEN = "as given"
+
+# Distributions whose versions are recorded.
+_VERSIONS = ("jaxbn", "jax", "flax")
+_HINT = "build the model with the arguments with which it was frozen."
+
+
+class LayerInfo(NamedTuple):
+    """How one layer normalizes, and where its statistics come from."""
+
+    method: str | None  # such as "batch_norm"; None: nobody saw the layer at work
+    epsilon: float | None
+    estimator: str  # that of a pass; "running averages"; or "as given", of statistics that were found as they are
+    rows: float | None  # values per channel that a pass saw
+
+
+class Info(NamedTuple):
+    """What is known of a frozen network; static, hashable."""
+
+    layers: tuple[tuple[str, LayerInfo], ...]  # by path
+    versions: tuple[tuple[str, str], ...]  # of the packages that made it
+
+    def layer(self, path: str) -> LayerInfo:
+        """The information on the layer at this path."""
+        return dict(self.layers)[path]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)  # of arrays, which have no truth value
+class Frozen:
+    """A network to evaluate: its variables, and what is known of its statistics. A pytree; `info` is static.
+
+    Make one with `jaxbn.linen.freeze`, `jaxbn.nnx.freeze` or the `finalize` of `make_steps`. No training step takes it.
+    Gradients flow through its evaluation to inputs and parameters, and in jaxbn's layers none to the statistics.
+    """
+
+    variables: dict[str, Any]  # nested dicts of arrays: Flax's collections (linen), or the variables by path (NNX)
+    info: Info = dataclasses.field(metadata={"static": True})
+
+    def __post_init__(self) -> None:
+        """NumPy arrays, which whoever holds them may write to, are copied."""
+        if any(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(self.variables)):
+            copies = jax.tree.map(lambda leaf: leaf.copy() if isinstance(leaf, np.ndarray) else leaf, self.variables)
+            object.__setattr__(self, "variables", copies)
+
+
+def make_info(
+    states: Mapping[str, State],
+    *,
+    report: Report | None = None,
+    kinds: Mapping[str, LayerKind] | None = None,
+    otherwise: str = AS_GIVEN,
+) -> Info:
+    """Checks that the statistics may be frozen, and says where they come from.
+
+    Args:
+        states: The statistics of each layer, by path.
+        report: Of the pass that made them.
+        kinds: What the layers do, where the report does not say.
+        otherwise: The estimator of layers that the report does not know.
+
+    Returns:
+        The information on all layers.
+
+    Raises:
+        ValueError: If nothing ever estimated the statistics of a layer, if they are not finite, or if the report is
+            not about them.
+    """
+    kinds, states = kinds or {}, here(states)  # they may be spread over processes
+    if report is not None and set(report.layers) != set(states):
+        raise ValueError(
+            f"The report is about the layers {sorted(report.layers)}, the variables hold {sorted(states)}."
+        )
+    return Info(
+        tuple((path, _layer_info(path, state, report, kinds.get(path), otherwise)) for path, state in states.items()),
+        versions(),
+    )
+
+
+def versions() -> tuple[tuple[str, str], ...]:
+    """The packages that make a network, and which they are."""
+    return tuple((name, _version(name)) for name in _VERSIONS)
+
+
+def is_initial(state: State) -> np.ndarray:
+    """Which statistics are still those of the initialization."""
+    return (np.asarray(state.mean) == INITIAL_MEAN) & (np.asarray(state.var) == INITIAL_VAR)
+
+
+def copied(tree: Any) -> Any:
+    """The tree with memory of its own: a step reuses that of the state it is given, and NumPy arrays are written to."""
+    return jax.tree.map(lambda leaf: leaf.copy() if isinstance(leaf, jax.Array | np.ndarray) else leaf, tree)
+
+
+def check_frozen(frozen: Any) -> None:
+    """Raises a TypeError for anything but a frozen network, which is all that may be evaluated, saved and served."""
+    if not isinstance(frozen, Frozen):
+        raise TypeError(f"A jaxbn.Frozen is wanted, made by freeze() or by steps.finalize(); given: {type(frozen)}.")
+    check_unstacked(frozen.variables)
+
+
+def check_kinds(frozen: Frozen, kinds: Mapping[str, LayerKind]) -> None:
+    """Raises a ValueError if a layer of the model does something else than the one that was frozen."""
+    known = dict(frozen.info.layers)
+    for path in sorted(kinds.keys() & known.keys()):  # others are of a teacher, say, that the model holds
+        for name in LayerKind._fields:
+            old, new = getattr(known[path], name), getattr(kinds[path], name)
+            if old is not None and new is not None and old != new:
+                raise ValueError(
+                    f"{_name(path)} was frozen with {name}={old!r}, and the model has {name}={new!r}; {_HINT}"
+                )
+
+
+def shapes_by_path(tree: Any) -> dict[str, tuple[int, ...]]:
+    """The shape of every array, by its path; lists and tuples may hold some."""
+    leaves = jax.tree.leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape for path, leaf in leaves}
+
+
+def check_shapes(given: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises a ValueError that names the first leaf in which a frozen network, as given, does not fit a model."""
+    for path in sorted(given.keys() | wanted.keys()):
+        frozen, model = given.get(path, "missing"), wanted.get(path, "missing")
+        if frozen != model:
+            raise ValueError(f"{path!r} is {frozen} in the frozen network and {model} in the model; {_HINT}")
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:  # run from its sources
+        return "unknown"
+
+
+def _name(path: str) -> str:
+    return repr(path) if path else "the model itself"
+
+
+def _layer_info(path: str, state: State, report: Report | None, kind: LayerKind | None, otherwise: str) -> LayerInfo:
+    name = _name(path)
+    mean, var = np.asarray(state.mean), np.asarray(state.var)
+    if not (np.isfinite(mean).all() and np.isfinite(var).all() and (var >= 0).all()):
+        raise ValueError(f"The statistics of {name} are not finite, or a variance is negative; nothing was frozen.")
+    change = None if report is None else report.layers[path]
+    reached = False if change is None else change.reached
+    if (is_initial(state) & ~np.asarray(reached)).any():
+        raise ValueError(
+            f"Nothing has estimated the statistics of {name}: they are those of its initialization. Train with "
+            f"running averages (momentum=0.99), or estimate them with postproc on a call that reaches this layer."
+        )
+    if report is None or change is None or change.count == 0:
+        return LayerInfo(kind and kind.method, kind and kind.epsilon, otherwise, None)
+    if not (np.array_equal(mean, change.new_mean) and np.array_equal(var, change.new_var)):
+        raise ValueError(
+            f"The statistics of {name} are not those that the report is about. Freeze what the pass returned beside "
+            f"the report, not what went into it."
+        )
+    kind = kind or change.kind
+    return LayerInfo(kind and kind.method, kind and kind.epsilon, report.estimator, change.count)

@@ -1,0 +1,295 @@
+"""Moments out of any linen model, jaxbn's layers and stock `flax.linen.BatchNorm` alike, without changing the model.
+
+Three parts. A `Slot` goes in beside the statistics of each layer: it says which flat positions of the layer a call
+holds, whatever transformation carried the statistics there, and being part of the tree structure it keeps compiled
+programs with and without capture apart. An interceptor at the layer's call measures the input once, normalizes with the
+wanted statistics, whatever flags the model passes, and marks the output. `harvest` brings the marked moments out.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax
+import flax.linen as nn
+import jax
+from flax import nnx
+
+from jaxbn._src import internals as _internals
+from jaxbn._src.framework.layer_paths import keyed
+from jaxbn._src.framework.layers import (
+    Layer,
+    LayerKind,
+    Measured,
+    Weights,
+    call_arguments,
+    carry_weights,
+    check_mode,
+    count_examples,
+    example_weights,
+    marked,
+    measured,
+    normalize_as,
+    wanted_mode,
+    weigh,
+)
+from jaxbn._src.framework.method import Method, evaluate, loaded, of_stock, operands_for, state_of
+from jaxbn._src.framework.mixing import CalledNorm, Mixture
+from jaxbn._src.framework.unknown_layers import Touched, name_of
+from jaxbn._src.linen.modules import STATISTICS, Norm
+from jaxbn._src.linen.registry import (
+    OWN_LEAVES,
+    REGISTER,
+    Adapted,
+    as_norm,
+    class_inside,
+    evaluates,
+    is_call,
+    run_bridge,
+)
+from jaxbn._src.linen.variables import find_shapes, find_states, states_in, with_leaves, without
+from jaxbn._src.methods.protocol import NormTransform, State
+from jaxbn._src.numerics import moments as _moments
+from jaxbn._src.tracing import harvest as _harvest
+
+Call = Callable[[Any, Any], Any]
+
+_SLOT = "jaxbn_slot"
+_WEIGHTS = "jaxbn_weights"
+FROZEN = "jaxbn_frozen"  # beside the statistics of a layer that is to keep and to use them
+REPLACED = (
+    "jaxbn_replaced"  # in the flags of scopes: what takes the place of layers, and of how deep a model it was said
+)
+# Fields of the stock layer that matter once its statistics are given.
+_STOCK_FIELDS = (
+    "axis epsilon dtype param_dtype use_bias use_scale bias_init scale_init force_float32_reductions".split()
+)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Slot:
+    """Which flat positions of the layer the statistics beside it are. `layer` is part of the tree structure."""
+
+    index: jax.Array
+    layer: Layer = dataclasses.field(metadata={"static": True})
+
+
+def capture_moments(
+    call: Call, *, mode: str = "batch", weights: Weights | None = None
+) -> Callable[[Any, Any], tuple[Any, dict[str, _moments.Moments]]]:
+    """Makes a function that also returns the moments of every normalization layer's input.
+
+    The model needs no change, and nothing needs to be mutable. The function is pure, and may be jitted.
+
+    Both results may be differentiated. In mode "batch" gradients flow through the statistics of the batch, as in
+    training (for every method the plain derivative); the moments can be part of a loss, such as one that matches
+    statistics (DeepInversion). No gradient flows into weights, nor into the stored statistics of jaxbn's layers; into
+    those of Flax's it does in mode "eval", as without capture.
+
+    Args:
+        call: Runs the model, for one `lambda variables, batch: net.apply(variables, batch["image"], train=False)`.
+        mode: What the layers normalize with, whatever flags the model passes them: `"batch"`, the statistics of their
+            batch; `"eval"`, the stored ones; `"as_called"`, what the model asks for.
+        weights: `batch -> [N]`, booleans or real weights of the N examples along the leading axis of every layer's
+            input, such as 0 for those that fill up a batch. They multiply the mask
+            that the model gives a layer.
+
+    Returns:
+        A function `(variables, batch) -> (outputs, moments)`. `moments` maps the path of each layer, such as
+        `"Block_0/BatchNorm_1"`, to `Moments` in the shape of its statistics; their count is 0 where the layer was not
+        reached.
+
+    Raises:
+        ValueError: If `mode` is none of these; in the function, if the variables hold no statistics.
+
+    Example:
+        >>> net = flax.linen.BatchNorm(use_running_average=True)
+        >>> x = jnp.array([[1.0], [3.0]])
+        >>> variables = net.init(jax.random.key(0), x)
+        >>> _, moments = jaxbn.linen.capture_moments(net.apply)(variables, x)
+        >>> float(moments[""].mean[0])
+        2.0
+    """
+    check_mode(mode)
+    capturing = capture(call, mode=mode, weights=weights)
+
+    def captured(variables: Any, batch: Any) -> tuple[Any, dict[str, _moments.Moments]]:
+        outputs, found = capturing(variables, batch)
+        return outputs, keyed(found.moments, dict(found.kinds))
+
+    return captured
+
+
+def capture(
+    call: Call, *, mode: str | Mixture, weights: Weights | None = None, examples: bool = False
+) -> Callable[[Any, Any], tuple[Any, Measured]]:
+    """As `capture_moments`, with the kind of each layer, and the moments of the means of the examples."""
+    if isinstance(call, nn.Module) and call.scope is None:
+        raise TypeError(f"`call` is a module, {type(call).__name__}: pass a function of (variables, batch): net.apply.")
+
+    def captured(variables: Any, batch: Any) -> tuple[Any, Measured]:
+        variables = flax.core.unfreeze(variables)
+        if not (shapes := find_shapes(variables)):
+            find_states(variables)  # which says what is wrong
+        count = count_examples(batch) if examples else None
+        held = {path: Layer(path, shape, mode, count) for path, shape in shapes.items()}
+        layers = [held[path] for path in states_in(variables)]
+        slots = {path: Slot(layer.positions(), layer) for path, layer in held.items()}
+        whole = {layer: slots[layer.path].index for layer in layers}
+
+        def run(variables: Any, batch: Any) -> Any:
+            if weights is not None:
+                per_example = example_weights(weights, batch)
+                carried = {layer.path: carry_weights(per_example, layer) for layer in layers}
+                variables = with_leaves(variables, _WEIGHTS, carried)
+            with nn.intercept_methods(_intercept):
+                return without(_WEIGHTS, call(variables, batch))
+
+        outputs, records = _harvest.harvest(run)(with_leaves(variables, _SLOT, slots), batch)
+        found = measured(records, whole, calls=examples)
+        find_states(variables)  # which raises if there are none, now that no layer that is not known was met
+        return without(_SLOT, outputs), found
+
+    return captured
+
+
+def _intercept(next_call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+    """Runs in the place of every method of every module, and lets all but the calls of normalization layers pass."""
+    module: Any = context.module
+    if not is_call_of_layer(context):
+        return _pass(next_call, args, kwargs, module)
+    # Without a slot it is no layer of the variables that were passed in: a teacher, or our own call below.
+    slot = module.get_variable(STATISTICS, _SLOT)
+    if slot is None or module.has_variable(STATISTICS, FROZEN):
+        return next_call(*args, **kwargs)
+    layer = as_norm(module, args, kwargs)
+    x, mask, residual, where = arguments_of(layer, args, kwargs)
+    transform = transform_of(layer)
+    if module.has_variable(STATISTICS, _WEIGHTS):
+        mask = weigh(mask, module.get_variable(STATISTICS, _WEIGHTS), x, slot.layer.path, layer.axis)
+    moments = transform.measure(x, **operands_for(transform.measure, mask=mask, **where))
+    stored, synchronized = stored_state(layer), (layer.axis_name, layer.axis_index_groups)
+    asked = evaluates(module, args, kwargs)
+    mode = wanted_mode(slot.layer, asked)
+    if mode == "as_called":
+        y = called(next_call, args, kwargs, module)
+    else:
+        normalizing = functools.partial(normalize, layer)
+        norm = CalledNorm(slot.layer.path, transform, stored, normalizing, layer.axis, *synchronized)
+        y = normalize_as(mode, norm, moments, x, mask, residual, where)
+    marks_layer = dataclasses.replace(slot.layer, method=method_of(layer), asked_stored=asked)
+    return marked(y, slot.index, marks_layer, moments, x, axis=layer.axis, mask=mask)
+
+
+def _pass(next_call: Callable[..., Any], args: Any, kwargs: Any, module: Any) -> Any:
+    """Runs what is no layer that is known, and marks it if it keeps statistics."""
+    slots = [] if module.is_initializing() else slots_of(module)
+    y = called(next_call, args, kwargs, module)
+    for slot in slots:
+        cls = name_of(type(module), class_inside(module))
+        y = Touched(slot.layer.path, slot.layer.size, cls, REGISTER).on(y, slot.index)
+    return y
+
+
+def statistics_of(module: Any) -> dict[tuple[Any, ...], Any]:
+    """The statistics of a module itself; of all that is inside, if it is a bridge to NNX."""
+    if module.scope is None or isinstance(module, nn.SpectralNorm):  # whose statistics are those of weights
+        return {}
+    held = module.variables.get(STATISTICS, {})
+    if isinstance(module, nnx.bridge.ToLinen):
+        return flax.traverse_util.flatten_dict(flax.core.unfreeze(held))
+    return {(name,): leaf for name, leaf in held.items() if not isinstance(leaf, Mapping)}
+
+
+def slots_of(module: Any, name: str = _SLOT) -> list[Any]:
+    """The leaves of this name among the statistics of a module."""
+    if module.scope is None or not module.has_variable(STATISTICS, name) and not isinstance(module, nnx.bridge.ToLinen):
+        return []  # what is asked of every module, at little cost
+    return [leaf for place, leaf in statistics_of(module).items() if place[-1] == name]
+
+
+def called(next_call: Callable[..., Any], args: Any, kwargs: Any, module: Any) -> Any:
+    """What the call of a module gives back; a bridge to NNX runs without what rides beside its statistics."""
+    rides = (place[-1] for place in statistics_of(module)) if isinstance(module, nnx.bridge.ToLinen) else ()
+    if any(str(name).startswith(OWN_LEAVES) for name in rides):
+        return run_bridge(module, args, kwargs)
+    return next_call(*args, **kwargs)
+
+
+def is_call_of_layer(context: nn.module.InterceptorContext) -> bool:
+    """Whether an interceptor has met the call of a normalization layer, other than for its initialization.
+
+    Nor does a layer count in whose place another is about to be called.
+    """
+    module = context.module
+    return meets_layer(context) and not module.is_initializing() and successor_of(module) is None
+
+
+def meets_layer(context: nn.module.InterceptorContext) -> bool:
+    """Whether an interceptor has met the call of a normalization layer."""
+    return is_call(context.module, getattr(context.orig_method, "func", None))
+
+
+def arguments_of(layer: Any, args: Any, kwargs: Any) -> tuple[jax.Array, Any, Any, dict[str, Any]]:
+    """The arguments of the call of a layer: x, mask, residual, and the domain."""
+    return layer.arguments() if isinstance(layer, Adapted) else call_arguments(*args, **kwargs)
+
+
+def successor_of(layer: Any) -> Callable[[], Any] | None:
+    """What makes the layer that takes the place of another in this call; None if nothing does."""
+    successor, depth = layer.scope.flags.get(REPLACED, (None, 0))
+    path = "/".join(layer.path[depth:])
+    return functools.partial(successor.make, layer, path) if successor is not None and successor.covers(path) else None
+
+
+def set_flags(module: Any, flags: Mapping[str, Any]) -> None:
+    """Puts flags into the scope of a module and of its parts, those that are bound already and those that will be."""
+    module.scope.flags = module.scope.flags.copy(flags)
+    for part in _internals.parts_of_module(module):
+        if isinstance(part, nn.Module) and part.scope is not None:
+            set_flags(part, flags)
+
+
+def kind_of(layer: Any) -> LayerKind:
+    """What a layer does."""
+    return LayerKind.of(method_of(layer))
+
+
+def method_of(layer: Any, **changes: Any) -> Method:
+    """The method of a layer; that of one which is not jaxbn's is a batch_norm, whose arguments may be changed."""
+    layer = as_norm(layer)
+    own = layer.made_by() if isinstance(layer, Norm) else layer.method if isinstance(layer, Adapted) else None
+    return of_stock(layer, **changes) if own is None else own
+
+
+def transform_of(layer: Any) -> NormTransform:
+    """The pure functions of a layer, but for how one that is not jaxbn's averages."""
+    return method_of(layer, momentum=None)()
+
+
+def stored_state(layer: Any) -> State:
+    """The statistics that a layer holds, as the methods' functions take them."""
+    variables = flax.core.meta.unbox(layer.variables)
+    return state_of(transform_of(layer), variables[STATISTICS])
+
+
+def normalize(layer: Any, state: State, x: jax.Array, *, mask: Any, residual: Any, **where: Any) -> jax.Array:
+    """What the layer makes of its input with these statistics."""
+    if isinstance(layer, Adapted):
+        return layer.normalize(state, x, mask=mask, residual=residual, **where)
+    if not isinstance(layer, Norm):
+        return _normalize_stock(layer, state, x)  # where Flax ignores the mask, and has no residual
+    transform, variables = layer.transform(), flax.core.meta.unbox(layer.variables)
+    params, _ = loaded(transform, variables.get("params", {}), variables[STATISTICS])
+    return evaluate(transform, params, state, x, mask=mask, residual=residual, **where)
+
+
+def _normalize_stock(layer: Any, state: State, x: jax.Array) -> jax.Array:
+    """Through a stock layer of the same fields that stands outside the model, so that Flax's own rules hold."""
+    detached = nn.BatchNorm(**{name: getattr(layer, name) for name in _STOCK_FIELDS}, parent=None)
+    variables = {name: value for name, value in layer.variables.items() if name == "params"}
+    variables[STATISTICS] = {"mean": state.mean, "var": state.var}
+    y: jax.Array = detached.apply(variables, x, use_running_average=True)  # type: ignore[assignment]  # not mutable
+    return y

@@ -1,0 +1,105 @@
+"""Variables of a model for the same model with other normalization layers."""
+
+import re
+from typing import Any
+
+import flax
+from flax.core import meta
+
+from jaxbn._src.framework.layers import AFFINE, POPULATION, fitting, takes_over
+from jaxbn._src.framework.registry import REGISTRY
+from jaxbn._src.linen.modules import STATISTICS
+from jaxbn._src.linen.variables import check_variables, find_states, keys
+
+# Linen names a layer by its class, so that the kind of a layer shows in the paths of its variables.
+_CLASS = re.compile(
+    r"^(BatchNorm|BatchRenorm|GhostBatchNorm|MovingAverageBatchNorm|DomainBatchNorm)(?=_\d+$)",
+)
+_SBX = {"steps": "step"}  # the name of a counter there
+
+
+def convert_norms(variables: Any, like: Any) -> dict[str, Any]:
+    """The variables of a model for the same model with other normalization layers.
+
+    From `BatchNorm`, of jaxbn or Flax, to `BatchRenorm`, `GhostBatchNorm` or `MovingAverageBatchNorm` and back; from
+    the `BatchRenorm` of sbx and CrossQ, whose statistics hold the bounds too; and from `BatchNorm` to
+    `DomainBatchNorm`, each domain with a copy. Parameters, means and variances are carried over as they are, so that
+    evaluation stays as it is: give the new layers the epsilon of the old ones, as :func:`replace` does. Counters and
+    windows that the old layers did not have are those of `like`; those that the new ones do not have are left out.
+
+    Args:
+        variables: All variables of the model as it was.
+        like: Those of the model as it is to be, as `init` gives them.
+
+    Returns:
+        New variables, in the structure and the dtypes of `like`.
+
+    Raises:
+        ValueError: If a variable has no place in `like`, has another shape there, or is missing, which is named.
+
+    Example:
+        >>> x = jnp.ones((4, 3))
+        >>> old = flax.linen.Sequential([flax.linen.BatchNorm(use_running_average=True)])
+        >>> new = flax.linen.Sequential([jaxbn.linen.BatchRenorm(use_running_average=True)])
+        >>> key = jax.random.key(0)
+        >>> variables = jaxbn.linen.convert_norms(old.init(key, x), like=new.init(key, x))
+        >>> sorted(variables["batch_stats"]["layers_0"])
+        ['mean', 'step', 'var']
+    """
+    check_variables(variables)
+    check_variables(like)
+    given, wanted = _flat(variables), _flat(like)
+    sources = {_place(path): path for path in given}
+    if len(sources) < len(given):
+        raise ValueError("Layers of two kinds have the same number beside each other; name the layers in the model.")
+    layers = {keys(path) for path in find_states(like)}
+    old, new = _beside(given), _beside(wanted)
+    converted = {}
+    for path, leaf in wanted.items():
+        *layer, name = _place(path)
+        source = sources.pop((*layer, name), None)
+        if source is None and not _is_optional(path, new):
+            raise ValueError(f"{'/'.join(path)!r} of `like` has no counterpart in the variables.")
+        if source is not None and takes_over(name, old[tuple(layer)], new[tuple(layer)]):
+            value = fitting("/".join(path), meta.unbox(given[source]), meta.unbox(leaf), copies=path[1:-1] in layers)
+            leaf = meta.replace_boxed(leaf, value)
+        converted[path] = leaf
+    unused = ["/".join(path) for path in sources.values() if path[0] != STATISTICS or not _is_optional(path, old)]
+    if unused:
+        raise ValueError(f"{', '.join(map(repr, unused))} of the variables have no counterpart in `like`.")
+    return flax.traverse_util.unflatten_dict(converted)
+
+
+def _flat(variables: Any) -> dict[tuple[str, ...], Any]:
+    """The variables by path, those of layers of a registered class by the names that they have in Flax's layer."""
+    flat = flax.traverse_util.flatten_dict(flax.core.unfreeze(variables))
+    held: dict[tuple[str, ...], dict[str, list[str]]] = {}
+    for collection, *module, name in flat:
+        held.setdefault(tuple(module), {}).setdefault(collection, []).append(name)
+    own = {
+        module: {theirs: name for name, theirs in REGISTRY.names_of(by[STATISTICS], by.get("params", ())).items()}
+        for module, by in held.items()
+        if STATISTICS in by
+    }
+    return {(*path[:-1], own.get(path[1:-1], {}).get(path[-1], path[-1])): leaf for path, leaf in flat.items()}
+
+
+def _place(path: tuple[str, ...]) -> tuple[str, ...]:
+    """The path without the kind of the layer, and with our name for a counter."""
+    *parents, name = (_CLASS.sub("", part) for part in path)
+    return *parents, _SBX.get(name, name) if path[0] == STATISTICS else name
+
+
+def _beside(flat: dict[tuple[str, ...], Any]) -> dict[tuple[str, ...], set[str]]:
+    """The names of the variables beside each other, by the place of their module."""
+    names: dict[tuple[str, ...], set[str]] = {}
+    for *module, name in map(_place, flat):
+        names.setdefault(tuple(module), set()).add(name)
+    return names
+
+
+def _is_optional(path: tuple[str, ...], beside: dict[tuple[str, ...], set[str]]) -> bool:
+    """Whether it is a variable of a normalization layer that other methods do not have."""
+    collection, *module, name = _place(path)
+    statistics = beside.get((STATISTICS, *module), set())
+    return name not in (*POPULATION, *AFFINE) and statistics.issuperset(POPULATION)

@@ -1,0 +1,281 @@
+"""Folding for linen: the model is run with tags, and then with its folded layers left out, by interception."""
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, cast
+
+import flax
+import flax.linen as nn
+import jax
+from flax import nnx
+from flax.linen.dtypes import promote_dtype
+
+from jaxbn._src.framework.method import as_affine, loaded
+from jaxbn._src.framework.registry import Registered
+from jaxbn._src.framework.unknown_layers import Watch
+from jaxbn._src.inference import fold_arithmetic as _fold_arithmetic
+from jaxbn._src.inference import fold_plan as _fold_plan
+from jaxbn._src.inference.fold_check import checked_report
+from jaxbn._src.inference.fold_plan import Layer, Tag
+from jaxbn._src.inference.fold_report import FoldReport
+from jaxbn._src.inference.frozen import Frozen
+from jaxbn._src.linen.capture import Call, arguments_of, is_call_of_layer, method_of, statistics_of
+from jaxbn._src.linen.kernels import MapKernel
+from jaxbn._src.linen.modules import STATISTICS
+from jaxbn._src.linen.registry import REGISTER, as_norm, class_inside, evaluates, in_flax_names, known, run_bridge
+from jaxbn._src.linen.variables import check_variables, find_shapes, find_states, keys, states_in
+from jaxbn._src.tracing import dataflow as _dataflow
+from jaxbn._src.tracing.harvest import over_arrays
+
+_MARKS, _MARK = "jaxbn_fold", "mark"
+_LINEAR_CALLS = {
+    inspect.unwrap(cls.__call__) for cls in (nn.Conv, nn.ConvTranspose, nn.Dense, nn.DenseGeneral, nn.Einsum)
+}
+# Fields by which a layer may compute with something else than Flax does.
+_OWN = "conv_general_dilated conv_general_dilated_cls dot_general dot_general_cls".split()
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class _Mark:
+    """Says of a layer that its variables are those given; keeps apart what is compiled without it, or for another fold.
+
+    It has no array, so that no transformation of variables does anything to it.
+    """
+
+    path: str
+    fold: object
+
+
+class _Found(NamedTuple):
+    """What the call of a model runs."""
+
+    flow: _dataflow.Flow
+    norms: dict[str, _fold_plan.Norm]
+    layers: dict[str, Layer]
+    values: dict[str, list[_dataflow.Value]]  # the variables of each layer in the program
+
+
+def fold(call: Call, variables: Any, example: Any, *, tolerance: float | None = None) -> tuple[Call, Any, FoldReport]:
+    """Folds normalizations into the linear layers beside them, so that in evaluation they cost nothing.
+
+    Use it on a network that is trained, before it is served. The pairs are found by following the forward pass, and
+    what would change a result stays, with the reason in the report: a normalization whose input is used elsewhere too,
+    an activation in between, padding behind it, layers that are called twice, statistics of the batch or of a domain,
+    layers inside scan, vmap and the like. Layers are `Conv`, `ConvTranspose`, `Dense`, `DenseGeneral` and `Einsum`;
+    normalizations those of jaxbn, of any method, and `flax.linen.BatchNorm`. `activation=` and `residual=` of a layer
+    of jaxbn stay. What `map_kernel` does to a kernel is folded too.
+
+    Kernels are folded in float32 or better and rounded once, to their own dtype: in bfloat16 to 2^-8 of each weight.
+
+    Args:
+        call: Runs the model in evaluation, for one `lambda variables, x: net.apply(variables, x, train=False)`.
+        variables: All variables of the model, or a `Frozen`.
+        example: What `call` takes, to follow the model and to compare outputs. Of another shape it may be later, but it
+            must go through the same layers.
+        tolerance: How far outputs may differ on the example, relative to the largest; None: 1e-4 where all is float32,
+            1e-9 in float64, 0.02 in float16, 0.1 in bfloat16.
+
+    Returns:
+        A call of the folded model, pure as the one given; its variables, in which the statistics, scales and biases of
+        the folded layers are gone, and layers that had no bias have one; and a :class:`jaxbn.FoldReport`. The two
+        belong together. A `Frozen` gives a `Frozen`, of the layers that are left, whose `variables` go into the call.
+
+    Raises:
+        ValueError: If there is no normalization layer, or outputs on the example differ by more than the tolerance.
+
+    Example:
+        >>> conv = flax.linen.Conv(4, (3, 3), use_bias=False)
+        >>> net = flax.linen.Sequential([conv, jaxbn.linen.BatchNorm(use_running_average=True)])
+        >>> x = jnp.ones((1, 8, 8, 3))
+        >>> call, variables, report = jaxbn.linen.fold(net.apply, net.init(jax.random.key(0), x), x)
+        >>> jax.tree.map(jnp.shape, variables)
+        {'params': {'layers_0': {'bias': (4,), 'kernel': (3, 3, 3, 4)}}}
+        >>> jax.jit(call)(variables, x).shape
+        (1, 8, 8, 4)
+
+    References:
+        Jacob et al., `Quantization and Training of Neural Networks <https://arxiv.org/abs/1712.05877>`_, 2018,
+        section 3.2, equation 14.
+    """
+    given = variables.variables if isinstance(variables, Frozen) else variables
+    check_variables(given)
+    given = flax.core.meta.unbox(flax.core.unfreeze(given))
+    if not find_shapes(given):
+        find_states(given)  # which says what is missing
+    found = _follow(call, given, example)
+    plan = _fold_plan.make_plan(found.flow, found.norms, found.layers, found.values, list(find_states(given)))
+    folded, new = _folded_call(call, plan, found), _write(given, plan, found.layers)
+    before, after = (call, given, example), (folded, new, example)
+    report = checked_report(plan, found.norms, found.layers, tolerance, before, after)
+    if not isinstance(variables, Frozen):
+        return folded, new, report
+    left = tuple((path, layer) for path, layer in variables.info.layers if path not in report.folded)
+    return folded, Frozen(new, variables.info._replace(layers=left)), report
+
+
+def _follow(call: Call, variables: dict[str, Any], example: Any) -> _Found:
+    """Runs the model with tags, for shapes alone."""
+    norms: dict[str, _fold_plan.Norm] = {}
+    layers: dict[str, Layer] = {}
+
+    shapes, watch = find_shapes(variables), Watch(REGISTER)
+
+    def holds(module: Any) -> bool:
+        return any("/".join(map(str, (*module.path, *names[:-1]))) in shapes for names in statistics_of(module))
+
+    def intercept(next_call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+        module: Any = context.module
+        is_norm = is_call_of_layer(context)
+        if is_norm and isinstance(module, nnx.bridge.ToLinen) and not _is_marked_bridge(module):
+            return next_call(*args, **kwargs)  # below, from where a bridge is run without the marks
+        if not is_norm and not _is_call_of_linear(context):
+            run = functools.partial(_called, next_call, args, kwargs, module)
+            return watch.run("/".join(module.path), type(module), run, lambda: holds(module), class_inside(module))
+        mark = module.get_variable(_MARKS, _MARK)
+        path = "/".join(module.path) if mark is None else mark.path
+        name = "inputs" if (registered := known(module)) is None else registered.input_name
+        x = args[0] if args else kwargs[name]
+        tagged = _dataflow.tag(x, Tag(path, "input", mark is not None))
+        args, kwargs = ((tagged, *args[1:]), kwargs) if args else ((), kwargs | {name: tagged})
+        for variable in jax.tree.leaves([module.variables.get(part, {}) for part in ("params", STATISTICS)]):
+            _dataflow.tag(variable, Tag(path, "variable"))
+        y = _called(next_call, args, kwargs, module)
+        if mark is not None and is_norm:
+            watch.serve(path)
+            norms[path] = _norm(module, _at(variables, path), y, *args, **kwargs)
+        elif mark is not None:
+            layers[path] = _layer(module, _at(variables, path), *args, **kwargs)
+        return _dataflow.tag(y, Tag(path, "output", mark is not None))
+
+    def run(variables: Any, inputs: Any) -> Any:
+        with watch, nn.intercept_methods(intercept):
+            return over_arrays(call(variables, inputs()))
+
+    inputs = _marked(variables)
+    flow = _dataflow.follow(jax.make_jaxpr(run)(inputs, over_arrays(example)))
+    values: dict[str, list[_dataflow.Value]] = {}
+    leaves, _ = jax.tree.flatten_with_path(inputs)
+    for (names, _), value in zip(leaves, flow.inputs, strict=False):
+        values.setdefault("/".join(name.key for name in names[1:-1]), []).append(value)
+    return _Found(flow, norms, layers, values)
+
+
+def _called(next_call: Callable[..., Any], args: Any, kwargs: Any, module: Any) -> Any:
+    return run_bridge(module, args, kwargs) if _is_marked_bridge(module) else next_call(*args, **kwargs)
+
+
+def _is_marked_bridge(module: Any) -> bool:
+    return isinstance(module, nnx.bridge.ToLinen) and _MARKS in module.variables
+
+
+def _is_call_of_linear(context: nn.module.InterceptorContext) -> bool:
+    return getattr(context.orig_method, "func", None) in _LINEAR_CALLS and not context.module.is_initializing()
+
+
+def _marked(variables: dict[str, Any]) -> dict[str, Any]:
+    """The variables with a mark for each normalization and each layer with a kernel, in a collection of its own."""
+    flat, fold = flax.traverse_util.flatten_dict(variables), object()
+    kernels = [path for path in flat if path[0] == "params" and path[-1] == "kernel"]
+    means = [(STATISTICS, *keys(path), "mean") for path in states_in(variables)]
+    for path in (*kernels, *means):
+        flat[(_MARKS, *path[1:-1], _MARK)] = _Mark("/".join(path[1:-1]), fold)
+    return flax.traverse_util.unflatten_dict(flat)
+
+
+def _at(variables: dict[str, Any], path: str) -> dict[str, dict[str, Any]]:
+    """The variables of one layer, by collection."""
+    found = {}
+    for name, collection in variables.items():
+        for key in keys(path):
+            collection = collection.get(key, {})
+        found[name] = collection
+    return found
+
+
+def _norm(
+    module: Any, variables: dict[str, dict[str, Any]], y: jax.Array, *args: Any, **kwargs: Any
+) -> _fold_plan.Norm:
+    layer, found = as_norm(module, args, kwargs), in_flax_names(cast(Registered, known(module)), variables)
+    x, _, residual, where = arguments_of(layer, args, kwargs)
+    refusal = _fold_plan.MOVES if not evaluates(module, args, kwargs) else _fold_plan.DOMAINS if where else None
+    transform = as_affine(method_of(layer, momentum=None))
+    return _fold_plan.Norm(
+        transform,
+        *loaded(transform, found.get("params", {}), found[STATISTICS]),
+        axis=layer.axis,
+        ndim=x.ndim,
+        dtypes=(x.dtype, y.dtype),
+        bare=residual is None and getattr(layer, "activation", None) is None,
+        refusal=refusal,
+    )
+
+
+def _layer(module: Any, variables: dict[str, dict[str, Any]], inputs: Any, *args: Any, **kwargs: Any) -> Layer:
+    params, own = variables["params"], [name for name in _OWN if getattr(module, name, None) is not None]
+    mapped = isinstance(module.promote_dtype, MapKernel)
+    if not mapped and module.promote_dtype is not promote_dtype:
+        own.append("promote_dtype")
+    linear = _linear(module, inputs.ndim, *args, **kwargs)
+    unknown = None if linear else f"is a {type(module).__name__}, which fold does not know"
+    return Layer(
+        linear,
+        _fold_arithmetic.Weights(params["kernel"], params.get("bias")),
+        f"computes with a {own[0]} of its own" if own else unknown,
+        module.promote_dtype.function if mapped else None,
+    )
+
+
+def _linear(module: Any, ndim: int, equation: str | None = None, *, einsum_str: str | None = None) -> Any:
+    """How the layer lies; None for subclasses, which may do anything."""
+    if type(module) is nn.Conv:
+        groups, masked = module.feature_group_count, module.mask is not None
+        options = {"padding": module.padding, "input_dilation": module.input_dilation}
+        return _fold_arithmetic.of_conv(ndim, module.kernel_size, groups=groups, masked=masked, **options)
+    if type(module) is nn.ConvTranspose:
+        return _fold_arithmetic.of_conv_transpose(ndim, module.kernel_size, transpose_kernel=module.transpose_kernel)
+    if type(module) is nn.Dense:
+        return _fold_arithmetic.of_dense(ndim, -1, (), module.features)
+    if type(module) is nn.DenseGeneral:
+        return _fold_arithmetic.of_dense(ndim, module.axis, module.batch_dims, module.features)
+    if type(module) is nn.Einsum:
+        return _fold_arithmetic.of_einsum(ndim, equation or einsum_str or module.einsum_str or "")
+    return None
+
+
+def _write(variables: dict[str, Any], plan: _fold_plan.Plan, layers: Mapping[str, Layer]) -> dict[str, Any]:
+    """The variables without those of the folded normalizations, and with the new kernels and biases."""
+    gone = {keys(one.norm) for one in plan.folds}
+    flat = flax.traverse_util.flatten_dict(variables)
+    kept = {path: leaf for path, leaf in flat.items() if path[1:-1] not in gone}
+    for path, weights in _fold_plan.fold_weights(plan, layers).items():
+        for name, value in weights._asdict().items():
+            kept[("params", *keys(path), name)] = value
+    return flax.traverse_util.unflatten_dict(kept)
+
+
+def _folded_call(call: Call, plan: _fold_plan.Plan, found: _Found) -> Call:
+    """The call in which a folded normalization passes its input on, and layers have the biases that they now have."""
+    gone = {one.norm: found.norms[one.norm].dtypes[1] for one in plan.folds}
+    changed = {one.layer for one in plan.folds}
+
+    def intercept(next_call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+        module: Any = context.module
+        is_norm = is_call_of_layer(context)
+        path = "/".join(module.path) if is_norm or _is_call_of_linear(context) else None
+        if is_norm and path in gone and not statistics_of(module):  # else it is another network's
+            layer = as_norm(module, args, kwargs)
+            x, _, residual, _ = arguments_of(layer, args, kwargs)
+            return _fold_arithmetic.finish(x, residual, gone[path], getattr(layer, "activation", None))
+        if is_norm or path not in changed:
+            return next_call(*args, **kwargs)
+        plain = module.clone(parent=None, use_bias=True, promote_dtype=promote_dtype)
+        return plain.apply({"params": module.variables["params"]}, *args, **kwargs)
+
+    def folded(variables: Any, batch: Any) -> Any:
+        with nn.intercept_methods(intercept):
+            return call(variables, batch)
+
+    return folded

@@ -1,0 +1,222 @@
+"""Normalization layers for flax.linen: fields and variables. What they compute is in jaxbn.methods."""
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.linen.initializers import ones, zeros
+from flax.typing import Initializer
+from jax.typing import ArrayLike, DTypeLike
+
+from jaxbn._src.framework.method import (
+    REQUIRED,
+    Method,
+    arguments_of,
+    check_leaves,
+    defaults_that_differ,
+    evaluate,
+    inherited_defaults,
+    operands_for,
+)
+from jaxbn._src.methods.batch_norm import batch_norm
+from jaxbn._src.methods.protocol import NormTransform, State
+from jaxbn._src.numerics import axes as _axes
+from jaxbn._src.numerics.averages import Averaging
+
+STATISTICS = "batch_stats"
+
+
+class _Initial(NamedTuple):
+    params: Any  # a NamedTuple of the method's
+    state: State
+
+
+class Norm(nn.Module):
+    """What all layers share: Flax's fields, and the plumbing between a transform and the variables.
+
+    A layer names the `factory` of its method. The arguments of that are its fields: those that a class does not declare
+    are added to it, with the defaults that they have there. The params and the statistics of the method are its
+    variables.
+    """
+
+    factory: ClassVar[Callable[..., NormTransform]]
+
+    # Flax's fields in Flax's order, which is also that of its positional arguments.
+    use_running_average: bool | None = None
+    axis: int | Sequence[int] = -1
+    momentum: ArrayLike | Averaging | None = 0.99
+    epsilon: float = 1e-5
+    dtype: DTypeLike | None = None
+    param_dtype: DTypeLike = jnp.float32
+    use_bias: bool = True
+    use_scale: bool = True
+    bias_init: Initializer = zeros
+    scale_init: Initializer = ones
+    axis_name: str | tuple[str, ...] | None = None
+    axis_index_groups: Any = None
+    use_fast_variance: bool = True
+    force_float32_reductions: bool = True
+    _: dataclasses.KW_ONLY
+    activation: Callable[[jax.Array], jax.Array] | None = None
+    allow_single_value: bool = False
+    autodiff: bool = False
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Makes fields of the arguments of the method, as far as the class does not declare them itself."""
+        declared, inherited = inspect.get_annotations(cls), inherited_defaults(cls.__mro__[1:])
+        differing = defaults_that_differ(cls.factory, cls) if "factory" in vars(cls) else {}
+        for name, default in differing.items():
+            if name not in declared:
+                new = {} if name in inherited else {"kw_only": True}
+                setattr(cls, name, dataclasses.field(**new | ({} if default is REQUIRED else {"default": default})))
+                declared = declared | {name: Any}
+        if differing:
+            cls.__annotations__ = declared
+        super().__init_subclass__(**options)
+
+    @nn.nowrap
+    def made_by(self, **changes: Any) -> Method:
+        """The factory of this layer with its arguments, some of its fields changed, as far as the method has them."""
+        arguments = arguments_of(self.factory, self)
+        changed = {name: value for name, value in changes.items() if name in arguments}
+        return Method(self.factory, **arguments | changed)
+
+    @nn.nowrap
+    def transform(self, **changes: Any) -> NormTransform:
+        """The pure functions of this layer, with some of its fields changed, as far as its method has them."""
+        return self.made_by(**changes)()
+
+    @nn.compact
+    def __call__(
+        self,
+        x: ArrayLike,
+        use_running_average: bool | None = None,
+        *,
+        mask: ArrayLike | None = None,
+        residual: ArrayLike | None = None,
+        domain: ArrayLike | None = None,
+    ) -> jax.Array:
+        """Normalizes x `[..., C]`, adds the residual and applies the activation.
+
+        Args:
+            x: The input; its shape but for the features may change from call to call.
+            use_running_average: True: normalize with the stored statistics. False: with those of the batch, and move
+                the stored ones, for which the collection `batch_stats` must be mutable. Give it here or as a field.
+            mask: Booleans or real weights, broadcastable to `x`, of the values from which statistics are computed; in
+                training alone. Of rows `[N, 1]`: one of lower rank that fits the leading axes as well is an error.
+            residual: Added to the normalized input before the activation, of the shape of `x`.
+            domain: For `DomainBatchNorm` alone: the domain of each example, integers `[N]`.
+
+        Returns:
+            An array of the shape of `x`.
+
+        Raises:
+            ValueError: If `use_running_average` is given twice or never, or the input does not fit; see `batch_norm`.
+        """
+        use_running_average = nn.merge_param("use_running_average", self.use_running_average, use_running_average)
+        x = jnp.asarray(x)
+        initial = jax.eval_shape(self._initialize, x)  # the values are for variables that are not there yet
+        variables, state = self._load_state(x, initial.state)
+        initializers = {"scale_init": self.scale_init, "bias_init": self.bias_init}
+        check_leaves(self, Norm, self.factory, initial.params, initial.state, initializers)
+        params = self._load_params(x, initial.params)
+        arguments = {"mask": mask, "residual": residual, "domain": domain}
+        starting = self.is_initializing()  # with an example of any size, on one device, that changes no statistics
+        if use_running_average or starting and not x.size:
+            return evaluate(self.transform(), params, state, x, **arguments)
+        if starting:
+            alone = self.transform(axis_name=None, axis_index_groups=None, allow_single_value=True)
+            return alone.train(params, state, x, **operands_for(alone.train, **arguments))[0]
+        train = self.transform().train
+        y, new_state = train(params, state, x, **operands_for(train, **arguments))
+        for name, variable in variables.items():
+            leaf = getattr(new_state, name)
+            if leaf is not getattr(state, name):  # without a running average nothing is, and nothing need be mutable
+                variable.value = leaf
+        return y
+
+    @nn.nowrap
+    def _initialize(self, x: jax.Array) -> _Initial:
+        dtype = x.dtype if jnp.iscomplexobj(x) else jnp.float32
+        return _Initial(*self.transform().init(_axes.feature_shape(x.shape, self.axis), dtype=dtype))
+
+    @nn.nowrap
+    def _load_state(self, x: jax.Array, initial: State) -> tuple[dict[str, nn.Variable[jax.Array]], State]:
+        variables = {
+            name: self.variable(STATISTICS, name, lambda name=name: getattr(self._initialize(x).state, name))
+            for name, leaf in initial._asdict().items()
+            if leaf is not None
+        }
+        values = {name: variable.value for name, variable in variables.items()}
+        if values["mean"].shape != initial.mean.shape:
+            _axes.check_features(x.shape, self.axis, values["mean"].shape)
+        return variables, initial._replace(**values)
+
+    @nn.nowrap
+    def _load_params(self, x: jax.Array, initial: Any) -> Any:
+        initializers = {"scale": self.scale_init, "bias": self.bias_init}
+
+        def load(name: str, like: jax.Array) -> jax.Array:
+            if name in initializers:
+                return self.param(name, initializers[name], like.shape, self.param_dtype)
+            # The method itself says where its other params start.
+            return self.param(name, lambda _: getattr(self._initialize(x).params, name).astype(self.param_dtype))
+
+        held = {name: load(name, leaf) for name, leaf in initial._asdict().items() if leaf is not None}
+        return initial._replace(**held)
+
+
+class BatchNorm(Norm):
+    r"""Batch normalization; takes the place of `flax.linen.BatchNorm`, with its variables and its checkpoints.
+
+    Change the import and nothing else. Differs from Flax's layer:
+
+    1. The variance is numerically safe: `use_fast_variance=True` sums about a shift, False centres first.
+       `force_float32_reductions=False` is accepted, but statistics stay float32.
+    2. A mask may hold real weights; counts are summed over devices; a batch that is masked altogether leaves the
+       statistics alone and is normalized with the stored ones (Flax: NaN).
+    3. One value per channel, counted over devices, is an error in training unless `allow_single_value=True`.
+    4. No gradient flows into the stored statistics, and a non-finite batch statistic never enters them.
+    5. Forward-mode differentiation needs `autodiff=True`.
+    6. The statistics keep the dtype of their initialization; NaN in masked positions harms nothing; groups of
+       devices work under shard_map too.
+    7. Arguments that make no sense are errors: a momentum of 1 (give `use_running_average=True` instead), a negative
+       epsilon, an empty batch in training.
+
+    Attributes:
+        use_running_average: See the call.
+        axis: Feature axis, or several.
+        momentum: Weight of the OLD running value, in [0, 1); None keeps no running average; or a
+            :class:`jaxbn.Averaging`. All but a plain number add the variable `count`.
+        epsilon: Added to the variance.
+        dtype: Of the result; None: what input and parameters promote to.
+        param_dtype: Of the parameters.
+        use_bias: Whether to learn a bias.
+        use_scale: Whether to learn a scale.
+        bias_init: Initializer of the bias.
+        scale_init: Initializer of the scale.
+        axis_name: Axis of a `shard_map`, `pmap` or `vmap` over which the batch is spread; not used in evaluation.
+        axis_index_groups: Groups of devices that share statistics.
+        use_fast_variance: See 1.
+        force_float32_reductions: See 1.
+        activation: Applied to the result; `jax.nn.relu` and `jax.nn.leaky_relu` cost no memory traffic here.
+        allow_single_value: See 3.
+        autodiff: See 5.
+
+    Example:
+        >>> layer = jaxbn.linen.BatchNorm(use_running_average=False, momentum=0.9)
+        >>> x = jnp.array([[1.0, 0.0], [3.0, 8.0]])
+        >>> variables = layer.init(jax.random.key(0), x)
+        >>> y, updates = layer.apply(variables, x, mutable=["batch_stats"])
+        >>> updates["batch_stats"]["mean"].round(3)
+        Array([0.2, 0.4], dtype=float32)
+
+    References:
+        Ioffe & Szegedy, `Batch Normalization <https://arxiv.org/abs/1502.03167>`_, 2015.
+    """
+
+    factory = staticmethod(batch_norm)

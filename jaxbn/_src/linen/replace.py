@@ -1,0 +1,167 @@
+"""Other normalization layers in a linen model, whose source stays as it is.
+
+The model gets a class of its own whose calls run under an interceptor. Where the call of a normalization layer is met,
+a layer of the wanted method is made from its fields, in its scope, and called instead: paths stay, and what the method
+keeps besides appears beside the statistics, in `init` too. A flag in the scopes, which every transformation of linen
+hands down, and `nn.jit` compiles anew for, says that a layer is replaced to those who meet it earlier.
+"""
+
+import dataclasses
+import functools
+import inspect
+import secrets
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, cast
+
+import flax.linen as nn
+
+from jaxbn._src.framework.layers import as_partial, carried, is_at_or_below, select
+from jaxbn._src.framework.unknown_layers import Watch
+from jaxbn._src.linen.capture import REPLACED, meets_layer, set_flags, statistics_of, successor_of
+from jaxbn._src.linen.modules import STATISTICS, Norm
+from jaxbn._src.linen.registry import REGISTER, Adapted, as_norm, class_inside, evaluates
+from jaxbn._src.linen.variables import find_states
+
+Net = TypeVar("Net", bound=nn.Module)
+
+_SUCCESSOR = "_jaxbn_successor"  # in a class whose layers are replaced
+
+
+def replace(net: Net, layer: Callable[..., nn.Module], paths: str | Sequence[str] = "") -> Net:
+    """The model with other normalization layers, without an edit of its source.
+
+    Each layer, of Flax or jaxbn, is replaced by one with the same fields, as far as all methods have them: momentum,
+    epsilon, axes, dtypes, initializers, synchronization. Paths stay, so that parameters and statistics of a checkpoint
+    fit; :func:`convert_norms` adds what the method keeps besides. With `flax.linen.BatchNorm` for `layer` the way leads
+    back. Also inside `nn.jit`, `nn.remat`, `nn.scan` and `nn.vmap`, and as a part of another model.
+
+    Args:
+        net: The model.
+        layer: A class, such as `jaxbn.linen.BatchRenorm`, or a `functools.partial` of one, whose arguments go before
+            the fields of the layer that is replaced.
+        paths: Layers, or modules all of whose layers are meant, such as `"backbone"` or `"Block_0/BatchNorm_1"`; one or
+            several. `""` is the whole model.
+
+    Returns:
+        A model of the same fields and methods, an instance of the class of `net`. `jaxbn.linen.summary(variables,
+        net.apply, x)` says what each layer is.
+
+    Raises:
+        TypeError: If `layer` is no normalization layer.
+        ValueError: When called, if there is no layer at a path or below it, or one has an activation inside that
+            `layer` cannot have; or, where there are others too a warning, if one is of a class that is not known, see
+            :func:`register_batch_norm`.
+
+    Example:
+        >>> net = flax.linen.Sequential([flax.linen.Dense(2), flax.linen.BatchNorm(use_running_average=False)])
+        >>> x = jnp.ones((4, 3))
+        >>> trained = net.init(jax.random.key(0), x)
+        >>> net = jaxbn.linen.replace(net, functools.partial(jaxbn.linen.BatchRenorm, **jaxbn.renorm_ramp(warmup=500)))
+        >>> variables = jaxbn.linen.convert_norms(trained, like=net.init(jax.random.key(0), x))
+        >>> y, updates = net.apply(variables, x, mutable=["batch_stats"])
+        >>> updates["batch_stats"]["layers_1"]["step"]
+        Array(1., dtype=float32)
+    """
+    if not isinstance(net, nn.Module):
+        raise TypeError(
+            f"A {type(net).__name__} was given where a linen model belongs: pass the module, such as Net()."
+        )
+    bound = as_partial(layer, (Norm, nn.BatchNorm))
+    fields = {field.name: getattr(net, field.name) for field in dataclasses.fields(net) if field.init}
+    earlier = getattr(net, _SUCCESSOR, None)
+    cls = type(net) if earlier is None else type(net).__bases__[0]
+    made: Net = _class_with(_Successor(bound, paths, earlier), cls)(**fields | {"parent": None})
+    return made
+
+
+class _Successor:
+    """What takes the place of which layers; told from others, by `nn.jit` too, by a token that is never used again."""
+
+    def __init__(self, layer: functools.partial[Any], paths: str | Sequence[str], earlier: "_Successor | None"):
+        self.layer = layer
+        self.paths = [paths] if isinstance(paths, str) else list(paths)
+        self.earlier = earlier  # whose layers are replaced in turn
+        self.token = secrets.token_hex()
+        self.watch = Watch(REGISTER)
+
+    def __hash__(self) -> int:
+        return hash(self.token)
+
+    def check(self, variables: Any) -> None:
+        """Raises a ValueError for a path that leads to no layer."""
+        if self.paths != [""] and STATISTICS in variables:
+            select(self.paths, find_states(variables))
+        if self.earlier is not None:
+            self.earlier.check(variables)
+
+    def covers(self, path: str) -> bool:
+        """Whether the layer at the path, as seen from the model, is replaced."""
+        return self._is_meant(path) or self.earlier is not None and self.earlier.covers(path)
+
+    def make(self, old: Any, path: str) -> Any:
+        """The layer in the place of another, in whose scope it finds its variables."""
+        if self.earlier is not None and self.earlier.covers(path):
+            old = self.earlier.make(old, path)
+        if not self._is_meant(path):
+            return old
+        old, cls = as_norm(old), cast(Any, self.layer.func)
+        shared = Norm if issubclass(cls, Norm) else nn.BatchNorm
+        names = {field.name for field in dataclasses.fields(shared)} - {"parent", "name"}
+        if isinstance(old, Adapted):  # the flag goes with the call
+            names -= {"use_running_average"} | ({"momentum"} if old.momentum is None else set())
+        scope = old.scope.rewound()
+        scope.flags = scope.flags.copy({REPLACED: (None, 0)})  # so that it is not replaced again
+        return cls(**carried(path, old, names, self.layer.keywords), parent=scope)
+
+    def _is_meant(self, path: str) -> bool:
+        return any(is_at_or_below(path, given) for given in self.paths)
+
+
+def _class_with(successor: _Successor, cls: Any) -> Any:
+    """The class with the flag in the scopes of its instances, and with all its methods under the interceptor."""
+
+    def bound(self: Any) -> None:
+        cls.__post_init__(self)
+        if self.scope is not None:
+            set_flags(self, {REPLACED: (successor, len(self.path))})
+
+    fields = {field.name for field in dataclasses.fields(cls)}
+    own = {name for name in dir(cls) if not hasattr(nn.Module, name) or name == "__call__"} - fields
+    methods = [name for name in own if inspect.isfunction(inspect.getattr_static(cls, name))]
+    members = {name: _intercepted(successor, getattr(cls, name)) for name in (*methods, "apply", "init_with_output")}
+    members |= {"__post_init__": bound, _SUCCESSOR: successor, "__module__": cls.__module__}
+    return type(cls.__name__, (cls,), members)
+
+
+def _intercepted(successor: _Successor, method: Any) -> Any:
+    @nn.nowrap
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.scope is not None and not self.is_initializing():
+            successor.check(self.variables)
+        with successor.watch, nn.intercept_methods(functools.partial(_intercept, successor.watch)):
+            return method(self, *args, **kwargs)
+
+    run.__signature__ = inspect.signature(method)  # type: ignore[attr-defined]  # of functions mypy does not know it
+    run.__doc__ = method.__doc__
+    return run
+
+
+def _intercept(watch: Watch, next_call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+    module: Any = context.module
+    make = None if module.scope is None else successor_of(module)
+    if make is None:
+        return next_call(*args, **kwargs)
+    path = "/".join(module.path)
+    if not meets_layer(context):
+        return watch.run(
+            path,
+            type(module),
+            lambda: next_call(*args, **kwargs),
+            lambda: bool(statistics_of(module)),
+            class_inside(module),
+        )
+    watch.serve(path)
+    new, old = make(), as_norm(module, args, kwargs)
+    if new is not module and isinstance(old, Adapted):
+        args, kwargs = old.registered.translated(old.bound, evaluates(module, args, kwargs))
+    return new(*args, **kwargs)

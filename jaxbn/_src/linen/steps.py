@@ -1,0 +1,177 @@
+"""Training, postproc and evaluation of a linen model as pure functions: a page to read, and to copy from."""
+
+import dataclasses
+import inspect
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import flax
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.training import train_state
+
+from jaxbn._src.framework.layers import LayerKind, Measured, check_synchronized, merged
+from jaxbn._src.framework.steps import Steps, arguments, check_whole
+from jaxbn._src.inference.frozen import RUNNING, Frozen, copied, make_info
+from jaxbn._src.linen.backward import learn
+from jaxbn._src.linen.capture import capture, is_call_of_layer
+from jaxbn._src.linen.freeze import apply_frozen
+from jaxbn._src.linen.modules import STATISTICS, Norm
+from jaxbn._src.linen.postproc import install_moments
+from jaxbn._src.linen.registry import as_norm
+from jaxbn._src.linen.variables import find_states
+from jaxbn._src.numerics.collectives import AxisName, make_varying, mean_over
+from jaxbn._src.statistics import sweep as _sweep
+from jaxbn._src.statistics.estimators import Estimator, check_estimator, pooled
+from jaxbn._src.statistics.pass_report import Report, report
+from jaxbn._src.statistics.sweep import Pass
+
+if TYPE_CHECKING:
+    import optax
+
+
+class TrainState(train_state.TrainState):
+    """Flax's TrainState with the statistics: a pytree of arrays, to be donated, replicated and saved as a whole."""
+
+    batch_stats: Any
+    kinds: tuple[tuple[str, LayerKind], ...] = flax.struct.field(pytree_node=False)
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """All variables of the model, as `apply` takes them."""
+        return {"params": self.params, STATISTICS: self.batch_stats}
+
+
+def make_steps(
+    model: nn.Module,
+    loss_fn: Callable[[Any, Any], tuple[jax.Array, dict[str, jax.Array]]],
+    optimizer: "optax.GradientTransformation",
+    *,
+    inputs: Callable[[Any], Any],
+    estimator: Estimator = pooled(),  # noqa: B008  a constant: pure functions, made once
+    axis_name: AxisName | None = None,
+) -> Steps:
+    """Makes the functions of a training loop: initialize, train, estimate the population statistics, evaluate.
+
+    For loops without special wishes; those with some may copy from here, or use the layers and `postproc` alone.
+
+    Args:
+        model: A module whose call takes `train`, of jaxbn's layers or stock ones.
+        loss_fn: `(outputs, batch) -> (loss, {name: metric})`: the mean loss over the rows of the batch, and scalars.
+        optimizer: Any transformation of optax.
+        inputs: `batch -> x`: the argument of the model, or a tuple of several.
+        estimator: Of the population statistics.
+        axis_name: Axis of the `pmap` or `shard_map` around the steps, over which gradients, metrics and the moments of
+            the pass are put together; layers with running averages need it too. Under `jit` on sharded arrays None.
+
+    Returns:
+        `Steps`. The state is a `TrainState` of Flax with `batch_stats`. `rng` of `train_step` serves all random streams
+        of the model, such as dropout; give each device its own.
+
+    Raises:
+        TypeError: If the call of the model does not take `train`, or `eval_step` is given anything but a `Frozen`.
+        ValueError: In `init`, if the model has variables other than params and batch_stats, or no normalization; in
+            `train_step`, if a layer would keep running averages of its own device; in `finalize`, if nothing has
+            estimated the statistics, or a batch gave NaN.
+
+    Example:
+        >>> class Net(flax.linen.Module):
+        ...     @flax.linen.compact
+        ...     def __call__(self, x, train):
+        ...         x = jaxbn.linen.BatchNorm(use_running_average=not train)(x)
+        ...         return flax.linen.Dense(1)(x)
+        >>> def loss_fn(outputs, batch):
+        ...     error = outputs - batch["y"]
+        ...     return jnp.mean(error**2), {"largest error": jnp.max(jnp.abs(error))}
+        >>> x = 5 + 2 * jax.random.normal(jax.random.key(0), (10, 32, 3))
+        >>> batches = [{"x": rows, "y": rows.sum(1, keepdims=True)} for rows in x]
+        >>> steps = jaxbn.linen.make_steps(Net(), loss_fn, optax.sgd(0.01), inputs=lambda batch: batch["x"])
+        >>> train_step = jax.jit(steps.train_step, donate_argnums=0)
+        >>> postproc_step, eval_step = jax.jit(steps.postproc_step), jax.jit(steps.eval_step)
+        >>> state = steps.init(jax.random.key(0), batches[0])
+        >>> for batch in batches:
+        ...     state, metrics = train_step(state, batch)
+        >>> acc = steps.start(state, batches[0])
+        >>> for batch in batches:
+        ...     acc = postproc_step(state, acc, batch)
+        >>> frozen, report = steps.finalize(state, acc)
+        >>> outputs = eval_step(frozen, {"x": x[0, :1]})
+        >>> frozen.info.layer("BatchNorm_0")
+        LayerInfo(method='batch_norm', epsilon=1e-05, estimator='pooled', rows=320.0)
+    """
+    _check_takes_train(model)
+    check_estimator(estimator)
+
+    def init(rng: jax.Array, batch: Any) -> TrainState:
+        variables = flax.core.unfreeze(model.init(rng, *arguments(inputs, batch), train=True))
+        if other := sorted(variables.keys() - {"params", STATISTICS}):
+            raise ValueError(f"The steps carry params and {STATISTICS}, and the model has {other} too. Write the loop.")
+        kinds = jax.eval_shape(measure, variables, batch).kinds
+        params, stats = variables.get("params", {}), variables[STATISTICS]
+        state = TrainState.create(apply_fn=model.apply, params=params, tx=optimizer, batch_stats=stats, kinds=kinds)
+        return state.replace(step=jnp.zeros((), jnp.int32))
+
+    def train_step(state: TrainState, batch: Any, rng: jax.Array | None = None) -> tuple[TrainState, dict[str, Any]]:
+        def loss_of(params: Any) -> tuple[jax.Array, Any]:
+            with nn.intercept_methods(check_layers):
+                outputs, updates = model.apply(
+                    {"params": params, STATISTICS: state.batch_stats},
+                    *arguments(inputs, batch),
+                    train=True,
+                    rngs=rng,
+                    mutable=[STATISTICS],
+                )
+            loss, metrics = loss_fn(outputs, batch)
+            return loss, ({"loss": loss, **metrics}, updates[STATISTICS])
+
+        # As parameters of this device alone, their gradients are those of its rows, in every way to spread a batch.
+        params = make_varying(state.params, axis_name)
+        grads, (metrics, batch_stats) = jax.grad(loss_of, has_aux=True)(params)
+        grads, metrics = mean_over((grads, metrics), axis_name)
+        variables = {"params": state.params, STATISTICS: batch_stats}
+        batch_stats = learn(variables, grads, dict(state.kinds))[STATISTICS]
+        return state.apply_gradients(grads=grads, batch_stats=batch_stats), metrics
+
+    def measure(variables: Any, batch: Any) -> Measured:
+        return merged(capturing(variables, batch)[1], axis_name)
+
+    def start(state: TrainState, batch: Any) -> Pass:
+        return _sweep.start(measure, state.variables, batch, estimator=estimator)
+
+    def postproc_step(state: TrainState, acc: Pass, batch: Any) -> Pass:
+        return _sweep.update(acc, state.variables, batch, measure=measure, estimator=estimator)
+
+    def finalize(state: TrainState, acc: Pass | None = None) -> tuple[Frozen, Report | None]:
+        check_whole(state.step)
+        variables = copied(state.variables)  # the next train_step may be given the state's memory
+        made = None
+        if acc is not None:
+            acc = dataclasses.replace(acc, kinds=state.kinds)  # one that was saved has lost the methods of the layers
+            old, moments = find_states(variables), _sweep.finish(acc, estimator=estimator)
+            variables = install_moments(variables, moments)
+            made = report(estimator, acc, moments, old, find_states(variables))
+        info = make_info(find_states(variables), report=made, kinds=dict(state.kinds), otherwise=RUNNING)
+        return Frozen(flax.core.meta.unbox(variables), info), made
+
+    def eval_step(frozen: Frozen, batch: Any) -> Any:
+        return apply_frozen(model.apply, frozen, *arguments(inputs, batch), train=False)
+
+    def check_layers(call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+        if is_call_of_layer(context):
+            layer = as_norm(context.module)
+            averages = not isinstance(layer, Norm) or layer.momentum is not None
+            check_synchronized("/".join(context.module.path), averages, layer.axis_name, axis_name)
+        return call(*args, **kwargs)
+
+    capturing = capture(lambda v, batch: model.apply(v, *arguments(inputs, batch), train=False), mode="batch")
+    return Steps(init, train_step, start, postproc_step, finalize, eval_step)
+
+
+def _check_takes_train(model: nn.Module) -> None:
+    parameters = inspect.signature(type(model).__call__).parameters
+    if "train" not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        raise TypeError(
+            f"The call of {type(model).__name__} does not take train; it takes {list(parameters)[1:]}. Wrap it in a "
+            f"module that does: def __call__(self, x, train): return Net()(x, use_running_average=not train)."
+        )

@@ -1,0 +1,91 @@
+"""The statistics in the variables of a linen model: which layers there are, and what rides beside them."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+
+from jaxbn._src.framework.layers import natural
+from jaxbn._src.framework.registry import REGISTRY
+from jaxbn._src.inference.arguments import not_variables
+from jaxbn._src.linen.modules import STATISTICS
+from jaxbn._src.methods.batch_norm import BatchNormState
+from jaxbn._src.methods.protocol import State
+
+
+def find_states(variables: Mapping[str, Any]) -> dict[str, State]:
+    """The state of every normalization layer by its path."""
+    states = states_in(variables)
+    if not states:
+        raise ValueError(
+            f"There are no statistics of a normalization layer (mean and var) in variables[{STATISTICS!r}]; the "
+            f"collections given are {sorted(variables)}. Pass all the variables of the model, not its params alone."
+        )
+    return states
+
+
+def check_variables(variables: Any) -> None:
+    """Raises a TypeError for anything but a dict of variables."""
+    if not isinstance(variables, Mapping):
+        raise not_variables(variables)
+
+
+def states_in(variables: Mapping[str, Any]) -> dict[str, State]:
+    """As `find_states`; there may be none."""
+    check_variables(variables)
+    states = {}
+    for place, leaves in _holders(variables).items():
+        names = REGISTRY.names_in(leaves)
+        if names and all(isinstance(key, str) for key in place):  # other keys are of NNX, inside a bridge
+            held = (leaves.get(names.get(name, name)) for name in BatchNormState._fields)
+            states["/".join(place)] = BatchNormState(*map(flax.core.meta.unbox, held))
+    return {path: states[path] for path in sorted(states, key=natural)}
+
+
+def find_shapes(variables: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The shape of the statistics of everything that keeps some, of layers that are not known too, by its path."""
+    states = states_in(variables)
+    shapes = {}
+    for place, leaves in _holders(variables).items():
+        path = "/".join(map(str, place))
+        first = states[path].mean if path in states else flax.core.meta.unbox(leaves[sorted(leaves)[0]])
+        shapes[path] = jnp.shape(first)
+    return {**{path: shapes[path] for path in states}, **shapes}
+
+
+def _holders(variables: Mapping[str, Any]) -> dict[tuple[Any, ...], dict[str, Any]]:
+    """The statistics beside each other, by the place of their module in the collection."""
+    holders: dict[tuple[Any, ...], dict[str, Any]] = {}
+    flat = flax.traverse_util.flatten_dict(flax.core.unfreeze(variables.get(STATISTICS, {})))
+    for (*place, name), leaf in flat.items():
+        holders.setdefault(tuple(place), {})[name] = leaf
+    return holders
+
+
+def with_leaves(variables: dict[str, Any], name: str, leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """The variables with one leaf more, of this name, beside the statistics of each layer given by its path."""
+    flat = flax.traverse_util.flatten_dict(variables[STATISTICS]) if leaves else {}
+    places = {"/".join(map(str, place)): place for place in _holders(variables)} if leaves else {}
+    flat |= {(*places[path], name): leaf for path, leaf in leaves.items()}
+    return variables | ({STATISTICS: flax.traverse_util.unflatten_dict(flat)} if leaves else {})
+
+
+def without(name: str, tree: Any) -> Any:
+    """Outputs in which the call returned its variables, as with `mutable=`, without the leaves of this name."""
+
+    def holds_it(node: Any) -> bool:
+        return isinstance(node, dict | flax.core.FrozenDict) and name in node
+
+    def strip(node: Any) -> Any:
+        if not holds_it(node):
+            return node
+        return type(node)({key: without(name, value) for key, value in node.items() if key != name})
+
+    return jax.tree.map(strip, tree, is_leaf=holds_it)
+
+
+def keys(path: str) -> tuple[str, ...]:
+    """A path as the keys of nested dicts; the model itself has the path ''."""
+    return tuple(path.split("/")) if path else ()

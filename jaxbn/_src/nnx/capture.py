@@ -1,0 +1,292 @@
+"""Moments out of any NNX model, jaxbn's layers and stock `flax.nnx.BatchNorm` alike, without changing the model.
+
+The class of every normalization layer is replaced on a copy: by one whose call measures its input once, normalizes with
+the wanted statistics, whatever flags the model passes, and marks the output for `harvest`. Beside its statistics each
+layer holds their flat positions as one more `BatchStat`, which every transformation carries in the same way; which
+layer it is and in which mode is static, so that nothing compiled with and without capture is mistaken for each other.
+"""
+
+import dataclasses
+import functools
+import types
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxbn._src.framework.layer_paths import keyed
+from jaxbn._src.framework.layers import (
+    Layer,
+    LayerKind,
+    Measured,
+    Weights,
+    carry_weights,
+    check_mode,
+    count_examples,
+    example_weights,
+    is_at_or_below,
+    marked,
+    measured,
+    natural,
+    normalize_as,
+    select,
+    wanted_mode,
+    weigh,
+)
+from jaxbn._src.framework.method import Method, evaluate, of_stock, operands_for
+from jaxbn._src.framework.mixing import CalledNorm, Mixture
+from jaxbn._src.framework.unknown_layers import Touched, check
+from jaxbn._src.inference.arguments import not_a_model
+from jaxbn._src.methods.batch_norm import BatchNormState
+from jaxbn._src.methods.protocol import NormTransform, State
+from jaxbn._src.nnx.modules import Norm
+from jaxbn._src.nnx.others import class_of, find_others, joined, statistics_of
+from jaxbn._src.nnx.registry import (
+    REGISTER,
+    Adapted,
+    as_norm,
+    call_arguments_of,
+    evaluates,
+    known,
+    run_bridge,
+    set_call,
+    set_class,
+    with_touch,
+)
+from jaxbn._src.numerics import moments as _moments
+from jaxbn._src.tracing import harvest as _harvest
+
+Call = Callable[[Any, Any], Any]
+
+# What flax.nnx.BatchNorm.__call__ reads of its layer in evaluation, besides the statistics.
+_STOCK_FIELDS = "axis momentum epsilon dtype axis_name axis_index_groups use_fast_variance promote_dtype".split()
+
+
+class Slot(nnx.BatchStat[jax.Array]):
+    """What rides beside the statistics; a BatchStat, so that filters carry it wherever they carry those."""
+
+
+def capture_moments(
+    call: Call | None = None, *, mode: str = "batch", weights: Weights | None = None
+) -> Callable[[Any, Any], tuple[Any, dict[str, _moments.Moments]]]:
+    """Makes a function that also returns the moments of every normalization layer's input.
+
+    The model needs no change, and the one given is left untouched. The function may be jitted with `nnx.jit`.
+
+    Both results may be differentiated. In mode "batch" gradients flow through the statistics of the batch, as in
+    training (for every method the plain derivative); the moments can be part of a loss, such as one that matches
+    statistics (DeepInversion). No gradient flows into weights, nor into the stored statistics of jaxbn's layers; into
+    those of Flax's it does in mode "eval", as without capture.
+
+    Args:
+        call: Runs the model; None: `lambda model, batch: model(batch)`.
+        mode: What the layers normalize with, whatever flags the model passes them: `"batch"`, the statistics of their
+            batch; `"eval"`, the stored ones; `"as_called"`, what the model asks for.
+        weights: `batch -> [N]`, booleans or real weights of the N examples along the leading axis of every layer's
+            input, such as 0 for those that fill up a batch. They multiply the mask
+            that the model gives a layer.
+
+    Returns:
+        A function `(model, batch) -> (outputs, moments)`. `moments` maps the path of each layer, such as
+        `"blocks/0/norm"`, to `Moments` in the shape of its statistics, of count 0 where the layer was not reached.
+
+    Raises:
+        ValueError: If `mode` is none of these; in the function, if the model has no normalization layer.
+
+    Example:
+        >>> model = nnx.BatchNorm(1, rngs=nnx.Rngs(0))
+        >>> _, moments = jaxbn.nnx.capture_moments()(model, jnp.array([[1.0], [3.0]]))
+        >>> float(moments[""].mean[0])
+        2.0
+    """
+    check_mode(mode)
+    capturing = capture(run_model if call is None else call, mode=mode, weights=weights)
+
+    def captured(model: Any, batch: Any) -> tuple[Any, dict[str, _moments.Moments]]:
+        outputs, found = capturing(model, batch)
+        return outputs, keyed(found.moments, dict(found.kinds))
+
+    return captured
+
+
+def capture(
+    call: Call, *, mode: str | Mixture, weights: Weights | None = None, examples: bool = False
+) -> Callable[[Any, Any], tuple[Any, Measured]]:
+    """As `capture_moments`, with the kind of each layer, and the moments of the means of the examples."""
+
+    def captured(model: Any, batch: Any) -> tuple[Any, Measured]:
+        copy = nnx.clone(model)  # new objects, the same arrays
+        modules = find_layers(copy)
+        count = count_examples(batch) if examples else None
+        whole = dict(_hook(path, layer, mode, count) for path, layer in modules.items())
+        for path, module in find_others(copy).items():
+            _watch(path, module)
+        if weights is not None:
+            per_example = example_weights(weights, batch)
+            for layer in (layer for layer in whole if not is_frozen(modules[layer.path])):
+                modules[layer.path].jaxbn_weights = Slot(carry_weights(per_example, layer))
+        graphdef, state = nnx.split(copy)
+        outputs, records = _harvest.harvest(lambda state, batch: call(nnx.merge(graphdef, state), batch))(state, batch)
+        return _without_hooks(outputs), measured(records, whole, calls=examples)
+
+    return captured
+
+
+def run_model(model: Any, batch: Any) -> Any:
+    """How a model runs if nothing else is said."""
+    return model(batch)
+
+
+def find_layers(model: Any) -> dict[str, Any]:
+    """Every normalization layer by its path."""
+    check_model(model)
+    found = {joined(path): module for path, module in nnx.iter_modules(model) if known(module) is not None}
+    if not found:
+        check({path: class_of(module) for path, module in find_others(model).items()}, (), register=REGISTER)
+        raise ValueError("There is no normalization layer, of jaxbn.nnx or flax.nnx.BatchNorm, in this model.")
+    return {path: found[path] for path in sorted(found, key=natural)}
+
+
+def check_model(model: Any) -> None:
+    """Raises a TypeError for anything that holds no NNX module."""
+    if isinstance(model, type) or next(nnx.iter_modules(model), None) is None:
+        raise not_a_model(model)
+
+
+def select_layers(model: Any, paths: str | Sequence[str]) -> list[str]:
+    """The layers at or below the paths; a ValueError for a path that leads to none.
+
+    A class that is not known is an error too, or a warning where there are other layers.
+    """
+    layers, others = find_layers(model), find_others(model)
+    for path in [paths] if isinstance(paths, str) else paths:
+        unknown = {other: class_of(others[other]) for other in others if is_at_or_below(other, path)}
+        check(unknown, [layer for layer in layers if is_at_or_below(layer, path)], register=REGISTER)
+    return select(paths, layers)
+
+
+def find_states(model: Any) -> dict[str, State]:
+    """The state of every normalization layer by its path."""
+    return {path: state_of(layer) for path, layer in find_layers(model).items()}
+
+
+def state_of(layer: Any) -> State:
+    """The statistics of a layer; a stock one is a batch_norm."""
+    layer = as_norm(layer)
+    return layer.state if isinstance(layer, Norm | Adapted) else BatchNormState(layer.mean[...], layer.var[...])
+
+
+def set_state(layer: Any, state: State) -> None:
+    """Writes the statistics of a layer."""
+    registered = known(layer)
+    assert registered is not None
+    for name, leaf in state._asdict().items():
+        if leaf is not None:
+            getattr(layer, registered.names.get(name, name))[...] = leaf
+
+
+def transform_of(layer: Any) -> NormTransform:
+    """The pure functions of a layer, but for how one that is not jaxbn's averages."""
+    return method_of(layer, momentum=None)()
+
+
+def kind_of(layer: Any) -> LayerKind:
+    """What a layer does."""
+    return LayerKind.of(method_of(layer))
+
+
+def method_of(layer: Any, **changes: Any) -> Method:
+    """The method of a layer; that of one which is not jaxbn's is a batch_norm, whose arguments may be changed."""
+    layer = as_norm(layer)
+    own = layer.made_by if isinstance(layer, Norm) else layer.method if isinstance(layer, Adapted) else None
+    return of_stock(layer, **changes) if own is None else own
+
+
+def is_frozen(layer: Any) -> bool:
+    """Whether the layer keeps its statistics and normalizes with them whatever it is asked to."""
+    return getattr(layer, "jaxbn_frozen", False)
+
+
+def _hook(path: str, module: Any, mode: str | Mixture, examples: int | None) -> tuple[Layer, jax.Array]:
+    layer = Layer(path, state_of(module).mean.shape, mode, examples, method_of(module))
+    positions = layer.positions()
+    if not is_frozen(module):
+        set_call(module, _measured)
+        module.jaxbn_slot = Slot(positions)
+        module.jaxbn_layer = nnx.static(layer)
+    return layer, positions
+
+
+def _watch(path: str, module: Any) -> None:
+    """Marks what the module gives back, if it runs."""
+    cls: Any = type(module)
+    first, *_ = statistics_of(module)
+    layer = Touched(path, first[...].size, class_of(module), REGISTER)
+    set_class(module, with_touch(cls))
+    module.jaxbn_slot = Slot(jnp.arange(layer.size, dtype=jnp.int32).reshape(first.shape))
+    module.jaxbn_layer = nnx.static(layer)
+
+
+def _without_hooks(outputs: Any) -> Any:
+    """Outputs in which the call returned its model, or a state of it, as they would be without capture."""
+
+    def is_state(node: Any) -> bool:
+        return isinstance(node, nnx.State)
+
+    for _, module in nnx.iter_modules(outputs):
+        if hasattr(module, "jaxbn_layer"):
+            set_class(module, type(module).__bases__[0])
+            for name in {"jaxbn_slot", "jaxbn_layer", "jaxbn_weights"} & vars(module).keys():
+                delattr(module, name)
+    filtered = nnx.Not(Slot)
+    return jax.tree.map(lambda n: nnx.filter_state(n, filtered) if is_state(n) else n, outputs, is_leaf=is_state)
+
+
+def _measured(module: Any, plain: Callable[..., jax.Array], *args: Any, **kwargs: Any) -> jax.Array:
+    """The call of a hooked layer."""
+    layer: Layer = module.jaxbn_layer
+    norm = as_norm(module, args, kwargs)
+    x, mask, residual, where = call_arguments_of(norm, args, kwargs)
+    transform = transform_of(module)
+    if hasattr(module, "jaxbn_weights"):
+        mask = weigh(mask, module.jaxbn_weights[...], x, layer.path, norm.axis)
+    moments = transform.measure(x, **operands_for(transform.measure, mask=mask, **where))
+    stored, synchronized = state_of(module), (norm.axis_name, norm.axis_index_groups)
+    asked = evaluates(module, args, kwargs)
+    mode = wanted_mode(layer, asked)
+    if mode == "as_called":
+        y = run_bridge(module, args, kwargs) if isinstance(module, nnx.bridge.ToNNX) else plain(*args, **kwargs)
+    else:
+        normalizing = functools.partial(_normalize, norm)
+        called = CalledNorm(layer.path, transform, stored, normalizing, norm.axis, *synchronized)
+        y = normalize_as(mode, called, moments, x, mask, residual, where)
+    layer = dataclasses.replace(layer, asked_stored=asked)
+    return marked(y, module.jaxbn_slot[...], layer, moments, x, axis=norm.axis, mask=mask)
+
+
+def _normalize(layer: Any, state: State, x: jax.Array, **arguments: Any) -> jax.Array:
+    """What a layer makes of its input with these statistics."""
+    if isinstance(layer, Adapted):
+        return layer.normalize(state, x, **arguments)
+    if isinstance(layer, Norm):
+        return evaluate(layer.transform, layer.params, state, x, **arguments)
+    return _normalize_stock(layer, state, x)  # where Flax ignores the mask, and has no residual
+
+
+def _normalize_stock(module: Any, state: State, x: jax.Array) -> jax.Array:
+    """Through Flax's own call, so that its rules hold, on a stand-in for the layer that holds the wanted statistics."""
+    stand_in = types.SimpleNamespace(
+        mean=state.mean, var=state.var, scale=module.scale, bias=module.bias, use_running_average=True,
+        **{name: getattr(module, name) for name in _STOCK_FIELDS},
+    )  # fmt: skip
+    if module.jaxbn_layer.mode != "eval":  # Flax rounds stored statistics to the dtype of the layer, the batch's not
+        stand_in.promote_dtype = functools.partial(_promote_all_but_statistics, module.promote_dtype)
+    y: jax.Array = nnx.BatchNorm.__call__(stand_in, x)  # type: ignore[arg-type]  # reads no more than these
+    return y
+
+
+def _promote_all_but_statistics(promote: Callable[..., Any], operands: Any, **options: Any) -> Any:
+    x, _, _, scale, bias = promote(operands, **options)
+    return x, *operands[1:3], scale, bias

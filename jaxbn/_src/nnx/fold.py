@@ -1,0 +1,280 @@
+"""Folding for NNX: the model is run with tags on a copy, and the layers that are folded change theirs in another."""
+
+import functools
+import inspect
+import weakref
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+from flax import nnx
+from flax.nnx.nn.dtypes import promote_dtype
+
+from jaxbn._src.framework.layers import call_arguments
+from jaxbn._src.framework.method import as_affine
+from jaxbn._src.inference import fold_arithmetic as _fold_arithmetic
+from jaxbn._src.inference import fold_plan as _fold_plan
+from jaxbn._src.inference.fold_check import checked_report
+from jaxbn._src.inference.fold_plan import Layer, Tag
+from jaxbn._src.inference.fold_report import FoldReport
+from jaxbn._src.methods.protocol import NormParams
+from jaxbn._src.nnx.capture import (
+    Call,
+    check_model,
+    is_frozen,
+    method_of,
+    run_model,
+    select_layers,
+    state_of,
+)
+from jaxbn._src.nnx.kernels import MapKernel
+from jaxbn._src.nnx.modules import Norm
+from jaxbn._src.nnx.registry import Adapted, as_norm, call_arguments_of, has_plain_call, known, set_call, set_class
+from jaxbn._src.tracing import dataflow as _dataflow
+from jaxbn._src.tracing.harvest import over_arrays
+
+Model = TypeVar("Model")
+
+_LINEAR = (nnx.Conv, nnx.ConvTranspose, nnx.Linear, nnx.LinearGeneral, nnx.Einsum)
+# Arguments by which a layer may compute with something else than Flax does.
+_OWN = "conv_general_dilated dot_general dot_general_cls einsum_op promote_dtype".split()
+
+
+def fold(
+    model: Model, example: Any, *, call: Call | None = None, tolerance: float | None = None
+) -> tuple[Model, FoldReport]:
+    """Folds normalizations into the linear layers beside them, so that in evaluation they cost nothing.
+
+    What is folded, what stays, and in which precision, is said in :func:`jaxbn.linen.fold`. Layers are `Conv`,
+    `ConvTranspose`, `Linear`, `LinearGeneral` and `Einsum`; normalizations those of jaxbn, of any method, and
+    `flax.nnx.BatchNorm`. A `Frozen` goes into a model by `install_frozen` first.
+
+    Args:
+        model: The model; it is left untouched.
+        example: What `call` takes, to follow the model and to compare outputs.
+        call: Runs the model in evaluation; None: `lambda model, batch: model(batch)`.
+        tolerance: How far outputs may differ on the example, relative to the largest; None: by the dtypes, 1e-4 where
+            all is float32.
+
+    Returns:
+        A new model, in evaluation mode, in which a folded layer only passes its input on, with its residual and its
+        activation; and a :class:`jaxbn.FoldReport`.
+
+    Raises:
+        ValueError: If there is no normalization layer, or outputs on the example differ by more than the tolerance.
+
+    Example:
+        >>> rngs = nnx.Rngs(0)
+        >>> conv = nnx.Conv(3, 4, (3, 3), use_bias=False, rngs=rngs)
+        >>> model = nnx.Sequential(conv, jaxbn.nnx.BatchNorm(4, activation=jax.nn.relu, rngs=rngs))
+        >>> folded, report = jaxbn.nnx.fold(model, jnp.ones((1, 8, 8, 3)))
+        >>> report.layers["layers/1"]
+        LayerFold(folded=True, into='layers/0', reason="behind 'layers/0'")
+        >>> jax.tree.map(jnp.shape, nnx.to_pure_dict(nnx.state(folded)))
+        {'layers': {0: {'bias': (4,), 'kernel': (3, 3, 3, 4)}}}
+    """
+    call = run_model if call is None else call
+    check_model(model)
+    paths = select_layers(model, "")
+    given, folded = nnx.clone(model), nnx.clone(model)
+    for copy in (given, folded):
+        copy.eval()  # type: ignore[attr-defined]  # as all models have
+    found = _follow(call, given, example)
+    plan = _fold_plan.make_plan(found.flow, found.norms, found.layers, found.values, paths)
+    _edit(folded, plan, found)
+    before, after = (_as_function(call, copy, example) for copy in (given, folded))
+    return folded, checked_report(plan, found.norms, found.layers, tolerance, before, after)
+
+
+class Folded(nnx.Module):
+    """What is left of a normalization whose statistics, scale and bias went into a layer beside it."""
+
+    def __init__(self, dtype: Any, activation: Callable[[jax.Array], jax.Array] | None, input_name: str | None):
+        self.dtype = dtype
+        self.activation = activation
+        self.input_name = input_name  # of a class with other arguments than Flax's; there is no residual
+
+    def __call__(self, *args: Any, **kwargs: Any) -> jax.Array:
+        if self.input_name is not None:
+            args, kwargs = (args[0] if args else kwargs[self.input_name],), {}
+        x, _, residual, _ = call_arguments(*args, **kwargs)
+        return _fold_arithmetic.finish(x, residual, self.dtype, self.activation)
+
+
+class _Found:
+    """What the call of a model runs; the copy with tags fills it in. Equal to itself alone, as programs are to be."""
+
+    flow: _dataflow.Flow
+    values: dict[str, list[_dataflow.Value | None]]  # the variables of each layer in the program
+
+    def __init__(self, model: Any) -> None:
+        self.modules = _modules_of(model)
+        self.norms: dict[str, _fold_plan.Norm] = {}
+        self.layers: dict[str, Layer] = {}
+
+    def record(self, path: str, y: jax.Array, *args: Any, **kwargs: Any) -> None:
+        module = self.modules[path]
+        if isinstance(module, _LINEAR):
+            self.layers[path] = _layer(module, *args, **kwargs)
+        else:
+            self.norms[path] = _norm(module, y, *args, **kwargs)
+
+
+def _modules_of(model: Any) -> dict[str, Any]:
+    """The normalizations and linear layers by path."""
+    return {_joined(path): module for path, module in nnx.iter_modules(model) if _is_followed(module)}
+
+
+def _is_followed(module: Any) -> bool:
+    is_norm = known(module) is not None and not isinstance(module, nnx.bridge.ToNNX)
+    return is_norm or isinstance(module, _LINEAR)
+
+
+def _joined(path: Any) -> str:
+    return "/".join(map(str, path))
+
+
+def _follow(call: Call, model: Any, example: Any) -> _Found:
+    """Runs a copy of the model with tags, for shapes alone."""
+    found, copy = _Found(model), nnx.clone(model)
+    for path, module in _modules_of(copy).items():
+        if isinstance(module, _LINEAR):
+            set_class(module, _tagged_linear(type(module)))
+        else:
+            set_call(module, _tagged_norm)
+        module.jaxbn_fold = nnx.static((path, weakref.ref(found)))  # programs keep their keys, and must not keep arrays
+    graphdef, state = nnx.split(copy)
+
+    def run(state: Any, inputs: Any) -> Any:
+        return over_arrays(call(nnx.merge(graphdef, state), inputs()))
+
+    found.flow = _dataflow.follow(jax.make_jaxpr(run)(state, over_arrays(example)))
+    places = (_joined(path) for path, _ in nnx.to_flat_state(state))
+    found.values = _values_of(model, dict(zip(places, found.flow.inputs, strict=False)))
+    return found
+
+
+def _values_of(model: Any, by_place: dict[str, _dataflow.Value]) -> dict[str, list[_dataflow.Value | None]]:
+    """The variables of each module in the program; one that several hold is in the state once, at its first place."""
+    held = [
+        (_joined(path), _joined((*path, name)), variable)
+        for path, module in nnx.iter_modules(model)
+        for name, variable in vars(module).items()
+        if isinstance(variable, nnx.Variable)
+    ]
+    known = {id(variable): by_place[place] for _, place, variable in held if place in by_place}
+    values: dict[str, list[_dataflow.Value | None]] = {}
+    for path, _, variable in held:
+        values.setdefault(path, []).append(known.get(id(variable)))
+    return values
+
+
+def _tagged(module: Any, call: Callable[..., Any], name: str, *args: Any, **kwargs: Any) -> Any:
+    """The call of a module of the copy."""
+    path, found = module.jaxbn_fold[0], module.jaxbn_fold[1]()
+    tagged = _dataflow.tag(args[0] if args else kwargs[name], Tag(path, "input"))
+    args, kwargs = ((tagged, *args[1:]), kwargs) if args else ((), kwargs | {name: tagged})
+    for variable in vars(module).values():
+        if isinstance(variable, nnx.Variable):
+            _dataflow.tag(variable[...], Tag(path, "variable"))
+    y = call(*args, **kwargs)
+    found.record(path, y, *args, **kwargs)
+    return _dataflow.tag(y, Tag(path, "output"))
+
+
+def _tagged_norm(module: Any, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    registered = known(module)
+    assert registered is not None
+    return _tagged(module, call, registered.input_name, *args, **kwargs)
+
+
+@functools.cache
+def _tagged_linear(cls: Any) -> type:
+    """The class with a call that tags all of its own."""
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return _tagged(self, functools.partial(cls.__call__, self), "inputs", *args, **kwargs)
+
+    return type(cls.__name__, (cls,), {"__call__": call})
+
+
+def _norm(module: Any, y: jax.Array, *args: Any, **kwargs: Any) -> _fold_plan.Norm:
+    layer, registered = as_norm(module, args, kwargs), known(module)
+    assert registered is not None
+    x, _, residual, where = call_arguments_of(layer, args, kwargs)
+    cls: Any = type(module).__bases__[0] if is_frozen(module) else type(module)
+    refusal = _fold_plan.DOMAINS if where else None
+    if not (is_frozen(module) or registered.evaluates(module, args, kwargs)):
+        refusal = _fold_plan.MOVES
+    elif not has_plain_call(module, cls):
+        refusal = f"it is a {cls.__name__}, whose call is its own"
+    return _fold_plan.Norm(
+        as_affine(method_of(layer, momentum=None)),
+        layer.params if isinstance(layer, Norm) else NormParams(*(p and p[...] for p in (layer.scale, layer.bias))),
+        state_of(module),
+        axis=layer.axis,
+        ndim=x.ndim,
+        dtypes=(x.dtype, y.dtype),
+        bare=residual is None and getattr(layer, "activation", None) is None,
+        refusal=refusal,
+    )
+
+
+def _layer(module: Any, inputs: Any, *args: Any, **kwargs: Any) -> Layer:
+    defaults = inspect.signature(type(module).__init__).parameters
+    mapped = isinstance(module.promote_dtype, MapKernel)
+    own = [n for n in _OWN if n in defaults and getattr(module, n) is not defaults[n].default]
+    linear = _linear(module, inputs.ndim, *args, **kwargs)
+    refusal = None if linear else f"is a {type(module).__name__}, which fold does not know"
+    if linear and own != ["promote_dtype"] * mapped:
+        refusal = f"computes with a {own[0]} of its own"
+    bias = None if module.bias is None else module.bias[...]
+    map_kernel = module.promote_dtype.function if mapped else None
+    return Layer(linear, _fold_arithmetic.Weights(module.kernel[...], bias), refusal, map_kernel)
+
+
+def _linear(module: Any, ndim: int, equation: str | None = None, *, einsum_str: str | None = None, **_: Any) -> Any:
+    """How the layer lies; None for subclasses, which may do anything."""
+    if type(module) is nnx.Conv:
+        groups, masked = module.feature_group_count, module.mask is not None
+        options = {"padding": module.padding, "input_dilation": module.input_dilation}
+        return _fold_arithmetic.of_conv(ndim, module.kernel_size, groups=groups, masked=masked, **options)
+    if type(module) is nnx.ConvTranspose:
+        return _fold_arithmetic.of_conv_transpose(ndim, module.kernel_size, transpose_kernel=module.transpose_kernel)
+    if type(module) is nnx.Linear:
+        return _fold_arithmetic.of_dense(ndim, -1, (), module.out_features)
+    if type(module) is nnx.LinearGeneral:
+        return _fold_arithmetic.of_dense(ndim, module.axis, tuple(module.batch_axis), module.out_features)
+    if type(module) is nnx.Einsum:
+        return _fold_arithmetic.of_einsum(ndim, equation or einsum_str or module.einsum_str)
+    return None
+
+
+def _edit(model: Any, plan: _fold_plan.Plan, found: _Found) -> None:
+    """Folds in place, in the objects themselves, so that whoever holds a layer holds the new one."""
+    modules = _modules_of(model)
+    for one in plan.folds:
+        norm = modules[one.norm]
+        layer = as_norm(norm)
+        of_old = getattr(type(norm), "jaxbn_input", None)  # of the layer that was there before `replace`
+        input_name = layer.registered.input_name if isinstance(layer, Adapted) else of_old
+        left = Folded(found.norms[one.norm].dtypes[1], getattr(norm, "activation", None), input_name)
+        set_class(norm, Folded)
+        vars(norm).clear()
+        vars(norm).update(vars(left))
+    for path, weights in _fold_plan.fold_weights(plan, found.layers).items():
+        layer = modules[path]
+        layer.kernel = layer.kernel.replace(weights.kernel)
+        layer.bias = nnx.Param(weights.bias) if layer.bias is None else layer.bias.replace(weights.bias)
+        if isinstance(layer, nnx.Einsum):
+            layer.bias_shape = layer.bias.shape
+        else:
+            layer.use_bias = True
+        if isinstance(layer.promote_dtype, MapKernel):
+            layer.promote_dtype = promote_dtype
+
+
+def _as_function(call: Call, model: Any, example: Any) -> tuple[Any, ...]:
+    """A function of the state of the model, and its arguments."""
+    graphdef, state = nnx.split(model)
+    return lambda state, example: call(nnx.merge(graphdef, state), example), state, example

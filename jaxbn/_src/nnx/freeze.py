@@ -1,0 +1,223 @@
+"""What stands still in an NNX model: the frozen network, and single layers that keep their statistics in training."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx, traverse_util
+
+from jaxbn._src.framework.layers import AFFINE, LayerKind, select
+from jaxbn._src.framework.processes import check_unstacked
+from jaxbn._src.inference.frozen import (
+    Frozen,
+    check_frozen,
+    check_kinds,
+    check_shapes,
+    copied,
+    make_info,
+    shapes_by_path,
+)
+from jaxbn._src.inference.summary import tabulate
+from jaxbn._src.methods.batch_norm import BatchNormState
+from jaxbn._src.nnx.capture import find_layers, find_states, is_frozen, kind_of, select_layers
+from jaxbn._src.nnx.registry import evaluate, set_call
+from jaxbn._src.statistics.pass_report import Report
+
+
+def freeze(model: Any, report: Report | None = None) -> Frozen:
+    """Makes the network that is evaluated, saved and served, out of a model that is ready for it.
+
+    Args:
+        model: The model, with running averages (Method ONE) or as `postproc` returned it (Method TWO). It is left
+            untouched.
+        report: What `postproc` returned beside it; it says where the statistics come from.
+
+    Returns:
+        A `Frozen`, which holds all variables of the model but random states and intermediates. `install_frozen` puts it
+        into a model again.
+
+    Raises:
+        ValueError: If nothing ever estimated the statistics of a layer, if they are not finite, or if the report is
+            about another model.
+
+    Example:
+        >>> data = jnp.arange(10.0)[:, None]
+        >>> model, report = jaxbn.nnx.postproc(nnx.BatchNorm(1, rngs=nnx.Rngs(0)), [data])
+        >>> frozen = jaxbn.nnx.freeze(model, report)
+        >>> frozen.info.layer("")
+        LayerInfo(method='batch_norm', epsilon=1e-05, estimator='pooled', rows=10.0)
+    """
+    check_one_model(model)
+    info = make_info(find_states(model), report=report, kinds=find_kinds(model))
+    return Frozen(copied(to_variables(model)), info)
+
+
+def check_one_model(model: Any) -> None:
+    """Raises a ValueError if this is no model with normalization layers, or one that `pmap` has replicated."""
+    find_layers(model)
+    check_unstacked(nnx.state(model))
+
+
+def install_frozen(model: Any, frozen: Frozen) -> Any:
+    """Puts a frozen network into a model of its structure; the model given is left untouched.
+
+    Args:
+        model: A model, of jaxbn's layers or stock ones. Its values do not matter: `nnx.eval_shape` may have made it, in
+            which case its random streams start from a key of zeros.
+        frozen: The network, of `freeze` or `jaxbn.serving.load`.
+
+    Returns:
+        A new model, in evaluation mode.
+
+    Raises:
+        ValueError: If a variable is missing or of another shape, which is named; or a layer has another method or
+            epsilon.
+        TypeError: If `frozen` is no `Frozen`.
+
+    Example:
+        >>> data = jnp.arange(10.0)[:, None]
+        >>> model, report = jaxbn.nnx.postproc(nnx.BatchNorm(1, rngs=nnx.Rngs(0)), [data])
+        >>> frozen = jaxbn.nnx.freeze(model, report)
+        >>> served = jaxbn.nnx.install_frozen(jaxbn.nnx.BatchNorm(1, rngs=nnx.Rngs(1)), frozen)
+        >>> print(f"{served(data[:1])[0, 0]:.2f}")
+        -1.57
+    """
+    check_fits(frozen, model)
+    check_kinds(frozen, find_kinds(model))
+    copy = nnx.clone(model)
+    copy.eval()
+    for path, variable in nnx.to_flat_state(nnx.state(copy, SAVED)):
+        value: Any = frozen.variables
+        for key in path:
+            value = value[str(key)]
+        variable.set_value(copied(value))
+    for _, variable in nnx.to_flat_state(nnx.state(copy, nnx.RngState)):
+        if isinstance(variable.get_value(), jax.ShapeDtypeStruct):  # of an abstract model, which then can be jitted
+            variable.set_value(jnp.zeros(variable.shape, variable.dtype))
+    return copy
+
+
+# What a frozen network holds of a model.
+SAVED = nnx.Not(nnx.Any(nnx.RngState, nnx.Intermediate))
+
+
+def to_variables(model: Any) -> dict[str, Any]:
+    """The variables of a model as nested dicts of arrays, by path; a variable may hold a list, a tuple or a dict."""
+    flat = nnx.to_flat_state(nnx.state(model, SAVED))
+    return traverse_util.unflatten_dict({tuple(map(str, path)): variable.get_value() for path, variable in flat})
+
+
+def find_kinds(model: Any) -> dict[str, LayerKind]:
+    """What every normalization layer does, by its path."""
+    return {path: kind_of(layer) for path, layer in find_layers(model).items()}
+
+
+def check_fits(frozen: Frozen, model: Any) -> None:
+    """Raises a ValueError that names the first variable in which the frozen network differs from a model, or it."""
+    check_frozen(frozen)
+    check_shapes(shapes_by_path(frozen.variables), shapes_by_path(to_variables(model)))
+
+
+def freeze_layers(model: Any, paths: str | Sequence[str]) -> Any:
+    """Makes some layers keep their statistics and normalize with them, whatever they are asked to, `train()` included.
+
+    For fine-tuning with small batches or on little data. Their scale and bias still learn; :func:`affine_mask` holds
+    those. No gradient flows into the statistics (in Flax's layers, that of evaluation does). A `postproc` leaves the
+    layers untouched. The variables are the same with and without, so that `nnx.update(model, nnx.state(frozen_model))`
+    undoes it, and `jax.lax.cond` may choose between the two inside jit.
+
+    Args:
+        model: The model; it is left untouched.
+        paths: Layers, or modules all of whose layers are meant, such as `"backbone"` or `"blocks/0/norm"`; one or
+            several. `""` is the whole model.
+
+    Returns:
+        A new model, with copies of the variables.
+
+    Raises:
+        ValueError: If there is no layer at a path or below it, or one of a class that is not known, see
+            :func:`register_batch_norm`; where there are others too, it is a warning.
+
+    Example:
+        >>> model = jaxbn.nnx.freeze_layers(jaxbn.nnx.BatchNorm(1, rngs=nnx.Rngs(0)), "")
+        >>> y = model(jnp.array([[1.0], [3.0]]))
+        >>> print(f"output {y[1, 0]:.2f}, mean {model.mean[0]:.2f}")
+        output 3.00, mean 0.00
+    """
+    copy = nnx.clone(model)
+    layers = find_layers(copy)
+    for path in select_layers(copy, paths):
+        if not is_frozen(layers[path]):
+            set_call(layers[path], evaluate, ("jaxbn_frozen", True))
+    return copy
+
+
+def affine_mask(model: Any, paths: str | Sequence[str]) -> Any:
+    """Says of each parameter whether it is the scale or bias of one of these layers, for `optax.masked`.
+
+    `optax.chain(optimizer, optax.masked(optax.set_to_zero(), mask))` holds them; the negation of the mask keeps weight
+    decay off them.
+
+    Args:
+        model: The model.
+        paths: As in :func:`freeze_layers`.
+
+    Returns:
+        Booleans, in a state like `nnx.state(model, nnx.Param)`, which is what `nnx.Optimizer` optimizes.
+
+    Raises:
+        ValueError: If there is no layer at a path or below it.
+
+    Example:
+        >>> model = nnx.Sequential(nnx.Linear(3, 2, rngs=nnx.Rngs(0)), jaxbn.nnx.BatchNorm(2, rngs=nnx.Rngs(1)))
+        >>> mask = jaxbn.nnx.affine_mask(model, "layers/1")
+        >>> nnx.to_flat_state(mask).paths
+        (('layers', 0, 'bias'), ('layers', 0, 'kernel'), ('layers', 1, 'bias'), ('layers', 1, 'scale'))
+        >>> jax.tree.leaves(mask)
+        [False, False, True, True]
+    """
+    layers = set(select(paths, find_layers(model)))
+    flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
+    return nnx.from_flat_state([(path, _joined(path[:-1]) in layers) for path, _ in flat])
+
+
+def summary(model: Any) -> str:
+    """A table of what is normalized, how, and by what its statistics were estimated.
+
+    Args:
+        model: A model, or a `Frozen`, which knows more.
+
+    Returns:
+        Text, with a line per layer.
+
+    Raises:
+        ValueError: If there is no normalization layer.
+
+    Example:
+        >>> model = nnx.Sequential(nnx.Linear(3, 8, rngs=nnx.Rngs(0)), jaxbn.nnx.BatchNorm(8, rngs=nnx.Rngs(1)))
+        >>> print(jaxbn.nnx.summary(model))
+        1 normalization layer, 8 channels
+        layer     channels  learns       method      epsilon  statistics      rows
+        layers/1         8  scale, bias  batch_norm  1e-05    initial values     -
+    """
+    if isinstance(model, Frozen):
+        check_unstacked(model.variables)
+        flat = traverse_util.flatten_dict(model.variables, sep="/")
+        paths = {path: f"{path}/" if path else "" for path, _ in model.info.layers}
+        if missing := [path for path, start in paths.items() if f"{start}mean" not in flat]:
+            raise TypeError(
+                f"This Frozen has no {missing[0]!r} of an NNX model; of a linen one use jaxbn.linen.summary."
+            )
+        states = {path: BatchNormState(flat[f"{start}mean"], flat[f"{start}var"]) for path, start in paths.items()}
+        # Of the variables of a network of NNX no more than the names are left.
+        params = (name for name in flat if name.rpartition("/")[2] in AFFINE)
+        return tabulate(states, params, info=model.info)
+    states = find_states(model)
+    check_one_model(model)
+    params = (_joined(path) for path, _ in nnx.to_flat_state(nnx.state(model, nnx.Param)))
+    return tabulate(states, params, kinds=find_kinds(model))
+
+
+def _joined(path: Sequence[Any]) -> str:
+    return "/".join(map(str, path))

@@ -1,0 +1,274 @@
+"""Normalization layers for flax.nnx: fields and variables. What they compute is in jaxbn.methods."""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.nnx.bridge.wrappers import current_linen_module
+from flax.nnx.nn import dtypes
+from flax.nnx.nn.initializers import ones_init, zeros_init
+from flax.nnx.rnglib import Rngs
+from flax.typing import Initializer, PromoteDtypeFn
+from jax.typing import ArrayLike, DTypeLike
+
+from jaxbn._src import internals as _internals
+from jaxbn._src.framework.method import (
+    REQUIRED,
+    Method,
+    arguments_of,
+    check_leaves,
+    evaluate,
+    fields_of,
+    operands_for,
+)
+from jaxbn._src.methods.batch_norm import batch_norm
+from jaxbn._src.methods.protocol import NormTransform, State
+from jaxbn._src.numerics.averages import Averaging
+from jaxbn._src.numerics.axes import static
+from jaxbn._src.numerics.collectives import check_groups
+
+_ZEROS, _ONES = zeros_init(), ones_init()
+_KINDS = ("init", "metadata")
+_MISSING_FLAG = (
+    "No `use_running_average` argument was provided to {name}. Pass it to the constructor, as in "
+    "{name}(..., use_running_average=True); or to the call, as in layer(x, use_running_average=True); or use "
+    "nnx.view(model, use_running_average=True)."
+)
+
+
+def _with_defaults_of_method(init: Callable[..., None]) -> Callable[..., None]:
+    """The constructor of all layers, in which the defaults of a layer's method go before those of batch norm."""
+
+    @functools.wraps(init)
+    def __init__(self: Any, num_features: int | Sequence[int], **given: Any) -> None:
+        defaults = fields_of(self._factory).items()
+        unset = {n: value for n, value in defaults if value is not REQUIRED and n not in vars(self)}
+        init(self, num_features, **unset | given)
+
+    return __init__
+
+
+class Norm(nnx.Module):
+    """What all layers share: Flax's fields, and the plumbing between a transform and the variables.
+
+    A layer names the factory of its method, whose arguments are its fields: those beyond the ones of all layers are
+    given by name. The params and the statistics of the method are its variables. What is not a call is a property,
+    because `nnx.tabulate` takes every public method for a part of the model that runs.
+    """
+
+    _factory: ClassVar[Callable[..., NormTransform]]
+
+    @_with_defaults_of_method
+    def __init__(
+        self,
+        num_features: int | Sequence[int],
+        *,
+        use_running_average: bool | None = False,
+        axis: int | Sequence[int] = -1,
+        momentum: ArrayLike | Averaging | None = 0.99,
+        epsilon: float = 1e-5,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        use_bias: bool = True,
+        use_scale: bool = True,
+        bias_init: Initializer = _ZEROS,
+        scale_init: Initializer = _ONES,
+        axis_name: str | tuple[str, ...] | None = None,
+        axis_index_groups: Any = None,
+        use_fast_variance: bool = True,
+        promote_dtype: PromoteDtypeFn = dtypes.promote_dtype,
+        rngs: Rngs,
+        bias_metadata: Mapping[str, Any] = MappingProxyType({}),
+        scale_metadata: Mapping[str, Any] = MappingProxyType({}),
+        activation: Callable[[jax.Array], jax.Array] | None = None,
+        allow_single_value: bool = False,
+        autodiff: bool = False,
+        **of_method: Any,
+    ):
+        arguments = fields_of(self._factory)
+        if unknown := sorted(of_method.keys() - arguments.keys()):
+            raise TypeError(f"{type(self).__name__} does not take {unknown[0]}=; its method takes {sorted(arguments)}.")
+        self.num_features = static(num_features)
+        self.use_running_average = use_running_average
+        self.axis = static(axis)
+        self.momentum = momentum
+        self.epsilon = epsilon
+        self.dtype = dtype
+        self.param_dtype = param_dtype
+        self.use_bias = use_bias
+        self.use_scale = use_scale
+        self.axis_name = axis_name
+        self.axis_index_groups = check_groups(axis_name, axis_index_groups)
+        self.use_fast_variance = use_fast_variance
+        self.promote_dtype = promote_dtype
+        self.activation = activation
+        self.allow_single_value = allow_single_value
+        self.autodiff = autodiff
+        for name in arguments:
+            if name in of_method:
+                setattr(self, name, of_method[name])
+            elif not hasattr(self, name):
+                raise TypeError(f"{type(self).__name__} needs {name}=.")
+
+        params, state = self._initialize()
+        initializers = {"scale": (scale_init, scale_metadata), "bias": (bias_init, bias_metadata)}
+        fields = {
+            f"{name}_{kind}": part
+            for name, given in initializers.items()
+            for kind, part in zip(_KINDS, given, strict=True)
+        }
+        check_leaves(self, Norm, self._factory, params, state, fields)
+        for name, leaf in state._asdict().items():
+            if leaf is not None:
+                setattr(self, name, nnx.BatchStat(leaf))
+        self.scale: nnx.Param[jax.Array] | None = nnx.data(None)
+        self.bias: nnx.Param[jax.Array] | None = nnx.data(None)
+        for name, leaf in params._asdict().items():
+            if leaf is not None and name in initializers:
+                initializer, metadata = initializers[name]
+                setattr(self, name, nnx.Param(initializer(rngs.params(), leaf.shape, param_dtype), **metadata))
+            elif leaf is not None:  # the method itself says where its other params start
+                setattr(self, name, nnx.Param(leaf.astype(param_dtype)))
+
+    @property
+    def made_by(self) -> Method:
+        """The factory of this layer with its arguments."""
+        return Method(self._factory, **arguments_of(self._factory, self))
+
+    @property
+    def transform(self) -> NormTransform:
+        """The pure functions of this layer."""
+        return self.made_by()
+
+    @property
+    def state(self) -> State:
+        """The statistics as the method's functions take them."""
+        return self._held(jax.eval_shape(self._initialize)[1])
+
+    @property
+    def params(self) -> Any:
+        """The learned params as the method's functions take them."""
+        return self._held(jax.eval_shape(self._initialize)[0])
+
+    def _held(self, initial: Any) -> Any:
+        """The values of the variables, in a NamedTuple of the method."""
+        held = [name for name, leaf in initial._asdict().items() if leaf is not None]
+        return initial._replace(**{name: getattr(self, name)[...] for name in held})
+
+    def set_view(self, use_running_average: bool | None = None) -> None:
+        """Called by `nnx.view(model, use_running_average=...)`.
+
+        Args:
+          use_running_average: True: normalize with the stored statistics. False:
+            with those of the batch, and move the stored ones.
+        """
+        if use_running_average is not None:
+            self.use_running_average = use_running_average
+
+    def __call__(
+        self,
+        x: ArrayLike,
+        use_running_average: bool | None = None,
+        *,
+        mask: ArrayLike | None = None,
+        residual: ArrayLike | None = None,
+        domain: ArrayLike | None = None,
+    ) -> jax.Array:
+        """Normalizes x `[..., C]`, adds the residual and applies the activation.
+
+        Args:
+            x: The input; its shape but for the features may change from call to call.
+            use_running_average: True: normalize with the stored statistics. False: with those of the batch, and move
+                the stored ones. None: as the attribute says, which `train()`, `eval()` and `nnx.view` set.
+            mask: Booleans or real weights, broadcastable to `x`, of the values from which statistics are computed; in
+                training alone. Of rows `[N, 1]`: one of lower rank that fits the leading axes as well is an error.
+            residual: Added to the normalized input before the activation, of the shape of `x`.
+            domain: For `DomainBatchNorm` alone: the domain of each example, integers `[N]`.
+
+        Returns:
+            An array of the shape of `x`.
+
+        Raises:
+            ValueError: If `use_running_average` is given nowhere, or the input does not fit; see `batch_norm`.
+        """
+        flag = self.use_running_average if use_running_average is None else use_running_average
+        if flag is None:
+            raise ValueError(_MISSING_FLAG.format(name=type(self).__name__))
+        # As linen in `init`: an example may be of any size, on one device.
+        alone = {"axis_name": None, "axis_index_groups": None, "allow_single_value": True}
+        made = self.made_by
+        changes = {name: value for name, value in alone.items() if name in made.keywords and _is_given_an_example(self)}
+        transform, state = made(**changes), self.state
+        arguments = {"mask": mask, "residual": residual, "domain": domain}
+        if flag:
+            return evaluate(transform, self.params, state, x, **arguments)
+        y, new_state = transform.train(self.params, state, x, **operands_for(transform.train, **arguments))
+        for name, leaf in new_state._asdict().items():
+            if leaf is not getattr(state, name):  # without a running average nothing is
+                getattr(self, name).set_value(leaf)  # `[...] =` walks through all that is traced so far
+        return y
+
+    def _initialize(self) -> tuple[Any, State]:
+        dtype = self.param_dtype if jnp.issubdtype(self.param_dtype, jnp.complexfloating) else jnp.float32
+        params, state = self.transform.init(self.num_features, dtype=dtype)
+        return params, state
+
+
+def _is_given_an_example(layer: Norm) -> bool:
+    """Whether a call only shows the layer, or makes the variables of a model, here or of a linen model around it."""
+    around = current_linen_module()
+    return _internals.is_given_an_example(layer) or around is not None and around.is_initializing()
+
+
+class BatchNorm(Norm):
+    r"""Batch normalization; takes the place of `flax.nnx.BatchNorm`, with its variables and its checkpoints.
+
+    Change the import and nothing else. Differs from Flax's layer as :class:`jaxbn.linen.BatchNorm` does, and in this:
+    dtypes follow linen's rules, so that statistics are computed from the input as it is and stored ones are never
+    rounded; `promote_dtype` is accepted and not used. One value per channel is an error in training, but not where a
+    call is for show: in `nnx.tabulate`, `nnx.bridge.lazy_init` and the `init` of a linen model around the layer. No
+    other trace for shapes, as of `jax.eval_shape`, can be told from one of `jax.jit`: it raises as training does.
+
+    Args:
+        num_features: Number of features, or their shape where there are several feature axes.
+        use_running_average: See the call.
+        axis: Feature axis, or several.
+        momentum: Weight of the OLD running value, in [0, 1); None keeps no running average; or a
+            :class:`jaxbn.Averaging`. All but a plain number add the variable `count`.
+        epsilon: Added to the variance.
+        dtype: Of the result; None: what input and parameters promote to.
+        param_dtype: Of the parameters.
+        use_bias: Whether to learn a bias.
+        use_scale: Whether to learn a scale.
+        bias_init: Initializer of the bias.
+        scale_init: Initializer of the scale.
+        axis_name: Axis of a `shard_map`, `pmap` or `vmap` over which the batch is spread; not used in evaluation.
+        axis_index_groups: Groups of devices that share statistics.
+        use_fast_variance: True sums about a shift, False centres first; both are numerically safe.
+        promote_dtype: Accepted, not used.
+        rngs: Keys for the initializers.
+        bias_metadata: Of the variable of the bias.
+        scale_metadata: Of the variable of the scale.
+        activation: Applied to the result; `jax.nn.relu` and `jax.nn.leaky_relu` cost no memory traffic here.
+        allow_single_value: Accept one value per channel in training.
+        autodiff: Use JAX's own derivative; forward mode needs it.
+        of_method: None here. Layers of other methods have those arguments of their factories that this one lacks.
+
+    Returns:
+        A module.
+
+    Example:
+        >>> layer = jaxbn.nnx.BatchNorm(2, momentum=0.9, rngs=nnx.Rngs(0))
+        >>> y = layer(jnp.array([[1.0, 0.0], [3.0, 8.0]]))
+        >>> layer.mean[...].round(3)
+        Array([0.2, 0.4], dtype=float32)
+
+    References:
+        Ioffe & Szegedy, `Batch Normalization <https://arxiv.org/abs/1502.03167>`_, 2015.
+    """
+
+    _factory = staticmethod(batch_norm)

@@ -1,0 +1,37 @@
+"""Modules of NNX that keep running statistics and are no layers that are known."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+from flax import nnx
+
+from jaxbn._src.framework.unknown_layers import name_of
+from jaxbn._src.nnx.registry import known
+
+
+def find_others(model: Any) -> dict[str, Any]:
+    """Every module that keeps running statistics and is no layer that is known, by its path."""
+    return {
+        joined(path): module
+        for path, module in nnx.iter_modules(model)
+        if known(module) is None and statistics_of(module)
+    }
+
+
+def statistics_of(module: Any) -> list[nnx.Variable[Any]]:
+    """The variables of running statistics that a module itself holds, or one of linen that is in it."""
+    held = [value for name, value in sorted(vars(module).items()) if not name.startswith("_")]
+    leaves = jax.tree.leaves(held, is_leaf=lambda node: isinstance(node, nnx.Variable | nnx.Module))
+    return [leaf for leaf in leaves if isinstance(leaf, nnx.BatchStat)]
+
+
+def class_of(module: Any) -> str:
+    """The class of a module as a user knows it."""
+    inside = type(module.to_nnx__module) if isinstance(module, nnx.bridge.ToNNX) else None
+    return name_of(type(module), inside)
+
+
+def joined(path: Iterable[Any]) -> str:
+    """A path as text; the model itself has the path ''."""
+    return "/".join(map(str, path))

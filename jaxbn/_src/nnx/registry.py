@@ -1,0 +1,315 @@
+"""Layers of NNX that are batch norm: Flax's, jaxbn's, those of linen in a bridge, and those that users register."""
+
+import copy
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar, cast
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxbn._src.framework import registry as _registry
+from jaxbn._src.framework.layers import call_arguments
+from jaxbn._src.framework.method import Method, state_of
+from jaxbn._src.framework.registry import REGISTRY, Registered
+from jaxbn._src.methods.batch_norm import BatchNormState
+from jaxbn._src.methods.protocol import State
+from jaxbn._src.nnx.modules import Norm
+
+Class = TypeVar("Class", bound=type[nnx.Module])
+
+REGISTER = "jaxbn.nnx.register_batch_norm"
+_FLAX = {"mean": "mean", "var": "var", "scale": "scale", "bias": "bias"}
+_FIELDS = {"axis": "axis", "epsilon": "epsilon", "momentum": "momentum"}
+_OF_BRIDGE = {"rngs", "method", "mutable"}  # arguments of the call of a bridge that are not those of the module in it
+
+
+def register_batch_norm(
+    cls: Class,
+    *,
+    evaluation: Mapping[str, Any],
+    mean: str = "mean",
+    var: str = "var",
+    scale: str = "scale",
+    bias: str = "bias",
+    axis: Any = "axis",
+    epsilon: Any = "epsilon",
+    momentum: Any = "momentum",
+) -> Class:
+    """Says that a class of layers is batch normalization, so that all functions of jaxbn serve it.
+
+    For copies of Flax's layer and layers like it. Call it once, where the class is imported; it holds for the process,
+    for subclasses too. In evaluation the layer must compute `(x - mean) / sqrt(var + epsilon) * scale + bias`, with the
+    statistics in `nnx.BatchStat` variables. Its own code runs with the statistics that are wanted. jaxbn's layers,
+    `flax.nnx.BatchNorm`, and the layers of linen in `flax.nnx.bridge.ToNNX` are known.
+
+    Args:
+        cls: A class of modules, whose call takes the input first. A `mask` of the call, and attributes `axis_name`,
+            `axis_index_groups`, `use_bias` and `use_scale`, mean what they mean in Flax's layer.
+        evaluation: What makes a call evaluate, arguments of the call or attributes: `{"training": False}`, say.
+        mean: The name of the variable.
+        var: Likewise.
+        scale: The name of the parameter.
+        bias: Likewise.
+        axis: The name of the attribute, or the feature axis itself.
+        epsilon: The name of the attribute, or the number.
+        momentum: The name of the attribute with the weight of the OLD value, or the number. None: not known, so
+            that `move_averages` leaves its averages, and `replace` takes that of the new layer.
+
+    Returns:
+        The class.
+
+    Raises:
+        TypeError: If it is no class of NNX modules.
+        ValueError: If the class is registered as something else; later, if a layer has no such attribute.
+
+    Example:
+        >>> class Norm(nnx.Module):
+        ...     def __init__(self, features):
+        ...         self.mean, self.var = nnx.BatchStat(jnp.zeros(features)), nnx.BatchStat(jnp.ones(features))
+        ...     def __call__(self, x, train=False):
+        ...         if train:
+        ...             self.mean[...], self.var[...] = x.mean(0), x.var(0)
+        ...         return (x - self.mean[None]) * jax.lax.rsqrt(self.var[None] + 1e-5)
+        >>> _ = jaxbn.nnx.register_batch_norm(Norm, evaluation={"train": False}, axis=-1, epsilon=1e-5, momentum=None)
+        >>> model, report = jaxbn.nnx.postproc(Norm(1), [jnp.arange(10.0)[:, None]])
+        >>> model.mean[...], model.var[...]
+        (Array([4.5], dtype=float32), Array([8.25], dtype=float32))
+    """
+    names = {"mean": mean, "var": var, "scale": scale, "bias": bias}
+    fields = {"axis": axis, "epsilon": epsilon, "momentum": momentum}
+    REGISTRY.add(_registry.make(cls, nnx.Module, evaluation, names, fields))
+    return cls
+
+
+for _cls in (nnx.BatchNorm, Norm, nn.BatchNorm):
+    REGISTRY.add(Registered(_cls, {"use_running_average": True}, _FLAX, _FIELDS))
+
+
+def known(module: Any) -> Registered | None:
+    """What is known of the class of a module; of that inside, if it is a bridge to linen."""
+    if not isinstance(module, nnx.bridge.ToNNX):
+        return REGISTRY.of(type(module))
+    inside: Any = type(module.to_nnx__module)
+    registered = REGISTRY.of(inside)
+    # The call of another class around the layer would be lost.
+    is_plain = registered is not None and inspect.unwrap(inside.__call__) is inspect.unwrap(_class(registered).__call__)
+    return registered if is_plain and registered is not None and hasattr(module, registered.names["mean"]) else None
+
+
+def _class(registered: Registered) -> Any:
+    return registered.cls
+
+
+def as_norm(module: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+    """A layer that is known, called with these arguments, as one with the attributes of Flax's."""
+    if isinstance(module, Adapted):
+        return module
+    registered = known(module)
+    if registered is None or registered.cls in (nnx.BatchNorm, Norm):
+        return module
+    return Adapted(module, registered, args, kwargs or {})
+
+
+def evaluates(module: Any, args: Any, kwargs: Any) -> bool | None:
+    """Whether this call of a layer normalizes with the stored statistics; None: nothing says so."""
+    layer = as_norm(module, args, kwargs)
+    if isinstance(layer, Adapted):
+        return layer.registered.evaluates(layer.fields, layer.bound.args, layer.bound.kwargs)
+    return cast(Registered, known(module)).evaluates(module, args, kwargs)
+
+
+class Adapted:
+    """A layer of another class, in a call, with the attributes of Flax's layer."""
+
+    def __init__(self, module: Any, registered: Registered, args: Any, kwargs: Mapping[str, Any]):
+        self.module, self.registered = module, registered
+        self.bridged = isinstance(module, nnx.bridge.ToNNX)
+        self.fields = module.to_nnx__module if self.bridged else module
+        kwargs = {name: value for name, value in kwargs.items() if not (self.bridged and name in _OF_BRIDGE)}
+        self.bound = registered.signature.bind_partial(*args, **kwargs)
+        self.axis, self.epsilon, self.momentum = (registered.field(self.fields, name) for name in _FIELDS)
+        self.axis_name = getattr(self.fields, "axis_name", None)
+        self.axis_index_groups = getattr(self.fields, "axis_index_groups", None)
+        self.use_fast_variance = getattr(self.fields, "use_fast_variance", True)
+
+    def __getattr__(self, name: str) -> Any:
+        """A variable, by the name that it has in Flax's layer, or a field."""
+        if name in ("registered", "fields"):  # of a copy that is not made yet
+            raise AttributeError(name)
+        if name in self.registered.names:
+            return getattr(self.module, self.registered.names[name], None)
+        return getattr(self.fields, name)
+
+    @property
+    def use_scale(self) -> bool:
+        """Whether it learns a scale."""
+        return self.scale is not None
+
+    @property
+    def use_bias(self) -> bool:
+        """Whether it learns a bias."""
+        return self.bias is not None
+
+    @property
+    def num_features(self) -> Any:
+        """The number of its features, or their shape."""
+        shape = self.mean.shape
+        return shape if len(shape) > 1 else shape[0]
+
+    @property
+    def method(self) -> Method | None:
+        """The method of a layer of jaxbn that is in a bridge."""
+        return self.fields.made_by() if self.bridged and hasattr(self.fields, "made_by") else None
+
+    @property
+    def state(self) -> State:
+        """Its statistics."""
+        if self.method is None:
+            return BatchNormState(self.mean[...], self.var[...])
+        held = {name: value[...] for name, value in vars(self.module).items() if isinstance(value, nnx.BatchStat)}
+        return state_of(self.method(), held)
+
+    def arguments(self) -> tuple[jax.Array, Any, Any, dict[str, Any]]:
+        """As `call_arguments` gives them."""
+        given = self.bound.arguments
+        x = jnp.asarray(given[self.registered.input_name])
+        where = {"domain": given["domain"]} if self.method and given.get("domain") is not None else {}
+        return x, given.get("mask"), given.get("residual") if self.method else None, where
+
+    def normalize(self, state: State, x: jax.Array, **arguments: Any) -> jax.Array:
+        """Through its own call in evaluation, on a stand-in that holds these statistics."""
+        bound = copy.copy(self.bound)
+        held = {name for name in arguments if arguments[name] is not None} & self.registered.signature.parameters.keys()
+        bound.arguments = self.bound.arguments | {name: arguments[name] for name in held}
+        bound.arguments[self.registered.input_name] = x
+        fields, flags = self.registered.split_evaluation(self._is_field)
+        bound.arguments = {n: value for n, value in bound.arguments.items() if n not in fields} | flags
+        leaves = {name: leaf for name, leaf in state._asdict().items() if leaf is not None}
+        stand_in = self._stand_in(fields, {self.registered.names.get(name, name): leaves[name] for name in leaves})
+        y: jax.Array = stand_in(*bound.args, **bound.kwargs)
+        return y
+
+    def _is_field(self, name: str) -> bool:
+        return hasattr(self.fields, name) if self.bridged else name not in self.registered.signature.parameters
+
+    def _stand_in(self, fields: Mapping[str, Any], leaves: Mapping[str, Any]) -> Any:
+        stand_in = plain_copy(self.module, nnx.bridge.ToNNX if self.bridged else self.registered.cls)
+        variables = {name: vars(stand_in)[name].replace(leaf) for name, leaf in leaves.items()}
+        # An evaluation draws no random numbers, which it could not under the transformations of a call.
+        of_bridge = {"to_nnx__module": self.fields.clone(**fields), "to_nnx__rngs": None} if self.bridged else {}
+        inner = of_bridge or fields
+        vars(stand_in).update(variables | dict(inner))
+        return stand_in
+
+
+def plain_copy(module: Any, cls: Any) -> Any:
+    """The same variables in an object of a class without hooks, and without what rides beside them."""
+    made = object.__new__(cls)
+    vars(made).update({name: value for name, value in vars(module).items() if not name.startswith("jaxbn_")})
+    return made
+
+
+def run_bridge(module: Any, args: Any, kwargs: Any) -> Any:
+    """The call of a bridge to linen, which puts up with no attributes but the variables of its module."""
+    stand_in = plain_copy(module, nnx.bridge.ToNNX)
+    before = dict(vars(stand_in))
+    y = stand_in(*args, **kwargs)
+    for name, value in vars(stand_in).items():
+        if value is not before.get(name):
+            setattr(module, name, nnx.data(value))
+    return y
+
+
+@functools.cache  # the same class each time, so that equal models have equal graphdefs
+def with_call(cls: Any, base: Any, call: Callable[..., Any], *members: tuple[str, Any]) -> Any:
+    """The class with another call, `(module, call of the module, *args, **kwargs)`, in the place of that of `base`.
+
+    There super().__call__ meets it: above all classes whose call is that of `base`. They may hold it themselves, as
+    `nnx.tabulate` leaves it in every class that it has shown.
+    """
+
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return call(self, super(hook, self).__call__, *args, **kwargs)
+
+    below = next(one for one in cls.__mro__ if one.__call__ is base.__call__)
+    hook: Any = type(below.__name__, (below,), {"__call__": __call__, "__module__": below.__module__, **dict(members)})
+    return hook if cls is below else type(cls.__name__, (cls, hook), {"__module__": cls.__module__})
+
+
+@functools.cache
+def with_touch(cls: Any) -> Any:
+    """The class with a call that marks what it gives back; the class itself, if it has no call."""
+    if not any("__call__" in vars(base) for base in cls.__mro__):
+        return cls
+
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+        bridged = isinstance(self, nnx.bridge.ToNNX)
+        y = run_bridge(self, args, kwargs) if bridged else cls.__call__(self, *args, **kwargs)
+        return self.jaxbn_layer.on(y, self.jaxbn_slot[...])
+
+    return type(cls.__name__, (cls,), {"__call__": __call__, "__module__": cls.__module__})
+
+
+def evaluate(module: Any, plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """The call of a layer that is known, as one of evaluation; `plain` is the call itself."""
+    layer, registered = as_norm(module, args, kwargs), known(module)
+    assert registered is not None
+    if isinstance(layer, Adapted) and layer.bridged:
+        x, mask, residual, where = layer.arguments()
+        return layer.normalize(layer.state, x, mask=mask, residual=residual, **where)
+    bound = registered.bind(args, kwargs)
+    fields, flags = registered.split_evaluation(lambda name: name not in registered.signature.parameters)
+    bound.arguments |= flags
+    before = {name: getattr(module, name) for name in fields}
+    try:
+        vars(module).update(fields)
+        return plain(*bound.args, **bound.kwargs)
+    finally:
+        vars(module).update(before)
+
+
+@functools.cache
+def translation(cls: Any, bridged: bool) -> Callable[..., Any]:
+    """A call with which a layer of Flax or jaxbn takes the arguments of one of a class that was registered."""
+    registered = REGISTRY.of(cls)
+    assert registered is not None
+
+    def call(module: Any, plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        kwargs = {name: value for name, value in kwargs.items() if not (bridged and name in _OF_BRIDGE)}
+        bound = registered.bind(args, kwargs)
+        bound.apply_defaults()
+        told = any(bound.arguments.get(name) is not None for name in registered.evaluation)  # else the layer knows
+        args, kwargs = registered.translated(bound, registered.evaluates(module, args, kwargs) if told else None)
+        return plain(*args, **kwargs)
+
+    return call
+
+
+def has_plain_call(module: Any, cls: Any = None) -> bool:
+    """Whether the call of a layer, or of another class of it, is that of the class that is known, and not around it."""
+    cls = type(module) if cls is None else cls
+    base: Any = nnx.bridge.ToNNX if isinstance(module, nnx.bridge.ToNNX) else cast(Registered, known(module)).cls
+    return cls.__call__ is base.__call__ or hasattr(cls, "jaxbn_translates")
+
+
+def set_call(module: Any, call: Callable[..., Any], *members: tuple[str, Any]) -> None:
+    """Gives a layer that is known another call."""
+    registered = known(module)
+    assert registered is not None
+    cls: Any = type(module)
+    base = nnx.bridge.ToNNX if isinstance(module, nnx.bridge.ToNNX) else registered.cls
+    set_class(module, with_call(cls, base, call, *members))
+
+
+def set_class(module: Any, cls: type) -> None:
+    """Gives the module another class; not as an attribute that NNX keeps account of, which would be left in graphs."""
+    object.__setattr__(module, "__class__", cls)
+
+
+def call_arguments_of(layer: Any, args: Any, kwargs: Any) -> tuple[jax.Array, Any, Any, dict[str, Any]]:
+    """The arguments of the call of a layer: x, mask, residual, and the domain."""
+    return layer.arguments() if isinstance(layer, Adapted) else call_arguments(*args, **kwargs)

@@ -1,0 +1,103 @@
+"""Other normalization layers in an NNX model, by an edit of its graph."""
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, cast
+
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxbn._src.framework.layers import as_partial, carried
+from jaxbn._src.framework.registry import Registered
+from jaxbn._src.nnx.capture import find_layers, select_layers, transform_of
+from jaxbn._src.nnx.convert import convert_norms
+from jaxbn._src.nnx.modules import Norm
+from jaxbn._src.nnx.registry import Adapted, as_norm, has_plain_call, known, set_class, translation, with_call
+
+Model = TypeVar("Model")
+
+
+def replace(model: Model, layer: Callable[..., nnx.Module], paths: str | Sequence[str] = "") -> Model:
+    """The model with other normalization layers, without an edit of its source.
+
+    Each layer, of Flax or jaxbn, is replaced by one with the same attributes, as far as all methods have them:
+    momentum, epsilon, axes, dtypes, synchronization. Paths, parameters and statistics stay; what the method keeps
+    besides starts anew, see :func:`convert_norms`. With `nnx.BatchNorm` for `layer` the way leads back.
+
+    Args:
+        model: The model; it is left untouched.
+        layer: A class, such as `jaxbn.nnx.BatchRenorm`, or a `functools.partial` of one, whose arguments go before the
+            attributes of the layer that is replaced.
+        paths: Layers, or modules all of whose layers are meant, such as `"backbone"` or `"blocks/0/norm"`; one or
+            several. `""` is the whole model.
+
+    Returns:
+        A new model. `jaxbn.nnx.summary` says what each layer is.
+
+    Raises:
+        TypeError: If `layer` is no normalization layer.
+        ValueError: If there is no layer at a path or below it, one is of a class with a call of its own, or has an
+            activation inside that `layer` cannot have.
+
+    Example:
+        >>> model = nnx.Sequential(nnx.Linear(3, 2, rngs=nnx.Rngs(0)), nnx.BatchNorm(2, rngs=nnx.Rngs(1)))
+        >>> print(jaxbn.nnx.summary(jaxbn.nnx.replace(model, jaxbn.nnx.BatchRenorm)))
+        1 normalization layer, 2 channels
+        layer     channels  learns       method        epsilon  statistics      rows
+        layers/1         2  scale, bias  batch_renorm  1e-05    initial values     -
+    """
+    bound = as_partial(layer, (Norm, nnx.BatchNorm))
+    copy = nnx.clone(model)
+    layers = find_layers(copy)
+    made = {path: _make(path, layers[path], bound) for path in select_layers(copy, paths)}
+    for path, new in made.items():  # in the same object, so that whoever holds the layer holds the new one
+        set_class(layers[path], _class_for(layers[path], type(new)))
+        vars(layers[path]).clear()
+        vars(layers[path]).update(vars(new))
+    converted: Model = convert_norms(model, like=copy)
+    return converted
+
+
+def _make(path: str, old: Any, layer: functools.partial[Any]) -> Any:
+    """The layer in the place of another, with initial statistics."""
+    if not has_plain_call(old):
+        raise ValueError(
+            f"{path!r} is a {type(old).__name__}, whose call is its own and would be lost. Name other layers with "
+            f"paths=; freeze layers after they are replaced."
+        )
+    cls: Any = layer.func
+    shared = Norm if issubclass(cls, Norm) else nnx.BatchNorm
+    names = set(inspect.signature(shared.__init__).parameters)
+    if isinstance(as_norm(old), Adapted) and as_norm(old).momentum is None:
+        names -= {"momentum"}
+    metadata = {f"{name}_metadata": _metadata(getattr(as_norm(old), name)) for name in ("scale", "bias")}
+    arguments = {**metadata, **carried(path, as_norm(old), names, layer.keywords)}
+    return _stacked(cls(**arguments, rngs=nnx.Rngs(0)), old)
+
+
+def _class_for(old: Any, new: Any) -> Any:
+    """The class of the new layer, with a call that takes the arguments of the old one."""
+    cls, registered = cast(Any, type(old)), cast(Registered, known(old))
+    translates, input_name = (getattr(cls, name, None) for name in ("jaxbn_translates", "jaxbn_input"))
+    if isinstance(as_norm(old), Adapted):
+        inner: Any = registered.cls
+        translates, input_name = translation(inner, isinstance(old, nnx.bridge.ToNNX)), registered.input_name
+    if translates is None:
+        return new
+    base = Norm if issubclass(new, Norm) else nnx.BatchNorm
+    return with_call(new, base, translates, ("jaxbn_translates", translates), ("jaxbn_input", input_name))
+
+
+def _metadata(variable: nnx.Param[Any] | None) -> dict[str, Any]:
+    return {} if variable is None else variable.get_metadata()
+
+
+def _stacked(new: Any, old: Any) -> Any:
+    """The layer with as many copies of its variables along leading axes as the old one has, as of `nnx.vmap`."""
+    old = as_norm(old)
+    _, initial = transform_of(old).init(old.num_features)
+    leading = old.mean.shape[: old.mean.ndim - initial.mean.ndim]
+    for _, variable in nnx.to_flat_state(nnx.state(new)):
+        variable.set_value(jnp.broadcast_to(variable[...], (*leading, *variable.shape)))
+    return new

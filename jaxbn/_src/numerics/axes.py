@@ -1,0 +1,144 @@
+"""Static shape work: which axes are features, which are reduced, and every error about shapes.
+
+Nothing here looks at a value, so each check runs once, at trace time, and bad input raises before any state changed.
+"""
+
+import math
+import operator
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import ArrayLike
+
+from jaxbn._src.numerics import explicit_meshes as _explicit_meshes
+
+Axis = int | Sequence[int]
+
+
+class Axes(NamedTuple):
+    """The split of an array's axes, all non-negative and sorted.
+
+    The first reduced axis holds the rows, which `devices.cut` cuts into blocks: the cut array has one axis more, the
+    blocks at `rows` and the rows of a block behind them.
+    """
+
+    features: tuple[int, ...]  # kept: one statistic for each index
+    reduced: tuple[int, ...]  # summed over: batch, space, time
+
+    @property
+    def rows(self) -> int:
+        """The axis along which a batch is cut over devices."""
+        return self.reduced[0]
+
+    @property
+    def space_in_blocks(self) -> tuple[int, ...]:
+        """The reduced axes of a cut array but for the rows."""
+        return tuple(a + 1 for a in self.reduced[1:])
+
+    @property
+    def reduced_in_blocks(self) -> tuple[int, ...]:
+        """The axes of a cut array that a sum over each block reduces."""
+        return (self.rows + 1, *self.space_in_blocks)
+
+
+def static(axis: Axis) -> int | tuple[int, ...]:
+    """The axis argument in a form that can be hashed."""
+    return tuple(map(operator.index, axis)) if isinstance(axis, Iterable) else operator.index(axis)
+
+
+def split(ndim: int, axis: Axis) -> Axes:
+    """Splits the axes of an array of rank `ndim` into features (`axis`) and the rest."""
+    given = static(axis)
+    given = given if isinstance(given, tuple) else (given,)
+    if any(not -ndim <= a < ndim for a in given):
+        raise ValueError(
+            f"axis={axis} names an axis that an input of rank {ndim} does not have; give axes in [{-ndim}, {ndim})."
+        )
+    features = tuple(sorted({a % ndim for a in given}))
+    return Axes(features, tuple(a for a in range(ndim) if a not in features))
+
+
+def with_rows(axes: Axes, *arrays: jax.Array) -> tuple[Axes, tuple[jax.Array, ...]]:
+    """Gives arrays of features alone an axis of one row; a batch that lies along an `axis_name` comes like this."""
+    if axes.reduced:
+        return axes, arrays
+    return Axes(tuple(a + 1 for a in axes.features), (0,)), tuple(a[None] for a in arrays)
+
+
+def feature_shape(shape: Sequence[int], axis: Axis) -> tuple[int, ...]:
+    """Shape of the statistics of an array of this shape: `(C,)`, or one entry for each feature axis."""
+    return tuple(shape[a] for a in split(len(shape), axis).features)
+
+
+def values_per_channel(shape: Sequence[int], axis: Axis) -> int:
+    """How many values one statistic is computed from, before masks and on this device."""
+    return math.prod(shape[a] for a in split(len(shape), axis).reduced)
+
+
+def expand(stat: jax.Array, ndim: int, axes: Axes) -> jax.Array:
+    """Lays a per-channel array `[C]` out so that it broadcasts against the input."""
+    return jnp.expand_dims(stat, tuple(a for a in range(ndim) if a not in axes.features))
+
+
+def check_features(shape: Sequence[int], axis: Axis, expected: Sequence[int]) -> None:
+    """Raises a ValueError if the input does not have the features that the state was made for."""
+    found = feature_shape(shape, axis)
+    if found != tuple(expected):
+        raise ValueError(
+            f"The input {tuple(shape)} has features {found} along axis={axis}, but the parameters and statistics are "
+            f"for {tuple(expected)}. Pass an input with {tuple(expected)} features, name its feature axis with axis=, "
+            f"or initialize anew for this input."
+        )
+
+
+def check_training_batch(shape: Sequence[int], axis: Axis, values: int, allow_single_value: bool) -> None:
+    """Raises a ValueError if `values` per channel, over all devices, are too few to train on."""
+    if values == 0:
+        raise ValueError(
+            f"The input {tuple(shape)} holds no value to compute training statistics from. Leave empty batches out, or "
+            f"evaluate with the stored statistics (use_running_average=True, or .eval)."
+        )
+    if values == 1 and not allow_single_value:
+        raise ValueError(
+            f"The input {tuple(shape)} has one value per channel along axis={axis}: its variance is 0, every output "
+            f"would be the bias and no gradient would flow. Use a larger batch, synchronize over devices with "
+            f"axis_name=, normalize with the stored statistics (use_running_average=True, or .eval), or pass "
+            f"allow_single_value=True if this is meant."
+        )
+
+
+def weights_like(mask: ArrayLike | None, x: jax.Array) -> jax.Array | None:
+    """The mask as float32 weights of the rank of x, constants; booleans are 0 or 1, what is not positive is 0.
+
+    Raises:
+        ValueError: If the mask does not broadcast to the input by NumPy's rules, or fits its leading axes as well.
+        TypeError: If it is complex.
+    """
+    if mask is None:
+        return None
+    weights, shape = jnp.asarray(mask), x.shape
+    try:
+        fits = jnp.broadcast_shapes(weights.shape, shape) == shape
+    except ValueError:
+        fits = False
+    if not fits:
+        leading = weights.shape == shape[: weights.ndim]
+        fix = f"mask.reshape({weights.shape + (1,) * (len(shape) - weights.ndim)})" if leading else "one that does"
+        raise ValueError(
+            f"A mask of shape {weights.shape} does not broadcast to the input {shape}: shapes are aligned at "
+            f"the last axis. Pass {fix}."
+        )
+    front, back = weights.shape + (1,) * (len(shape) - weights.ndim), (1,) * (len(shape) - weights.ndim) + weights.shape
+    if weights.size > 1 and front != back and weights.shape == shape[: weights.ndim]:
+        raise ValueError(
+            f"A mask of shape {weights.shape} fits the leading axes of the input {shape} as well as the last "
+            f"ones, along which shapes are aligned. Pass mask.reshape({front}) for the leading axes, as of rows, or "
+            f"mask.reshape({back})."
+        )
+    if jnp.issubdtype(weights.dtype, jnp.complexfloating):
+        raise TypeError(f"A mask holds booleans or real weights, but this one is {weights.dtype}.")
+    weights = weights.reshape(back).astype(jnp.float32)
+    return _explicit_meshes.on_values(lax.stop_gradient(jnp.where(weights > 0, weights, 0)), x)

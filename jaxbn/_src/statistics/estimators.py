@@ -1,0 +1,270 @@
+r"""Estimators of the population statistics: how the moments of many batches become one mean and one variance.
+
+Each is four pure functions `(init, update, merge, finalize)` over a dict of `Moments` by layer: it starts from nothing,
+takes one batch at a time, joins with what others saw, and ends in the moments to install. A batch in which a layer was
+not reached, or was masked altogether, does not count for that layer. Where batches weigh alike, what is accumulated
+tells the standard errors too.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxbn._src.numerics import compensated as _compensated
+from jaxbn._src.numerics.averages import INITIAL_MEAN, INITIAL_VAR, Averaging
+from jaxbn._src.numerics.compensated import Accumulator
+from jaxbn._src.numerics.moments import Moments, bessel
+from jaxbn._src.statistics import standard_errors as _standard_errors
+from jaxbn._src.statistics.standard_errors import Errors, Spread
+
+Layers = dict[str, Moments]
+
+
+class Estimator(NamedTuple):
+    """How moments are accumulated. The first four functions are pure, and may be jitted."""
+
+    name: str
+    init: Callable[[Layers], Any]  # moments of any batch, for their shapes -> nothing seen yet
+    update: Callable[[Any, Layers], Any]  # and one batch more
+    merge: Callable[[Any, Any], Any]  # this and what came after it elsewhere
+    finalize: Callable[[Any], Layers]  # count, mean and m2 = count * var of the population
+    # -> the standard errors of mean and var, on the host; None where the last batches weigh more than those before
+    errors: Callable[[Any], dict[str, Errors]] | None = None
+    # -> bool[*features] by layer: which variances are 0 as no more than one value went into each; None: not known
+    single: Callable[[Any], dict[str, jax.Array]] | None = None
+
+
+def check_estimator(estimator: Any) -> None:
+    """Raises a TypeError for what is no estimator."""
+    if isinstance(estimator, Estimator):
+        return
+    fix = "Give jaxbn.pooled(), jaxbn.mean_of_batches() or jaxbn.moving_average(decay=0.9)."
+    if isinstance(estimator, Averaging):
+        fix = f"It is an average for `momentum` of a layer, over the steps of training. {fix}"
+    raise TypeError(f"estimator={estimator!r} is no estimator of population statistics. {fix}")
+
+
+class _Pooled(NamedTuple):
+    values: Accumulator
+    spread: Spread
+
+
+@functools.cache  # equal arguments give the same functions, and so the same compiled pass
+def pooled(*, unbiased: bool = False) -> Estimator:
+    r"""The mean and variance of all values together: exact, whatever the batches.
+
+    With counts :math:`n_B`, :math:`\mu = \sum n_B \mu_B / n` and :math:`\sigma^2 = \sum n_B (\sigma_B^2 + (\mu_B -
+    \mu)^2) / n`: the law of total variance. The default, and the one to use unless you reproduce another's numbers.
+
+    Args:
+        unbiased: Divide by n - 1 instead of n.
+
+    Returns:
+        An `Estimator`.
+
+    Example:
+        >>> estimator = jaxbn.pooled()
+        >>> batches = [{"bn": jaxbn.batch_moments(jnp.array(v)[:, None])} for v in ([0.0, 2.0], [5.0])]
+        >>> acc = estimator.init(batches[0])
+        >>> for moments in batches:
+        ...     acc = estimator.update(acc, moments)
+        >>> found = estimator.finalize(acc)["bn"]
+        >>> round(float(found.mean[0]), 4), round(float(found.var[0]), 4)
+        (2.3333, 4.2222)
+
+    References:
+        Wu & Johnson, `Rethinking "Batch" in BatchNorm <https://arxiv.org/abs/2105.07576>`_, 2021, section 3.
+    """
+
+    def update(acc: _Pooled, moments: Moments) -> _Pooled:
+        values = _compensated.merge(acc.values, _compensated.single(moments))
+        return _Pooled(values, _standard_errors.add(acc.spread, moments, between=True))
+
+    def merge(a: _Pooled, b: _Pooled) -> _Pooled:
+        return _Pooled(_compensated.merge(a.values, b.values), _standard_errors.merge(a.spread, b.spread, between=True))
+
+    def finalize(acc: _Pooled) -> Moments:
+        moments = _compensated.total(acc.values)
+        return moments._replace(m2=moments.m2 * bessel(moments.count)) if unbiased else moments
+
+    return _per_layer(
+        f"pooled{'(unbiased)' if unbiased else ''}",
+        init=lambda like: _Pooled(_compensated.empty(like), _standard_errors.empty(like)),
+        update=update,
+        merge=merge,
+        finalize=finalize,
+        errors=lambda acc: _standard_errors.errors(acc.spread, between=True),
+        single=lambda acc: is_single(_compensated.total(acc.values)),
+    )
+
+
+class _Means(NamedTuple):
+    """Averages over batches, each as an accumulator whose values are those of a batch, of weight 1."""
+
+    values: Accumulator  # the values themselves, for their count
+    mean: Accumulator
+    var: Accumulator
+    spread: Spread  # of the batches, all of weight 1
+
+
+@functools.cache
+def mean_of_batches(*, unbiased: bool = True) -> Estimator:
+    r"""The mean of the batches' means and the mean of their variances, every batch with the same weight.
+
+    It leaves out the variance of the means between batches, which `unbiased` makes up for where the batches are
+    independent and of one size. Small batches and class-ordered ones are where it goes wrong; then use `pooled`.
+
+    Args:
+        unbiased: Multiply each variance by m / (m - 1), m being the values per channel in that batch.
+
+    Returns:
+        An `Estimator`.
+
+    Example:
+        >>> estimator = jaxbn.mean_of_batches(unbiased=False)
+        >>> batches = [{"bn": jaxbn.batch_moments(jnp.array(v)[:, None])} for v in ([0.0, 2.0], [5.0])]
+        >>> acc = estimator.init(batches[0])
+        >>> for moments in batches:
+        ...     acc = estimator.update(acc, moments)
+        >>> found = estimator.finalize(acc)["bn"]
+        >>> float(found.mean[0]), float(found.var[0])
+        (3.0, 0.5)
+
+    References:
+        Ioffe & Szegedy, `Batch Normalization <https://arxiv.org/abs/1502.03167>`_, 2015, Algorithm 2, steps 8-12.
+        The description that this estimator follows prints :math:`\frac{1}{n_B - 1} \sum_B \sigma_B^2` with
+        :math:`n_B` the number of batches. It is read as the unbiased estimate of Algorithm 2, :math:`\frac{m}{m - 1}
+        E_B[\sigma_B^2]`, because as printed a single batch would divide by zero, and the correction would not depend
+        on the size of the batches, which is what biases their variances.
+    """
+
+    def weighed(moments: Moments) -> Moments:
+        one = (moments.count > 0).astype(moments.count.dtype)
+        var = moments.var * (bessel(moments.count) if unbiased else 1)
+        return Moments(one, moments.mean, one * var)
+
+    def init(like: Moments) -> _Means:
+        values, value = _compensated.empty(like), _compensated.empty(like._replace(mean=like.m2))
+        return _Means(values, values, value, _standard_errors.empty(like))
+
+    def update(acc: _Means, moments: Moments) -> _Means:
+        batch, nothing = weighed(moments), jnp.zeros_like(moments.m2)
+        return _Means(
+            _compensated.merge(acc.values, _compensated.single(moments)),
+            _compensated.merge(acc.mean, _compensated.single(Moments(batch.count, batch.mean, nothing))),
+            _compensated.merge(acc.var, _compensated.single(Moments(batch.count, batch.var, nothing))),
+            _standard_errors.add(acc.spread, batch, between=False),
+        )
+
+    def merge(a: _Means, b: _Means) -> _Means:
+        values, mean, var = (_compensated.merge(*pair) for pair in zip(a[:3], b[:3], strict=True))
+        return _Means(values, mean, var, _standard_errors.merge(a.spread, b.spread, between=False))
+
+    def finalize(acc: _Means) -> Moments:
+        count = _compensated.total(acc.values).count
+        return Moments(count, _compensated.total(acc.mean).mean, count * _compensated.total(acc.var).mean)
+
+    def single(acc: _Means) -> jax.Array:
+        count, var = _compensated.total(acc.values).count, _compensated.total(acc.var)
+        return (count > 0) & (count <= var.count) & (var.mean == 0)
+
+    return _per_layer(
+        f"mean_of_batches{'' if unbiased else '(biased)'}",
+        init=init,
+        update=update,
+        merge=merge,
+        finalize=finalize,
+        errors=lambda acc: _standard_errors.errors(acc.spread, between=False),
+        single=single,
+    )
+
+
+class _Moving(NamedTuple):
+    # Values seen.
+    count: jax.Array  # type: ignore[assignment]  # hides tuple.count
+    most: jax.Array  # in one batch
+    kept: jax.Array  # decay^batches: the share of the initial values that is left
+    mean: jax.Array
+    std: jax.Array
+
+
+@functools.cache
+def moving_average(decay: float = 0.9, *, debias: bool = False) -> Estimator:
+    r"""A moving average over the batches of their mean, from 0, and of their standard deviation, from 1.
+
+    It averages the standard deviation (without epsilon) and not the variance, as the description that it follows does.
+    The last 1 / (1 - decay) batches decide: use it to reproduce such numbers, and `pooled` otherwise. There are no
+    standard errors of it: more batches do not make them smaller.
+
+    Args:
+        decay: Weight of the old value, in [0, 1).
+        debias: Take out what is left of the initial values, decay^batches of them.
+
+    Returns:
+        An `Estimator`. Its merge depends on the order of the two parts.
+
+    Raises:
+        ValueError: If `decay` is outside [0, 1).
+
+    Example:
+        >>> estimator = jaxbn.moving_average(0.9, debias=True)
+        >>> batch = {"bn": jaxbn.batch_moments(jnp.array([[0.0], [2.0]]))}
+        >>> found = estimator.finalize(estimator.update(estimator.init(batch), batch))["bn"]
+        >>> round(float(found.mean[0]), 4), round(float(found.var[0]), 4)
+        (1.0, 1.0)
+    """
+    if not 0 <= decay < 1:
+        raise ValueError(f"decay={decay} is outside [0, 1): it is the weight of the old value, 0.9 by default.")
+    start_mean, start_std = INITIAL_MEAN, INITIAL_VAR**0.5
+
+    def init(like: Moments) -> _Moving:
+        real = jnp.zeros_like(like.m2)
+        return _Moving(real, real, real + 1, jnp.full_like(like.mean, start_mean), real + start_std)
+
+    def update(acc: _Moving, moments: Moments) -> _Moving:
+        a = jnp.where(moments.count > 0, decay, 1.0).astype(acc.kept.dtype)
+        std = jnp.sqrt(moments.var)
+        return _Moving(
+            acc.count + moments.count,
+            jnp.maximum(acc.most, moments.count),
+            a * acc.kept,
+            a * acc.mean + (1 - a) * moments.mean,
+            a * acc.std + (1 - a) * std,
+        )
+
+    def merge(a: _Moving, b: _Moving) -> _Moving:
+        return _Moving(
+            a.count + b.count,
+            jnp.maximum(a.most, b.most),
+            a.kept * b.kept,
+            b.kept * (a.mean - start_mean) + b.mean,
+            b.kept * (a.std - start_std) + b.std,
+        )
+
+    def finalize(acc: _Moving) -> Moments:
+        mean, std = acc.mean, acc.std
+        if debias:
+            seen = jnp.where(acc.kept < 1, 1 - acc.kept, 1)
+            mean, std = (mean - acc.kept * start_mean) / seen, (std - acc.kept * start_std) / seen
+        return Moments(acc.count, mean, acc.count * jnp.square(std))
+
+    name = f"moving_average({decay:g}{', debias' if debias else ''})"
+    single = lambda acc: (acc.count > 0) & (acc.most <= 1)  # noqa: E731  of one line
+    return _per_layer(name, init=init, update=update, merge=merge, finalize=finalize, single=single)
+
+
+def is_single(moments: Moments) -> jax.Array:
+    """Which variances are 0 as they are of one value."""
+    return (moments.count > 0) & (moments.count <= 1) & (moments.m2 == 0)
+
+
+def _per_layer(name: str, **functions: Callable[..., Any]) -> Estimator:
+    """An estimator of all layers out of the functions for one."""
+
+    def over_layers(function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *states: {path: function(*(state[path] for state in states)) for path in states[0]}
+
+    return Estimator(name, **{key: over_layers(function) for key, function in functions.items()})

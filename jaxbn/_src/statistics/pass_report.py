@@ -1,0 +1,301 @@
+"""What a statistics pass changed, per layer, how certain the new statistics are, and the way back to the old ones."""
+
+import dataclasses
+import textwrap
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxbn._src.display import tables as _tables
+from jaxbn._src.display.plots import draw_report
+from jaxbn._src.framework.layer_paths import AS_THEY_ARE, LayerPath
+from jaxbn._src.framework.layers import LayerKind
+from jaxbn._src.framework.processes import here
+from jaxbn._src.numerics.moments import Moments
+from jaxbn._src.statistics import standard_errors as _standard_errors
+from jaxbn._src.statistics.estimators import Estimator
+from jaxbn._src.statistics.standard_errors import Errors
+from jaxbn._src.statistics.sweep import Pass
+
+_WIDTH = 100  # of the table
+_WIDEST_PATH = 36  # which leaves room for the numbers
+_MARKED = 3  # layers that moved most
+_NAMED = 5  # layers in a note
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerChange:
+    """Old and new statistics of one layer, in the shape of its features, on the host."""
+
+    count: float  # values per channel that the new statistics were computed from; 0: not reached or frozen
+    old_mean: np.ndarray
+    old_var: np.ndarray
+    new_mean: np.ndarray
+    new_var: np.ndarray
+    kind: LayerKind | None = None  # None: not reached, or frozen
+    reached: np.ndarray | bool = True  # which statistics any value went into; all but in a stack of layers in part
+    batches: float | None = None  # in which the layer was reached
+    errors: Errors | None = None  # standard errors of new_mean and new_var, in their units; None: there are none
+    last_change: float | None = (
+        None  # how far any statistic moved in the last of several sweeps, in standard deviations
+    )
+
+    @property
+    def mean_shift(self) -> np.ndarray:
+        """How far the old mean was from the new one, in new standard deviations."""
+        return np.abs(self.old_mean - self.new_mean) / np.sqrt(self._divisor)
+
+    @property
+    def std_shift(self) -> np.ndarray:
+        """How far the old standard deviation was from the new one, in new standard deviations."""
+        return np.abs(np.sqrt(self.var_ratio) - 1)
+
+    @property
+    def var_ratio(self) -> np.ndarray:
+        """Old variance over new variance."""
+        return self.old_var / self._divisor
+
+    @property
+    def relative_errors(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """The standard errors in new standard deviations, and relative to the new variance; 0 in constant channels."""
+        return None if self.errors is None else _standard_errors.relative(self.errors, self.new_mean, self.new_var)
+
+    @property
+    def per_batch(self) -> float | None:
+        """Values per channel that one normalization had, on average over the batches in which it was reached."""
+        return self.count / self.batches if self.batches else None
+
+    @property
+    def constant(self) -> np.ndarray:
+        """Which of the channels reached are constant; nothing relative to their variance says anything."""
+        return _standard_errors.is_constant(self.new_mean, self.new_var) & self.reached
+
+    @property
+    def moved(self) -> float:
+        """How far the layer moved: the larger of both shifts, averaged over the channels; NaN if all are constant."""
+        return float(np.mean(self._shown(np.maximum(self.mean_shift, self.std_shift))))
+
+    @property
+    def summary(self) -> dict[str, float]:
+        """Of the channels that were reached and are not constant: shifts, ratios, and the largest standard errors."""
+        shift, ratio = self._shown(self.mean_shift), self._shown(self.var_ratio)
+        errors = [self._shown(part) for part in self.relative_errors or (np.full_like(self.mean_shift, np.nan),) * 2]
+        numbers = shift.mean(), shift.max(), ratio.min(), ratio.max(), *(part.max() for part in errors)
+        return dict(zip(_SUMMARY, map(float, numbers), strict=True))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Numbers, lists and None; complex means as pairs."""
+        errors = self.errors and {"mean": _listed(self.errors.mean), "var": _listed(self.errors.var)}
+        return {
+            "values": self.count,
+            "values_per_batch": self.per_batch,
+            "method": self.kind and self.kind.method,
+            "epsilon": self.kind and self.kind.epsilon,
+            "old": {"mean": _listed(self.old_mean), "var": _listed(self.old_var)},
+            "new": {"mean": _listed(self.new_mean), "var": _listed(self.new_var)},
+            "standard_error": errors,
+            "last_change": self.last_change,
+            **({name: _listed(value) for name, value in self.summary.items()} if self.count else {}),
+        }
+
+    @property
+    def _divisor(self) -> np.ndarray:
+        return np.maximum(self.new_var.astype(np.float64), np.finfo(np.float32).tiny)
+
+    def _shown(self, values: np.ndarray) -> np.ndarray:
+        shown = values[np.broadcast_to(self.reached, values.shape) & ~self.constant]
+        return shown if shown.size else np.array([np.nan])
+
+
+_SUMMARY = ("mean_shift", "worst_mean_shift", "min_var_ratio", "max_var_ratio", "worst_mean_error", "worst_var_error")
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What a pass did. Prints as a table, within 100 columns, of the layers by how far they moved.
+
+    It becomes a dict and a picture, and keeps the old statistics: `jaxbn.linen.install_moments(variables, report.old)`
+    goes back, in NNX likewise. Standard errors (SE) are those of the channel in which they are largest: of the mean in
+    new standard deviations, of the variance relative to it. They come from the spread between batches;
+    :mod:`jaxbn._src.statistics.standard_errors` says how, and what is not in them.
+
+    Example:
+        >>> zero, one = np.zeros(2), np.ones(2)
+        >>> change = jaxbn.LayerChange(96.0, zero + 1, one, zero, one * 4, batches=3)
+        >>> print(jaxbn.Report("pooled", 3, {"BatchNorm_0": change}))
+        pooled statistics from 3 batches
+                      values  values   old mean off   old variance  largest SE of
+                          in     per   by (new std)      / new one    mean    var
+        layer            all   batch    mean  worst     min    max   (std)  (rel)
+        BatchNorm_0       96      32     0.5    0.5    0.25   0.25       -      -
+    """
+
+    estimator: str
+    batches: int
+    layers: dict[str, LayerChange]
+    skipped: int = 0  # batches whose moments were not finite
+    sweeps: int = 1  # over all batches
+    change: float | None = None  # how far any statistic moved in the last sweep, in standard deviations; of several
+    stop_when: float | None = None  # the standard error that was wanted
+    stopped: bool = False  # whether it was reached before the batches ended
+
+    @property
+    def not_reached(self) -> tuple[str, ...]:
+        """Layers that no batch went through; their statistics are the old ones."""
+        return tuple(path for path, change in self.layers.items() if change.count == 0)
+
+    @property
+    def old(self) -> dict[str, Moments]:
+        """The statistics from before the pass, of count 1 where it changed them: `install_moments` puts them back."""
+        changed = {path: change for path, change in self.layers.items() if change.count}
+        return {LayerPath(path, AS_THEY_ARE): _as_moments(change) for path, change in changed.items()}
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as dicts, lists, numbers, strings and None, for `json.dumps`; what is not finite is None."""
+        names = [field.name for field in dataclasses.fields(self) if field.name != "layers"]
+        layers = {path: change.to_dict() for path, change in self.layers.items()}
+        return {name: getattr(self, name) for name in names} | {"layers": layers}
+
+    def plot(self) -> Any:
+        """A figure of matplotlib, with a row for each layer: `report.plot().savefig("report.png")`."""
+        paths = [path for path in self.layers if path not in self.not_reached]
+        summaries = [self.layers[path].summary for path in paths]
+        numbers = {name: np.array([summary[name] for summary in summaries]) for name in _SUMMARY}
+        return draw_report(f"{self.estimator} statistics from {self.batches} batches", paths, numbers)
+
+    def __str__(self) -> str:
+        reached = [path for path in self.layers if path not in self.not_reached]
+        moved = sorted(reached, key=lambda path: -np.nan_to_num(self.layers[path].moved, nan=-1))
+        marked = moved[:_MARKED] if len(moved) > _MARKED else []
+        names = _tables.names_of(self.layers, _WIDEST_PATH)
+        width, indent = max(map(len, ("layer", *names.values()))), " " * 2 * bool(marked)
+        lines = [*textwrap.wrap(self._headline(), _WIDTH), *self._stop_notes()]
+        lines += [f"{indent}{name:{width}}{head}" for name, head in zip(("", "", "layer"), _HEAD, strict=True)]
+        for path in moved:
+            mark = "* " if path in marked else indent
+            lines.append(f"{mark}{names[path]:{width}}{_cells(self.layers[path])}")
+        for path in self.not_reached:
+            lines.append(f"{indent}{names[path]:{width}}  not reached, or frozen; its statistics are the old ones")
+        return "\n".join([*lines, *self._notes(names, bool(marked))])
+
+    def _headline(self) -> str:
+        line = f"{self.estimator} statistics from {self.batches} batches"
+        if self.skipped:
+            line += f", {self.skipped} of which were not finite and left out"
+        if self.change is not None:
+            line += f"; {self.sweeps} sweeps, the last of which moved them by {self.change:.2g} std"
+        return line
+
+    def _stop_notes(self) -> list[str]:
+        if self.stop_when is None:
+            return []
+        if self.stopped:
+            return [f"stopped early: no standard error was above {self.stop_when:g}"]
+        errors = [change.summary[name] for change in self.layers.values() if change.count for name in _SUMMARY[-2:]]
+        return [
+            f"not stopped early: {self.stop_when:g} was wanted, and the largest standard error is {max(errors):.2g}"
+        ]
+
+    def _notes(self, names: Mapping[str, str], marked: bool) -> list[str]:
+        notes = [f"* the {_MARKED} layers that moved most"] if marked else []
+        single = [path for path, change in self.layers.items() if 0 < (change.per_batch or 0) <= 1]
+        alone = [path for path in single if self.layers[path].constant.any()]
+        if alone:
+            text = f"of one value per channel, whose variance is 0: {', '.join(names[path] for path in alone[:_NAMED])}"
+            notes += textwrap.wrap(text, _WIDTH)
+        reached = {path: change for path, change in self.layers.items() if change.count and path not in alone}
+        constant = {path: int(change.constant.sum()) for path, change in reached.items()}
+        found = [f"{number} in {names[path]}" for path, number in constant.items() if number]
+        if found:
+            more = [f"{len(found) - _NAMED} more layers"] * (len(found) > _NAMED)
+            text = f"channels that are constant, and left out above: {', '.join([*found[:_NAMED], *more])}"
+            notes += textwrap.wrap(text, _WIDTH)
+        return notes
+
+
+_HEAD = (
+    "   values  values   old mean off   old variance  largest SE of",
+    "       in     per   by (new std)      / new one    mean    var",
+    "      all   batch    mean  worst     min    max   (std)  (rel)",
+)
+
+
+def report(
+    estimator: Estimator,
+    done: Pass,
+    moments: Mapping[str, Moments],
+    old: Mapping[str, Any],
+    new: Mapping[str, Any],
+    *,
+    changes: Mapping[str, float] | None = None,
+    **about: Any,
+) -> Report:
+    """What a pass did; states are anything with a mean and a var. A ValueError if it reached no layer.
+
+    Args:
+        estimator: Of the statistics.
+        done: The pass.
+        moments: What was installed.
+        old: The states before, by path.
+        new: The states after.
+        changes: How far each layer moved in the last of several sweeps.
+        **about: Further fields of the `Report`.
+
+    Returns:
+        The report.
+    """
+    done, moments, old, new = here((done, moments, old, new))  # they may be spread over processes
+    kinds, errors = dict(done.kinds), estimator.errors(done.estimate) if estimator.errors else {}
+
+    def of(path: str) -> LayerChange:
+        counts, found = np.asarray(moments[path].count), errors.get(path)
+        old_mean, old_var, new_mean, new_var = (
+            np.asarray(leaf) for state in (old[path], new[path]) for leaf in (state.mean, state.var)
+        )
+        batches = float(done.batches - done.skipped if found is None else found.batches.max())
+        states, change = (old_mean, old_var, new_mean, new_var), None if changes is None else changes[path]
+        return LayerChange(float(counts.max()), *states, kinds.get(path), counts > 0, batches, found, change)
+
+    layers = {path: of(path) for path in old}
+    change = None if changes is None else max(changes.values())
+    made = Report(estimator.name, int(done.batches), layers, skipped=int(done.skipped), change=change, **about)
+    if len(made.not_reached) == len(made.layers):
+        if done.kinds:
+            raise ValueError(
+                f"No value was counted in the {int(done.batches)} batches: they have no rows, or masks or weights that "
+                f"are 0 throughout. Leave empty batches out."
+            )
+        raise ValueError(
+            f"No batch went through a normalization layer of this model; it has "
+            f"{', '.join(map(repr, made.layers))}. Does `call` run the model that it is given?"
+        )
+    return made
+
+
+def _cells(change: LayerChange) -> str:
+    """The numbers of a row, below the head."""
+    summary = change.summary
+    values = f"{change.count:.0f}" if change.count < 1e7 else _tables.short(change.count)
+    per_batch = "-" if change.per_batch is None else _tables.short(change.per_batch)
+    numbers = [_tables.short(summary[name]) for name in _SUMMARY]
+    pairs = zip(numbers[::2], numbers[1::2], strict=True)
+    return f"{values:>9}{per_batch:>8}" + "".join(f" {left:>7} {right:>6}" for left, right in pairs)
+
+
+def _as_moments(change: LayerChange) -> Moments:
+    """The old statistics as moments of one value where they were changed, and of none elsewhere."""
+    var = change.old_var.astype(np.promote_types(change.old_var.dtype, np.float32))
+    reached = np.broadcast_to(change.reached, var.shape)
+    return Moments(*map(jnp.asarray, (reached.astype(var.dtype), change.old_mean, np.where(reached, var, 0))))
+
+
+def _listed(values: Any) -> Any:
+    """As lists of numbers, or None where they are not finite."""
+    values = np.asarray(values)
+    if np.iscomplexobj(values):
+        values = np.stack([values.real, values.imag], -1)
+    values = values.astype(np.float64)
+    listed: Any = np.where(np.isfinite(values), values.astype(object), None)
+    return listed.tolist()

@@ -1,0 +1,253 @@
+"""The transformation that brings the moments of the marks in a program out of it.
+
+`harvest(fun)` traces `fun` to a jaxpr and evaluates that. An equation without a mark inside is bound again untouched;
+one with a mark inside has a rule, by which the moments become outputs: stacked by scan, zero where cond took another
+branch, pooled in the carry of while and over the devices of shard_map, which pmap is too. So nothing leaks and nothing
+is written.
+
+Counts are multiples (mean and variance stay right) where JAX itself rewrites `fun` before it is seen here: a second
+derivative of checkpoint, or a gradient of a scan whose layer sees only constants of the scan. So they are where the
+devices of a shard_map saw the same, but nothing says so: what `lax.all_gather` gives is typed as varying; and with
+check_vma=False, as in pmap, an axis counts as varying if an in_spec or an operation inside names it. And `vmap` of a
+cond or while whose predicate differs per lane runs every branch on every lane: put that `vmap` around the call instead.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec
+
+from jaxbn._src import internals as _internals
+from jaxbn._src.numerics import collectives as _collectives
+from jaxbn._src.numerics import moments as _moments
+from jaxbn._src.tracing import sow as _sow
+from jaxbn._src.tracing.records import Record, by_layer, collect, pool, pool_by_index
+
+_Output = TypeVar("_Output")
+
+# What a rule and the evaluator return: the values of the equation's outputs, and the marks met on the way.
+_Result = tuple[list[Any], list[Record]]
+
+
+def harvest(fun: Callable[..., _Output]) -> Callable[..., tuple[_Output, list[Record]]]:
+    """`fun(*args) -> out` becomes `(out, records)`, with one record for every mark that the program met.
+
+    The result may be called anywhere, within jit, vmap, pmap and shard_map too: the records are then those of one lane
+    or device. Where `fun` itself runs a pmap or shard_map, they are those of all its devices. It is traced at each
+    call, so wrap it in `jax.jit` to call it repeatedly. jit and checkpoint around a mark are inlined. Arguments and
+    outputs may be any pytrees; leaves that are no arrays pass through untraced.
+
+    Raises:
+        NotImplementedError: When called, if a mark lies inside an operation for which there is no rule.
+    """
+
+    def harvested(*args: Any) -> tuple[_Output, list[Record]]:
+        inputs = over_arrays(args)
+        traced = jax.make_jaxpr(lambda inputs: over_arrays(fun(*inputs())), return_shape=True)
+        closed, shapes = traced(inputs)
+        outputs, records = _evaluate(closed, jax.tree.leaves(inputs))
+        return jax.tree.unflatten(jax.tree.structure(shapes), outputs)(), records
+
+    return harvested
+
+
+def over_arrays(tree: Any) -> Any:
+    """The tree as a `Partial` of its arrays: a pytree that keeps other leaves (numbers, strings) out of the trace."""
+    leaves, structure = jax.tree.flatten(tree)
+    positions = [i for i, leaf in enumerate(leaves) if _internals.is_array_of_jax(leaf)]
+    others = dict(enumerate(leaves))
+    arrays = [jnp.asarray(others.pop(i)) for i in positions]  # the same object, if it is a jax.Array already
+
+    def rebuild(*arrays: Any) -> Any:
+        by_position = others | dict(zip(positions, arrays, strict=True))
+        return jax.tree.unflatten(structure, [by_position[i] for i in sorted(by_position)])
+
+    return jax.tree_util.Partial(rebuild, *arrays)
+
+
+def _marked(eqn: _internals.Equation) -> bool:
+    """Whether the equation is a mark, or holds one in its programs, however deep."""
+    return eqn.primitive is _sow.mark_p or any(
+        _marked(e) for inner in _internals.inner_programs(eqn) for e in inner.eqns
+    )
+
+
+def _evaluate(program: _internals.Program, args: Sequence[Any]) -> _Result:
+    """Runs a program, equation by equation, and collects the records of its marks on the way."""
+    consts = _internals.constants(program)
+    values = dict(zip((*program.constvars, *program.invars), (*consts, *args), strict=True))
+    records: list[Record] = []
+    last_use = _last_use(program)
+
+    def read(atom: Any) -> Any:
+        return atom.val if isinstance(atom, _internals.Literal) else values[atom]
+
+    for position, eqn in enumerate(program.eqns):
+        outputs, new = _apply(eqn, [read(atom) for atom in eqn.invars])
+        values.update(zip(eqn.outvars, outputs, strict=True))
+        records += new
+        for atom in (*eqn.invars, *eqn.outvars):  # outside jit the values are real: free each after its last use
+            if not isinstance(atom, _internals.Literal) and last_use[atom] == position:
+                values.pop(atom, None)
+    # A literal is a NumPy or Python number, which as an output of the program has to be an array.
+    results = [jnp.asarray(a.val) if isinstance(a, _internals.Literal) else values[a] for a in program.outvars]
+    return results, records
+
+
+def _last_use(program: _internals.Program) -> dict[Any, int]:
+    """Position of the last equation that mentions a variable; the outputs are mentioned once more, at the end."""
+    mentions = [*((*eqn.invars, *eqn.outvars) for eqn in program.eqns), program.outvars]
+    return {
+        a: position for position, atoms in enumerate(mentions) for a in atoms if not isinstance(a, _internals.Literal)
+    }
+
+
+def _apply(eqn: _internals.Equation, values: list[Any]) -> _Result:
+    """Runs one equation under the scope names and the configuration that it was traced with."""
+    with _internals.as_traced(eqn):
+        if not _marked(eqn):
+            return _internals.bind(eqn, values), []
+        if (program := _internals.called_program(eqn)) is not None:
+            outputs, records = _evaluate(program, values)
+            if _internals.has_own_derivative(eqn):
+                outputs = _differentiated_as(partial(_internals.bind, eqn), values, outputs)
+            return outputs, [] if _internals.is_recomputation(eqn) else records
+        if (name := eqn.primitive.name) not in _RULES:
+            raise NotImplementedError(
+                f"a marked layer runs inside `{name}` ({_internals.place_of(eqn)}), for which jaxbn has no rule in JAX "
+                f"{jax.__version__}: its moments cannot be taken out. Capture inside `{name}` instead of around it, or "
+                f"move the layer out of it."
+            )
+        return _RULES[name](eqn, values)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _differentiated_as(fun: Callable[[list[Any]], list[Any]], values: list[Any], outputs: list[Any]) -> list[Any]:
+    """Gives back the outputs, whose derivative is that of `fun(values)`: a custom one, of a call that was inlined."""
+    return outputs
+
+
+@_differentiated_as.defjvp
+def _derivative_of_call(fun: Any, primals: Any, tangents: Any) -> tuple[list[Any], list[Any]]:
+    (values, outputs), (of_values, _) = primals, tangents
+    return outputs, jax.jvp(fun, (values,), (of_values,))[1]
+
+
+# The rules: the outputs of an equation with a mark inside, and the records of its marks.
+def _record(eqn: _internals.Equation, values: list[Any]) -> _Result:
+    y, index, *parts = values
+    return [y], [Record(eqn.params["layer"], index, _moments.Moments(*parts))]
+
+
+def _scan(eqn: _internals.Equation, values: list[Any]) -> _Result:
+    scan = _internals.scan_of(eqn)
+    consts, values = values[: scan.constants], values[scan.constants :]
+    init, xs = values[: scan.carry], values[scan.carry :]
+
+    def body(carry: list[Any], x: list[Any]) -> Any:
+        outputs, records = _evaluate(scan.body, [*consts, *carry, *x])
+        return outputs[: scan.carry], (outputs[scan.carry :], records)
+
+    carry, (ys, records) = lax.scan(body, init, xs, **scan.options)
+    return [*carry, *ys], records
+
+
+def _nothing_of(fun: Callable[[Any], _Result], args: list[Any]) -> list[Record]:
+    """The records of `fun` with zeros for values, of the same type (within shard_map: that varies over devices too)."""
+    return jax.tree.map(jnp.zeros_like, jax.eval_shape(lambda args: fun(args)[1], args))
+
+
+def _cond(eqn: _internals.Equation, values: list[Any]) -> _Result:
+    """Each branch returns the records of all: its own, and nothing for the others. Also lax.switch."""
+    branches, (which, *operands) = _internals.branches_of(eqn), values
+    nothing = [_nothing_of(partial(_evaluate, program), operands) for program in branches]
+
+    def branch(position: int, *args: Any) -> Any:
+        outputs, own = _evaluate(branches[position], args)
+        return outputs, [*nothing[:position], own, *nothing[position + 1 :]]
+
+    outputs, records = lax.switch(which, [partial(branch, position) for position in range(len(branches))], *operands)
+    return outputs, [record for group in records for record in group]
+
+
+def _while(eqn: _internals.Equation, values: list[Any]) -> _Result:
+    """How often it runs is not known, so nothing can be stacked: one record per layer, pooled from turn to turn."""
+    loop = _internals.while_of(eqn)
+    if any(map(_marked, loop.condition.eqns)):
+        raise NotImplementedError("a marked layer runs in the condition of `while`; move it into the body.")
+    cond_consts, values = values[: loop.condition_constants], values[loop.condition_constants :]
+    body_consts, init = values[: loop.body_constants], values[loop.body_constants :]
+
+    def turn(carry: list[Any]) -> _Result:
+        outputs, records = _evaluate(loop.body, [*body_consts, *carry])
+        pooled = collect(records).items()
+        return outputs, [Record(layer, jnp.arange(layer.size, dtype=jnp.int32), moments) for layer, moments in pooled]
+
+    def body(state: Any) -> Any:
+        outputs, new = turn(state[0])
+        pairs = zip(state[1], new, strict=True)
+        return outputs, [dataclasses.replace(b, moments=_moments.merge(a.moments, b.moments)) for a, b in pairs]
+
+    def goes_on(state: Any) -> Any:
+        return _evaluate(loop.condition, [*cond_consts, *state[0]])[0][0]
+
+    return lax.while_loop(goes_on, body, (init, _nothing_of(turn, init)))
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class _Argument:
+    """Stands for an index that went into a shard_map whole, so that the very same array comes out with the record."""
+
+    position: int
+
+
+def _shard_map(eqn: _internals.Equation, values: list[Any]) -> _Result:
+    """One record per layer, pooled over the devices that have seen different values, and so the same on all of them."""
+    program, mesh, in_specs, out_specs, check_vma, manual = _internals.shard_map_of(eqn)
+    axes = [axis for axis in mesh.axis_names if axis in manual]
+    unchecked: frozenset[str] = frozenset() if check_vma else _collectives.axes_of(in_specs) | _strings_in(program)
+    whole = [position for position, spec in enumerate(in_specs) if not _collectives.axes_of([spec])]
+
+    def pooled(layer: Any, group: list[Record], args: Sequence[Any]) -> Record:
+        known = [position for position in whole if all(record.index is args[position] for record in group)]
+        index: Any = _Argument(known[0]) if known else jnp.arange(layer.size, dtype=jnp.int32)
+        moments = pool(group) if known else pool_by_index(group, layer.size)
+        differing = unchecked.union(*map(_collectives.varying, moments))
+        over = tuple(axis for axis in axes if axis in differing)
+        return Record(layer, index, _moments.merge_over(moments, over) if over else moments)
+
+    def shard(*args: Any) -> Any:
+        outputs, records = _evaluate(program, args)
+        return outputs, [pooled(layer, group, args) for layer, group in by_layer(records).items()]
+
+    def restored(record: Record) -> Record:
+        at: Any = record.index
+        return dataclasses.replace(record, index=values[at.position]) if isinstance(at, _Argument) else record
+
+    mapped = jax.shard_map(
+        shard, mesh=mesh, in_specs=tuple(in_specs), out_specs=(list(out_specs), PartitionSpec()),
+        axis_names={*axes, *mesh.manual_axes}, check_vma=check_vma,
+    )  # fmt: skip
+    outputs, records = jax.jit(mapped)(*values)  # outside jit, JAX can do less with a shard_map, and is slow
+    return outputs, [restored(record) for record in records]
+
+
+def _strings_in(program: _internals.Program) -> set[str]:
+    """All strings among the parameters of the equations, however deep: each axis that one of them uses is there."""
+    own = {leaf for eqn in program.eqns for leaf in jax.tree.leaves(eqn.params) if isinstance(leaf, str)}
+    return own.union(*(_strings_in(inner) for eqn in program.eqns for inner in _internals.inner_programs(eqn)))
+
+
+_RULES: dict[str, Callable[[_internals.Equation, list[Any]], _Result]] = {
+    _sow.mark_p.name: _record,
+    _internals.SCAN: _scan,
+    _internals.COND: _cond,
+    _internals.WHILE: _while,
+    _internals.SHARD_MAP: _shard_map,
+}

@@ -1,0 +1,408 @@
+"""What may be frozen in either host, what is known of it afterwards, and the table of a network's layers."""
+
+import functools
+from typing import Any, NamedTuple
+
+import chex
+import flax
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import jaxbn
+import jaxbn.linen
+import jaxbn.nnx
+from jaxbn._src.inference.summary import tabulate
+
+EPSILONS = {"first": 1e-3, "second": 1e-5}
+BATCHES = (3 + 2 * np.random.default_rng(0).standard_normal((2, 10, 3))).astype(np.float32)
+POOLED, MEAN, MOVING = jaxbn.pooled(), jaxbn.mean_of_batches(), jaxbn.moving_average()
+
+
+class LinenNet(nn.Module):
+    norm: Any
+
+    @nn.compact
+    def __call__(self, x, train, upto=2):
+        norm = functools.partial(self.norm, use_running_average=not train)
+        x = nn.relu(norm(epsilon=1e-3, name="first")(nn.Dense(4, name="below")(x)))
+        x = nn.Dense(3, name="above")(x)
+        return norm(name="second", use_bias=False)(x) if upto == 2 or self.is_initializing() else x
+
+
+class NNXNet(nnx.Module):
+    def __init__(self, norm):
+        rngs = nnx.Rngs(0)
+        self.below, self.above = nnx.Linear(3, 4, rngs=rngs), nnx.Linear(4, 3, rngs=rngs)
+        self.first, self.second = norm(4, epsilon=1e-3, rngs=rngs), norm(3, use_bias=False, rngs=rngs)
+
+    def __call__(self, x, train, upto=2):
+        x = nnx.relu(self.first(self.below(x), use_running_average=not train))
+        x = self.above(x)
+        return self.second(x, use_running_average=not train) if upto == 2 else x
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _train_linen(net, variables, x):
+    return net.apply(variables, x, True, mutable=["batch_stats"])[1]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _evaluate_linen(net, variables, x):
+    return net.apply(variables, x, False)
+
+
+@functools.partial(nnx.jit, static_argnums=2)
+def _run_nnx(model, x, train):
+    return model(x, train)
+
+
+class Linen:
+    """The network is its variables."""
+
+    package = jaxbn.linen
+
+    @staticmethod
+    def started(norm):
+        return LinenNet(norm).init(jax.random.key(0), np.zeros((2, 3), np.float32), True)
+
+    @staticmethod
+    def train(norm, network, x):
+        return network | _train_linen(LinenNet(norm), network, x)
+
+    @staticmethod
+    def estimated(norm, network, batches, upto, estimator):
+        call = lambda v, x: LinenNet(norm).apply(v, x, False, upto)
+        return jaxbn.linen.postproc(call, network, batches, estimator=estimator)
+
+    @staticmethod
+    def evaluate(norm, network, x):
+        variables = network.variables if isinstance(network, jaxbn.Frozen) else network
+        return _evaluate_linen(LinenNet(norm), variables, x)
+
+    @staticmethod
+    def leaves(network):
+        flat = flax.traverse_util.flatten_dict(network, sep="/")
+        return {path.split("/", 1)[1]: np.array(leaf) for path, leaf in flat.items()}
+
+    @staticmethod
+    def changed(network, path, change):
+        flat = flax.traverse_util.flatten_dict(network, sep="/")
+        return flax.traverse_util.unflatten_dict(
+            {name: change(leaf) if name.endswith(path) else leaf for name, leaf in flat.items()}, sep="/"
+        )
+
+
+class NNX:
+    """The network is its model."""
+
+    package = jaxbn.nnx
+
+    @staticmethod
+    def started(norm):
+        return NNXNet(norm)
+
+    @staticmethod
+    def train(norm, network, x):
+        network = nnx.clone(network)
+        _run_nnx(network, x, True)
+        return network
+
+    @staticmethod
+    def estimated(norm, network, batches, upto, estimator):
+        return jaxbn.nnx.postproc(network, batches, call=lambda model, x: model(x, False, upto), estimator=estimator)
+
+    @staticmethod
+    def evaluate(norm, network, x):
+        model = jaxbn.nnx.install_frozen(NNXNet(norm), network) if isinstance(network, jaxbn.Frozen) else network
+        return _run_nnx(model, x, False)
+
+    @staticmethod
+    def leaves(network):
+        flat = network
+        if isinstance(network, nnx.Module):
+            flat = nnx.to_pure_dict(nnx.state(network))
+        return {path: np.array(leaf) for path, leaf in flax.traverse_util.flatten_dict(flat, sep="/").items()}
+
+    @staticmethod
+    def changed(network, path, change):
+        network = nnx.clone(network)
+        layer, name = path.split("/")
+        variable = getattr(getattr(network, layer), name)
+        variable.set_value(change(variable[...]))
+        return network
+
+
+class Made(NamedTuple):
+    host: Any
+    norm: Any
+
+
+every_network = pytest.mark.parametrize(
+    "host, norm",
+    [
+        Made(Linen, nn.BatchNorm),
+        Made(Linen, jaxbn.linen.BatchNorm),
+        Made(NNX, nnx.BatchNorm),
+        Made(NNX, jaxbn.nnx.BatchNorm),
+    ],
+    ids=["linen stock", "linen jaxbn", "nnx stock", "nnx jaxbn"],
+)
+our_networks = pytest.mark.parametrize(
+    "host, norm", [Made(Linen, jaxbn.linen.BatchNorm), Made(NNX, jaxbn.nnx.BatchNorm)], ids=["linen", "nnx"]
+)
+
+
+@functools.cache  # what is tested leaves them untouched
+def started(host, norm):
+    return host.started(norm)
+
+
+@functools.cache
+def trained(host, norm):
+    """After a few calls that move the running averages."""
+    network = started(host, norm)
+    for x in BATCHES:
+        network = host.train(norm, network, x)
+    return network
+
+
+@functools.cache
+def estimated(host, norm, *, begin=started, count=2, upto=2, estimator=POOLED):
+    """What a pass returns; over some of the batches, and up to some layer."""
+    return host.estimated(norm, begin(host, norm), BATCHES[:count], upto, estimator)
+
+
+# --- What a frozen network holds --------------------------------------------------------------------------------------
+
+
+@pytest.mark.sample(every=2)
+@every_network
+def test_running_averages_are_frozen_as_they_are(host, norm):
+    network = trained(host, norm)
+    before = host.leaves(network)
+    frozen = host.package.freeze(network)
+    assert isinstance(frozen, jaxbn.Frozen) and type(frozen.variables) is dict
+    chex.assert_trees_all_equal(host.leaves(frozen.variables), before, strict=True)
+    chex.assert_trees_all_equal(host.leaves(network), before, strict=True)
+    np.testing.assert_array_equal(host.evaluate(norm, frozen, BATCHES[0]), host.evaluate(norm, network, BATCHES[0]))
+    for path, epsilon in EPSILONS.items():
+        # The variables of linen do not say what its layers do; an NNX model does.
+        kind = (None, None) if host is Linen else ("batch_norm", epsilon)
+        assert frozen.info.layer(path) == jaxbn.LayerInfo(*kind, estimator="as given", rows=None)
+
+
+every_estimator = pytest.mark.parametrize(
+    "host, norm, estimator",
+    [
+        (Linen, nn.BatchNorm, POOLED),
+        (Linen, jaxbn.linen.BatchNorm, MEAN),
+        (NNX, nnx.BatchNorm, MOVING),
+        (NNX, jaxbn.nnx.BatchNorm, POOLED),
+    ],
+    ids=["linen stock pooled", "linen jaxbn mean", "nnx stock moving", "nnx jaxbn pooled"],
+)
+
+
+@pytest.mark.sample(every=2)
+@every_estimator
+def test_statistics_of_a_pass_are_frozen_with_what_is_known_of_them(host, norm, estimator):
+    network, report = estimated(host, norm, estimator=estimator)
+    before = host.leaves(network)
+    frozen = host.package.freeze(network, report)
+    chex.assert_trees_all_equal(host.leaves(frozen.variables), before, strict=True)
+    chex.assert_trees_all_equal(host.leaves(network), before, strict=True)
+    np.testing.assert_array_equal(host.evaluate(norm, frozen, BATCHES[0]), host.evaluate(norm, network, BATCHES[0]))
+    expected = {path: jaxbn.LayerInfo("batch_norm", e, estimator.name, 20.0) for path, e in EPSILONS.items()}
+    assert dict(frozen.info.layers) == expected
+    versions = dict(frozen.info.versions)
+    assert (versions["jax"], versions["flax"]) == (jax.__version__, flax.__version__)
+    assert set(versions) == {"jaxbn", "jax", "flax"}
+
+
+@our_networks
+def test_a_frozen_network_is_a_pytree_whose_info_is_static(host, norm):
+    network, report = estimated(host, norm)
+    frozen, again = host.package.freeze(network, report), host.package.freeze(network, report)
+    other = jaxbn.Frozen(frozen.variables, frozen.info._replace(versions=()))
+    assert hash(frozen.info) == hash(again.info)
+    assert jax.tree.structure(frozen) == jax.tree.structure(again) != jax.tree.structure(other)
+    doubled = jax.tree.map(lambda leaf: 2 * leaf, frozen)
+    assert doubled.info == frozen.info
+    traces = []
+
+    @jax.jit
+    def double(frozen):
+        traces.append(frozen.info)
+        return jax.tree.map(lambda leaf: 2 * leaf, frozen)
+
+    for one in (frozen, again):
+        chex.assert_trees_all_equal(double(one), doubled, strict=True)
+    assert traces == [frozen.info]
+    assert double(other).info == other.info != frozen.info
+    shapes = jax.eval_shape(double, frozen)
+    assert shapes.info == frozen.info and isinstance(jax.tree.leaves(shapes)[0], jax.ShapeDtypeStruct)
+
+
+@every_network
+def test_layers_that_a_pass_did_not_reach_keep_what_training_gave_them(host, norm):
+    network, report = estimated(host, norm, begin=trained, upto=1)
+    info = host.package.freeze(network, report).info
+    assert info.layer("first") == jaxbn.LayerInfo("batch_norm", 1e-3, "pooled", 20.0)
+    kind = (None, None) if host is Linen else ("batch_norm", 1e-5)
+    assert info.layer("second") == jaxbn.LayerInfo(*kind, estimator="as given", rows=None)
+
+
+# --- What is refused --------------------------------------------------------------------------------------------------
+
+
+@every_network
+def test_statistics_that_nothing_has_estimated_are_refused(host, norm):
+    with pytest.raises(ValueError, match="Nothing has estimated the statistics of 'first': .* initialization"):
+        host.package.freeze(started(host, norm))
+    network, report = estimated(host, norm, upto=1)
+    for given in (report, None):
+        with pytest.raises(ValueError, match="Nothing has estimated the statistics of 'second': .* reaches this layer"):
+            host.package.freeze(network, given)
+
+
+@our_networks
+def test_training_without_running_averages_estimates_nothing(host, norm):
+    network = trained(host, functools.partial(norm, momentum=None))
+    with pytest.raises(ValueError, match="Nothing has estimated the statistics of 'first'"):
+        host.package.freeze(network)
+
+
+STANDARD = np.array([[-1.0, 1.0], [1.0, -1.0]], np.float32)  # mean 0 and variance 1, exactly
+
+
+@pytest.mark.parametrize("host", [Linen, NNX], ids=["linen", "nnx"])
+def test_statistics_of_a_pass_may_be_those_of_an_initialization(host):
+    """Of one layer, which is the model itself."""
+    if host is Linen:
+        net = jaxbn.linen.BatchNorm(use_running_average=True)
+        network, report = jaxbn.linen.postproc(net.apply, net.init(jax.random.key(0), STANDARD), [STANDARD])
+    else:
+        network, report = jaxbn.nnx.postproc(jaxbn.nnx.BatchNorm(2, rngs=nnx.Rngs(0)), [STANDARD])
+    frozen = host.package.freeze(network, report)
+    assert frozen.info.layer("") == jaxbn.LayerInfo("batch_norm", 1e-5, "pooled", 2.0)
+    with pytest.raises(ValueError, match="Nothing has estimated the statistics of the model itself"):
+        host.package.freeze(network)
+
+
+@every_network
+@pytest.mark.parametrize("leaf, value", [("mean", np.nan), ("mean", -np.inf), ("var", np.nan), ("var", np.inf)])
+def test_statistics_that_are_not_finite_are_refused(host, norm, leaf, value):
+    network = host.changed(trained(host, norm), f"second/{leaf}", lambda a: a.at[1].set(value))
+    with pytest.raises(ValueError, match="The statistics of 'second' are not finite, or a variance is negative"):
+        host.package.freeze(network)
+
+
+@every_network
+def test_a_negative_variance_is_refused_and_none_at_all_is_not(host, norm):
+    network = trained(host, norm)
+    with pytest.raises(ValueError, match="'first' are not finite, or a variance is negative"):
+        host.package.freeze(host.changed(network, "first/var", lambda a: a.at[0].set(-1e-30)))
+    host.package.freeze(host.changed(network, "first/var", lambda a: a.at[0].set(0)))
+
+
+@every_network
+def test_a_report_about_others_is_refused(host, norm):
+    old = trained(host, norm)
+    new, report = estimated(host, norm, begin=trained)
+    _, other = estimated(host, norm, begin=trained, count=1)
+    one_bit = host.changed(new, "second/mean", lambda a: a.at[2].set(jnp.nextafter(a[2], 99)))
+    for network, given, layer in ((old, report, "first"), (new, other, "first"), (one_bit, report, "second")):
+        with pytest.raises(ValueError, match=f"statistics of '{layer}' are not those that the report is about"):
+            host.package.freeze(network, given)
+    one_layer = jaxbn.Report("pooled", 3, {"first": report.layers["first"]})
+    with pytest.raises(ValueError, match=r"about the layers \['first'\], the variables hold \['first', 'second'\]"):
+        host.package.freeze(new, one_layer)
+
+
+# --- The table --------------------------------------------------------------------------------------------------------
+
+COLUMNS = ["layer", "channels", "learns", "method", "epsilon", "statistics", "rows"]
+
+
+def table(text):
+    """The title and the cells of the rows, after a check that they stand in their columns."""
+    title, head, *rows = text.splitlines()
+    starts = [head.index(name) for name in COLUMNS]
+    ends = [start + len(name) for start, name in zip(starts, COLUMNS, strict=True)]
+    assert head.split() == COLUMNS
+    found = []
+    for row in rows:
+        row = row.ljust(len(head))
+        cells = [row[: ends[1]].rsplit(maxsplit=1)[0].rstrip(), row[: ends[1]].split()[-1]]  # the second, to the right
+        cells += [row[start:end].rstrip() for start, end in zip(starts[2:6], [*starts[3:6], ends[5]], strict=True)]
+        cells[-1] = row[starts[5] :].rsplit(maxsplit=1)[0].rstrip()
+        cells.append(row[starts[5] :].split()[-1])
+        assert row[ends[1] - 1] != " " and row[ends[6] - 1] != " " and len(row) == len(head)
+        assert all(row[start - 2 : start] == "  " and row[start] != " " for start in starts[2:6])
+        found.append(cells)
+    assert all(line == line.rstrip() and len(line) <= 120 for line in text.splitlines())
+    return title, found
+
+
+@every_network
+def test_table_of_a_network(host, norm):
+    kinds = [["-", "-"]] * 2 if host is Linen else [["batch_norm", "0.001"], ["batch_norm", "1e-05"]]
+    learns = [["first", "4", "scale, bias"], ["second", "3", "scale"]]
+    initial, after = started(host, norm), trained(host, norm)
+    for network, statistics in ((initial, "initial values"), (after, "as given"), (host.package.freeze(after), None)):
+        title, rows = table(host.package.summary(network))
+        assert title == "2 normalization layers, 7 channels"
+        assert rows == [[*learns[i], *kinds[i], statistics or "as given", "-"] for i in range(2)]
+
+
+@every_estimator
+def test_table_of_a_frozen_network(host, norm, estimator):
+    network, report = estimated(host, norm, estimator=estimator)
+    title, rows = table(host.package.summary(host.package.freeze(network, report)))
+    assert title == "2 normalization layers, 7 channels"
+    assert rows == [
+        ["first", "4", "scale, bias", "batch_norm", "0.001", estimator.name, "20"],
+        ["second", "3", "scale", "batch_norm", "1e-05", estimator.name, "20"],
+    ]
+
+
+def test_table_of_one_layer_that_is_the_model_itself():
+    net = jaxbn.linen.BatchNorm(use_running_average=True, use_scale=False, use_bias=False)
+    title, rows = table(jaxbn.linen.summary(net.init(jax.random.key(0), STANDARD[:, :1])))
+    assert title == "1 normalization layer, 1 channel"
+    assert rows == [["(the model)", "1", "-", "-", "-", "initial values", "-"]]
+
+
+def test_table_of_the_longest_entries_is_120_wide():
+    path = "/".join(f"Stage_{i}" for i in range(9))
+    states = {p: jaxbn.BatchNormState(np.zeros((12, 4096)), np.ones((12, 4096))) for p in (path, "x")}
+    layers = tuple((p, jaxbn.LayerInfo("batch_renorm", 1.5e-05, "running averages", 1.28e9)) for p in states)
+    text = tabulate(states, [f"{path}/scale", f"{path}/bias"], info=jaxbn.Info(layers, ()))
+    title, rows = table(text)
+    assert title == "2 normalization layers, 98304 channels"
+    rest = ["batch_renorm", "1.5e-05", "running averages", "1280000000"]
+    assert rows == [["..." + path[-41:], "49152", "scale, bias", *rest], ["x", "49152", "-", *rest]]
+    assert max(map(len, text.splitlines())) == 120
+
+
+def test_layers_are_listed_by_number_and_boxes_are_looked_into():
+    """As nn.with_partitioning makes them."""
+    stats = {f"BatchNorm_{i}": {"mean": jnp.zeros(2), "var": jnp.ones(2)} for i in (10, 2, 0)}
+    params = {f"BatchNorm_{i}": {"bias": jnp.zeros(2)} for i in (10, 2)}
+    variables = {"params": params, "batch_stats": stats}
+    boxed = jax.tree.map(lambda leaf: nn.Partitioned(leaf, names=("model",)), variables)
+    text = jaxbn.linen.summary(variables)
+    assert [row[0] for row in table(text)[1]] == ["BatchNorm_0", "BatchNorm_2", "BatchNorm_10"]
+    assert [row[2] for row in table(text)[1]] == ["-", "bias", "bias"]
+    assert text == jaxbn.linen.summary(boxed) == jaxbn.linen.summary(flax.core.freeze(variables))
+
+
+def test_there_must_be_something_to_tell():
+    with pytest.raises(ValueError, match="no statistics of a normalization layer"):
+        jaxbn.linen.summary({"params": {}})
+    with pytest.raises(ValueError, match="no normalization layer"):
+        jaxbn.nnx.summary(nnx.Linear(3, 3, rngs=nnx.Rngs(0)))
