@@ -17,6 +17,8 @@ import pytest
 import jaxbn
 import jaxbn.linen
 import jaxbn.serving
+from jaxbn._src.serving import sealed
+from jaxbn._src.serving.files import KIND
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -144,7 +146,7 @@ def load_cut_off():
 def load_forged():
     """Of which the checksum is right."""
     with tempfile.TemporaryDirectory() as folder:
-        jaxbn.serving.sealed.write(path := Path(folder, "network"), jaxbn.serving.files.KIND, {})
+        sealed.write(path := Path(folder, "network"), KIND, {})
         jaxbn.serving.load(path)
 
 

@@ -24,6 +24,7 @@ import jaxbn
 import jaxbn.linen
 import jaxbn.nnx
 import jaxbn.serving
+from jaxbn._src.serving import sealed, sharded
 
 INFO = jaxbn.Info((("norm", jaxbn.LayerInfo("batch_norm", 1e-5, "pooled", 20.0)),), (("jaxbn", "0.1"),))
 MANIFEST = "manifest.jaxbn"
@@ -149,7 +150,7 @@ def test_a_manifest_that_leads_elsewhere(saved):
     elsewhere.mkdir()
     header = json.loads((saved / MANIFEST).read_bytes())
     del header["sha256"]
-    jaxbn.serving.sealed.write(saved / MANIFEST, jaxbn.serving.sharded.KIND, header | {"before": "../elsewhere"})
+    sealed.write(saved / MANIFEST, sharded.KIND, header | {"before": "../elsewhere"})
     assert refusal(saved) == (
         f"{saved / MANIFEST} is no manifest of a network that jaxbn has written: it names '../elsewhere', which is no "
         f"step of a network."

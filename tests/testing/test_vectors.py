@@ -219,7 +219,7 @@ def test_flax_gives_the_numbers_of_the_vectors_without_masks(vector):
 
 @pytest.mark.parametrize("name", generate.VECTORS)
 def test_made_anew_a_file_is_the_same_to_the_last_digit(name):
-    file = resources.files("jaxbn.testing") / "data" / f"{name}.json"
+    file = resources.files("jaxbn._src.testing") / "data" / f"{name}.json"
     assert vectors.dumps(generate.VECTORS[name]()) == file.read_text()
 
 
