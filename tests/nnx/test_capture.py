@@ -184,7 +184,7 @@ def test_as_called_follows_the_model(train, norm, x):
     expected, given = oracle(model, x, "batch" if train else "eval")
     np.testing.assert_allclose(outputs, expected, rtol=1e-5, atol=1e-5)
     assert_moments_of(moments, given)
-    np.testing.assert_array_equal(outputs, call(model, x))
+    np.testing.assert_allclose(outputs, call(model, x), rtol=1e-5, atol=1e-5)
 
 
 @every_norm
