@@ -1,5 +1,14 @@
-"""Batch normalization as pure functions: train, estimate the population statistics, evaluate with them."""
+"""Batch normalization for JAX and Flax as pure functions: train, estimate the population statistics, evaluate.
 
+A method is a factory that returns a `NormTransform` of pure functions: `batch_norm`, `batch_renorm`,
+`moving_average_batch_norm`, `ghost_batch_norm` and `domain_batch_norm`. The layers and everything that runs a model are
+in `jaxbn.linen` and `jaxbn.nnx`, files and export in `jaxbn.serving`, and reference vectors in `jaxbn.testing`.
+These four are imported when they are first used, so `import jaxbn` is enough.
+"""
+
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+
+from jaxbn._src import public as _public
 from jaxbn._src.diagnostics.diagnosis import Diagnosis as Diagnosis
 from jaxbn._src.diagnostics.diagnosis import Finding as Finding
 from jaxbn._src.diagnostics.diagnosis import LayerDiagnosis as LayerDiagnosis
@@ -46,3 +55,15 @@ from jaxbn._src.statistics.estimators import moving_average as moving_average
 from jaxbn._src.statistics.estimators import pooled as pooled
 from jaxbn._src.statistics.pass_report import LayerChange as LayerChange
 from jaxbn._src.statistics.pass_report import Report as Report
+
+if _TYPE_CHECKING:  # for type checkers and editors; it all happens in `__getattr__`
+    from jaxbn import linen as linen
+    from jaxbn import nnx as nnx
+    from jaxbn import serving as serving
+    from jaxbn import testing as testing
+
+    __version__: str
+else:
+    __getattr__, __dir__ = _public.lazy(globals(), "linen", "nnx", "serving", "testing")
+
+_public.set_home(globals())

@@ -1,15 +1,23 @@
 """The house rules: who imports whom, who computes, where collectives are, and what things are called."""
 
 import ast
+import inspect
+import pickle
+import pydoc
 import re
+import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
+import pytest
 from cases import CASES
 
 import jaxbn
 import jaxbn.linen
 import jaxbn.nnx
+import jaxbn.serving
+import jaxbn.testing
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "jaxbn" / "_src"
@@ -18,7 +26,7 @@ PRIVATE = sorted(SOURCE.rglob("*.py"))
 FRAMEWORKS = ["linen", "nnx"]
 # The floors, from the bottom up: a room may import from itself and from the rooms of the floors before its own.
 FLOORS = [
-    ["internals", "testing"],
+    ["internals", "testing", "public"],
     ["numerics", "display"],
     ["methods", "tracing"],
     ["framework"],
@@ -30,10 +38,10 @@ FLOORS = [
 ARRAYS, TOOLS = {"jax", "numpy"}, {"jax", "numpy", "scipy"}
 # What each room may import of other packages.
 OUTSIDE = {
-    "internals": {"jax"}, "testing": {"numpy"}, "numerics": ARRAYS, "display": ARRAYS | {"matplotlib", "rich"},
-    "methods": ARRAYS, "tracing": ARRAYS, "framework": ARRAYS, "statistics": TOOLS, "diagnostics": TOOLS,
-    "inference": ARRAYS, "linen": {"jax", "flax"}, "nnx": {"jax", "flax"}, "serving": ARRAYS | {"flax", "orbax"},
-    "interop": ARRAYS | {"flax"},
+    "internals": {"jax"}, "public": set(), "testing": {"numpy"}, "numerics": ARRAYS,
+    "display": ARRAYS | {"matplotlib", "rich"}, "methods": ARRAYS, "tracing": ARRAYS, "framework": ARRAYS,
+    "statistics": TOOLS, "diagnostics": TOOLS, "inference": ARRAYS, "linen": {"jax", "flax"}, "nnx": {"jax", "flax"},
+    "serving": ARRAYS | {"flax", "orbax"}, "interop": ARRAYS | {"flax"},
 }  # fmt: skip
 TYPES_ONLY = {"optax"}  # imported for type hints, where nothing runs
 
@@ -147,7 +155,34 @@ def test_files_are_short():
 def test_only_re_exports_in_init():
     packages = [file for file in FILES if file.name == "__init__.py"]
     kinds = {(name_of(file), type(node)) for file in packages for node in ast.parse(file.read_text()).body}
-    assert not {(name, kind) for name, kind in kinds if kind not in {ast.ImportFrom, ast.Expr}}
+    others = {(name, kind) for name, kind in kinds if kind not in {ast.ImportFrom, ast.Expr}}
+    assert others == {("jaxbn/__init__.py", ast.If)}  # packages that are imported when they are first used
+
+
+PUBLIC = [jaxbn, jaxbn.linen, jaxbn.nnx, jaxbn.serving, jaxbn.testing]
+
+
+def test_public_names_live_in_the_public_packages():
+    """Pickles, help and error messages then name what users import."""
+    for package in PUBLIC:
+        named = {name: value for name, value in vars(package).items() if name[0] != "_" and callable(value)}
+        assert named and {value.__module__ for value in named.values()} == {package.__name__}
+        assert all(pickle.loads(pickle.dumps(value)) is value for value in named.values())
+
+
+def test_one_import_is_enough():
+    """The subpackages come when they are first used, and `dir` and `help` show them before."""
+    code = """
+import sys, jaxbn
+packages = ["linen", "nnx", "serving", "testing"]
+assert not any(f"jaxbn.{name}" in sys.modules for name in packages) and {*packages, "__version__"} <= {*dir(jaxbn)}
+assert all(getattr(jaxbn, name) is sys.modules[f"jaxbn.{name}"] for name in packages)
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+    with pytest.raises(AttributeError, match="module 'jaxbn' has no attribute 'lenin'"):
+        jaxbn.lenin  # noqa: B018
+    text = pydoc.plain(pydoc.render_doc(jaxbn))
+    assert "class BatchNormState" in text and "batch_norm(*" in text
 
 
 SHARED = {"__init__", "protocol", "schedules"}  # files of methods/ that are no method
@@ -159,7 +194,7 @@ def test_one_stem_for_each_method():
     for stem in METHODS:
         camel = "".join(word.capitalize() for word in stem.split("_"))
         factory, state = getattr(jaxbn, stem), getattr(jaxbn, f"{camel}State")
-        assert factory.__module__ == state.__module__ == f"jaxbn._src.methods.{stem}"
+        assert Path(inspect.getfile(factory)).stem == stem and factory.__module__ == state.__module__ == "jaxbn"
         rows = [case for case in CASES if case.factory is factory]
         assert rows and all(case.name.startswith(stem) for case in rows), stem
         for case in rows:
@@ -178,4 +213,5 @@ def test_top_level():
 
 
 def test_version_has_one_home():
+    assert jaxbn.__version__ == tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     assert not re.search(r"\d+\.\d+\.\d+", (ROOT / "jaxbn" / "__init__.py").read_text())

@@ -1,5 +1,6 @@
 """Batch normalization for flax.linen: the layers, and the statistics pass for any linen model."""
 
+from jaxbn._src import public as _public
 from jaxbn._src.linen.adapt import adapt as adapt
 from jaxbn._src.linen.backward import update_backward as update_backward
 from jaxbn._src.linen.capture import capture_moments as capture_moments
@@ -24,3 +25,5 @@ from jaxbn._src.linen.registry import register_batch_norm as register_batch_norm
 from jaxbn._src.linen.replace import replace as replace
 from jaxbn._src.linen.steps import TrainState as TrainState
 from jaxbn._src.linen.steps import make_steps as make_steps
+
+_public.set_home(globals())

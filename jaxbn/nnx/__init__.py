@@ -1,5 +1,6 @@
 """Batch normalization for flax.nnx: the layers, and the statistics pass for any NNX model."""
 
+from jaxbn._src import public as _public
 from jaxbn._src.nnx.adapt import adapt as adapt
 from jaxbn._src.nnx.backward import update_backward as update_backward
 from jaxbn._src.nnx.capture import capture_moments as capture_moments
@@ -25,3 +26,5 @@ from jaxbn._src.nnx.registry import register_batch_norm as register_batch_norm
 from jaxbn._src.nnx.replace import replace as replace
 from jaxbn._src.nnx.steps import TrainState as TrainState
 from jaxbn._src.nnx.steps import make_steps as make_steps
+
+_public.set_home(globals())

@@ -1,5 +1,6 @@
 """The frozen network on disk, and as a program that answers; arrays from and to other libraries."""
 
+from jaxbn._src import public as _public
 from jaxbn._src.interop.match import Match as Match
 from jaxbn._src.interop.match import match as match
 from jaxbn._src.interop.single_layers import from_equinox as from_equinox
@@ -15,3 +16,5 @@ from jaxbn._src.serving.programs import export as export
 from jaxbn._src.serving.programs import load_program as load_program
 from jaxbn._src.serving.sharded import load_sharded as load_sharded
 from jaxbn._src.serving.sharded import save_sharded as save_sharded
+
+_public.set_home(globals())
