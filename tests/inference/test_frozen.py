@@ -377,7 +377,7 @@ def test_table_of_one_layer_that_is_the_model_itself():
     assert rows == [["(the model)", "1", "-", "-", "-", "initial values", "-"]]
 
 
-def test_table_of_the_longest_entries_is_120_wide():
+def test_table_of_the_longest_entries_is_wider_than_80_rather_than_cut():
     path = "/".join(f"Stage_{i}" for i in range(9))
     states = {p: jaxbn.BatchNormState(np.zeros((12, 4096)), np.ones((12, 4096))) for p in (path, "x")}
     layers = tuple((p, jaxbn.LayerInfo("batch_renorm", 1.5e-05, "running averages", 1.28e9)) for p in states)
@@ -385,8 +385,8 @@ def test_table_of_the_longest_entries_is_120_wide():
     title, rows = table(text)
     assert title == "2 normalization layers, 98304 channels"
     rest = ["batch_renorm", "1.5e-05", "running averages", "1280000000"]
-    assert rows == [["..." + path[-41:], "49152", "scale, bias", *rest], ["x", "49152", "-", *rest]]
-    assert max(map(len, text.splitlines())) == 120
+    assert rows == [["..." + path[-13:], "49152", "scale, bias", *rest], ["x", "49152", "-", *rest]]
+    assert max(map(len, text.splitlines())) == 92
 
 
 def test_layers_are_listed_by_number_and_boxes_are_looked_into():
@@ -406,3 +406,21 @@ def test_there_must_be_something_to_tell():
         jaxbn.linen.summary({"params": {}})
     with pytest.raises(ValueError, match="no normalization layer"):
         jaxbn.nnx.summary(nnx.Linear(3, 3, rngs=nnx.Rngs(0)))
+
+
+def test_a_frozen_network_shows_itself_in_a_few_lines():
+    layer = jaxbn.LayerInfo("batch_norm", 1e-5, "pooled", 20.0)
+    layers = tuple((f"norm_{i}", layer._replace(rows=float(i))) for i in range(53))
+    info = jaxbn.Info(
+        (*layers, ("last", jaxbn.LayerInfo(None, None, "as given", None))), (("jaxbn", "0.1"), ("jax", "0.10"))
+    )
+    frozen = jaxbn.Frozen({"a": np.zeros((1000, 1000), np.float32), "b": [np.zeros(3, jnp.bfloat16), None]}, info)
+    assert repr(frozen).splitlines() == [
+        "<Frozen: 2 arrays, 1,000,003 values, 4,000,006 bytes",
+        "  53 layers: batch_norm, epsilon 1e-05, statistics: pooled",
+        "  1 layer: unknown method, epsilon unknown, statistics: as given",
+        "  jaxbn 0.1, jax 0.10>",
+    ]
+    shapes = jax.eval_shape(lambda: frozen)
+    assert repr(shapes) == repr(frozen) == repr(jax.tree.map(lambda leaf: leaf, frozen))
+    assert "<Frozen: 0 arrays" in repr(jax.tree.map(lambda leaf: object(), frozen))

@@ -15,7 +15,7 @@ from flax import nnx
 import jaxbn
 import jaxbn.linen
 import jaxbn.nnx
-from jaxbn._src.interop import match
+from jaxbn.serving import match
 
 KEY = jax.random.key(0)
 PAD = ((1, 1), (1, 1))

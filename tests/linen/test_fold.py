@@ -539,7 +539,8 @@ def test_the_report_is_a_table_and_a_dict():
         "1 of 2 normalization layers folded; outputs on the example differ by 1.2e-7",
         "layer     folded  where to, or why not",
         "layers_1  yes     behind 'layers_0'",
-        "layers_3  no      its input is made by an activation (relu); its output is that of the model",
+        "layers_3  no      its input is made by an activation (relu); its output is that",
+        "                  of the model",
     ]
     assert report.to_dict() == {
         "layers": {path: layer._asdict() for path, layer in report.layers.items()}, "error": 1.25e-7, "tolerance": 1e-4,

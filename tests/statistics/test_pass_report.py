@@ -18,6 +18,7 @@ from nets import LAYERS, LINEN, every_host, make_batches
 import jaxbn
 import jaxbn.linen
 import jaxbn.nnx
+from jaxbn._src.display import tables
 from jaxbn._src.framework.layers import LayerKind
 from jaxbn._src.statistics.standard_errors import Errors
 
@@ -44,7 +45,9 @@ def report_of(number, **fields):
 
 
 def rows(report):
-    return [line for line in str(report).splitlines() if "..." in line and "constant" not in line]
+    """The rows of the table, which an empty line ends."""
+    table = str(report).split("\n\n")[0].splitlines()
+    return [line for line in table if ("..." in line or "block_" in line) and "'" not in line]
 
 
 # --- The numbers ------------------------------------------------------------------------------------------------------
@@ -89,7 +92,7 @@ def test_one_batch_and_averages_that_forget_have_no_errors():
     variables = net.init(jax.random.key(0), x)
     for options in ({}, {"estimator": jaxbn.moving_average()}):
         report = jaxbn.linen.postproc(net.apply, variables, [x], **options)[1]
-        assert str(report).splitlines()[-1].split()[-2:] == ["-", "-"]
+        assert str(report).split("\n\n")[0].splitlines()[-1].split()[-2:] == ["-", "-"]
         assert report.layers[""].per_batch == 3
 
 
@@ -101,39 +104,76 @@ def test_constant_channels_say_nothing_of_the_others():
     all_of_them = layer(0.5, constant=CHANNELS)
     assert np.isnan(all_of_them.moved)
     text = str(jaxbn.Report("pooled", 9, {"a": all_of_them, "b": some, "c": none}))
-    assert [line[0] for line in text.splitlines()[4:7]] == ["b", "c", "a"]
-    assert text.splitlines()[7:] == ["channels that are constant, and left out above: 4 in a, 2 in b"]
+    assert text.splitlines()[4].split() == ["a", "2.0e7", *"------"]
+    assert [line.split()[1:] for line in text.splitlines()[5:7]] == [text.splitlines()[5].split()[1:]] * 2
+    assert text.splitlines()[7:9] == ["constant channels, which are left out above: 4 in 'a', 2 in 'b'", ""]
 
 
 # --- The table --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("width", [80, 120])
 @pytest.mark.parametrize("number", [1, 3, 20, 100])
-def test_the_table_is_narrow_sorted_and_marked(number):
+def test_the_table_fits_keeps_the_order_of_the_layers_and_marks_those_that_changed_most(number, width, monkeypatch):
+    monkeypatch.setattr(tables, "WIDTH", width)
     report = report_of(number, skipped=3, sweeps=5, change=3.456e-7, stop_when=0.01)
     lines, found = str(report).splitlines(), rows(report)
-    assert max(map(len, lines)) <= 100
+    assert max(map(len, lines)) <= width
     assert len(found) == number
-    names = [row[2 * (number > 3) :][:36] for row in found]
-    assert len(set(names)) == number  # whatever was left out of them
-    moved = [float(row[-46:].split()[0]) for row in found if "not reached" not in row]
-    assert moved == sorted(moved, reverse=True)
-    assert [row.startswith("* ") for row in found] == [number > 3 and i < 3 for i in range(number)]
-    assert number == 1 or "not reached" in found[-1]
-    assert ("* the 3 layers that moved most" in lines) == (number > 3)
-    assert len({len(row) for row in found if "not reached" not in row}) == 1
+    cells = [row.removeprefix("* ").strip().rsplit(maxsplit=7) for row in found]
+    assert len({name for name, *_ in cells}) == number  # whatever was left out of them
+    moved = [change.moved if change.count else -1 for change in report.layers.values()]
+    assert [-1 if shift == "-" else float(shift) for _, _, shift, *_ in cells] == pytest.approx(moved, rel=1e-2)
+    most = sorted(range(number), key=lambda i: -moved[i])[:3] if number > 3 else []
+    assert [i for i, row in enumerate(found) if row.startswith("* ")] == sorted(most)
+    assert number == 1 or found[-2].split()[-7:] == ["-"] * 7
+    assert ("* the 3 layers that changed most" in lines) == (number > 3)
+    assert len({len(row) for row in found}) == 1
+
+
+def test_layers_are_in_the_order_in_which_data_meets_them():
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            for name in ("zeta", "alpha", "unused")[: 3 if self.is_initializing() else 2]:
+                x = nn.BatchNorm(use_running_average=True, name=name)(x) + 1
+            return x
+
+    x, key = np.random.default_rng(0).normal(size=(3, 8, 2)).astype(np.float32), jax.random.key(0)
+    variables = jax.tree.map(lambda leaf: leaf + 0.5, Net().init(key, x[0]))
+    new, report = jaxbn.linen.postproc(Net().apply, variables, x)
+    found = jaxbn.linen.diagnose(Net().apply, new, x)
+    frozen = jaxbn.linen.freeze(new, report)
+    shows = report, found, jaxbn.linen.summary(variables, Net().apply, x[0]), jaxbn.linen.summary(frozen)
+    for shown in shows:
+        lines = [line.split() for line in str(shown).splitlines() if line]
+        assert [line[0] for line in lines if line[0] in ("alpha", "unused", "zeta")] == ["zeta", "alpha", "unused"]
 
 
 def test_numbers_stay_in_their_columns():
     for size in (1e-30, 3e-4, 1.0, 123.4, 98765.0, 1e30):
-        cells = str(jaxbn.Report("pooled", 9, {"a": layer(size), "b": layer(1)})).splitlines()
-        assert len(cells[4].split()) == len(cells[5].split()) == 9
-        assert {len(line) - len(cells[3]) for line in cells[4:]} <= ({0} if size != 1e-30 else {0, 1})
+        lines = str(jaxbn.Report("pooled", 9, {"a": layer(size), "b": layer(1)})).splitlines()
+        assert len(lines[4].split()) == len(lines[5].split()) == 8
+        assert len({len(line) for line in lines[3:6]}) <= 2
+
+
+def test_no_colors_whatever_the_environment_says(monkeypatch):
+    for name, value in {"FORCE_COLOR": "1", "COLUMNS": "30", "TERM": "xterm-256color"}.items():
+        monkeypatch.setenv(name, value)
+    text = str(report_of(20))
+    assert text.isascii() and text.replace("\n", "").isprintable()
+    assert 70 < max(map(len, text.splitlines())) <= 80
+
+
+def test_reprs_are_short():
+    report = report_of(100)
+    assert repr(report) == "<Report: pooled statistics of 100 layers from 40 batches>"
+    assert repr(next(iter(report.layers.values()))).startswith("<LayerChange: 4 channels, 20000000 values, mean shift")
 
 
 def test_whether_it_stopped_is_said():
     assert "stopped early: no standard error was above 0.5" in str(report_of(3, stop_when=0.5, stopped=True))
-    text = "not stopped early: 0.5 was wanted, and the largest standard error is 0.5"  # of a variance: 2 / 4
+    text = "not stopped early: stop_when=0.5, and the largest standard error is 0.5"  # of a variance: 2 / 4
     assert text in str(report_of(1, stop_when=0.5))
 
 

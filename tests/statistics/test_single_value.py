@@ -60,7 +60,7 @@ def test_one_value_is_an_error_and_several_batches_of_one_row_are_not(name):
 def test_the_switch_of_the_layer_allows_it_and_the_report_does_not_call_it_constant(name):
     for estimator in (jaxbn.pooled(), jaxbn.mean_of_batches()):
         _, report = PASSES[name](allow_single_value=True)(ROWS[:1], estimator=estimator)
-        assert "of one value per channel, whose variance is 0" in str(report)
+        assert "one value per channel in a batch, which has variance 0" in str(report)
         assert "constant" not in str(report)
 
 

@@ -81,7 +81,7 @@ def test_batches_that_end_before_it_are_all_read(count):
     expected, _ = layer_alone(LINEN, data)
     np.testing.assert_array_equal(found["batch_stats"]["var"], expected["batch_stats"]["var"])
     assert (report.batches, report.stopped) == (count, False)
-    assert "not stopped early: 0.001 was wanted, and the largest standard error is " in str(report)
+    assert "not stopped early: stop_when=0.001, and the largest standard error is " in str(report)
 
 
 @pytest.mark.sample(every=2)

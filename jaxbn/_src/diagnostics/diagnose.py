@@ -8,6 +8,7 @@ import numpy as np
 from jaxbn._src.diagnostics.anova import Batches, Calls, Seen, Spread
 from jaxbn._src.diagnostics.diagnosis import Diagnosis, LayerDiagnosis
 from jaxbn._src.diagnostics.rules import Pair, findings, nonfinite
+from jaxbn._src.display.tables import in_order
 from jaxbn._src.framework.processes import here
 
 # A channel is dead if its variance is below this share of epsilon.
@@ -33,7 +34,8 @@ def diagnose(seen: Sequence[Seen], states: Mapping[str, Any], *, r_max: float, d
     states = here(states)
     kinds, first = dict(good[0].trained.kinds), good[0].trained
     layers, pairs, held = {}, {}, first.held if first.is_mixed else ()
-    for path, state in states.items():
+    for path in in_order(states, kinds):  # in the order in which data meets them
+        state = states[path]
         values = Batches.of((one.trained.moments for one in good), path)
         mean, var = (np.ravel(np.asarray(part)) * np.float64(1) for part in (state.mean, state.var))
         pair = Pair(*values.pooled(), mean, var, (kinds[path].epsilon or 0.0) if path in kinds else 0.0)

@@ -1,46 +1,71 @@
 """What a diagnosis found: numbers per layer, findings in order of effect, as text, dict and picture."""
 
 import dataclasses
-import textwrap
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from jaxbn._src.display.plots import draw_diagnosis
-from jaxbn._src.display.tables import names_of, short
-
-_WIDEST_PATH = 30
+from jaxbn._src.display.tables import Column, definitions, listed, paragraph, short, table
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerDiagnosis:
-    """What batches do to one layer. Standard deviations are those of the layer's input, epsilon included.
+    r"""The effect of batches on one layer; NaN where a number is unknown.
 
-    mu and sigma are the mean and standard deviation of all batches together, which is what running averages settle on;
-    mu_B and sigma_B those of one batch. NaN where nothing can be said.
+    In batch B a channel of the input of the layer has the mean :math:`\mu_B` and the standard deviation
+    :math:`\sigma_B`; in all batches together it has :math:`\mu` and :math:`\sigma`, which the running averages
+    approach. Epsilon is part of both standard deviations. "In std" means divided by :math:`\sigma`. The statistics that
+    the layer uses in evaluation are :math:`\hat\mu` and :math:`\hat\sigma`.
+
+    Attributes:
+        channels: Number of channels.
+        values: Values per channel in a batch. 0: the layer was not reached or is frozen, and all other numbers are NaN.
+        examples: Examples in a batch.
+        d_quantiles: 5, 50 and 95 % of :math:`d = (\mu_B - \mu) / \sigma` over batches and channels.
+        r_quantiles: 5, 50 and 95 % of :math:`r = \sigma_B / \sigma`.
+        d_bound: "mean off" in the table. 95 % of :math:`|d|` are below it: `d_max` of Batch Renormalization.
+        r_bound: "std off" in the table. 95 % of r are within [1 / r_bound, r_bound]: `r_max` of Batch Renormalization.
+        outside: "beyond limits" in the table. Share of batches and channels outside the given `r_max` or `d_max`.
+        noise: Standard deviation of a batch mean if the examples are independent, in std.
+        ratio: "spread vs. chance" in the table. The mean square between batches over the mean square within batches
+            (one-way analysis of variance of the means of the examples), averaged over the channels. About 1 if batches
+            are drawn at random.
+        p_value: Probability of this ratio, or of its largest channel, if batches are drawn at random. It is not
+            corrected for the number of layers.
+        excess: Standard deviation of the batch means beyond the noise, in standard deviations between examples: the
+            root of the intraclass correlation.
+        off: "eval error" in the table. Rms error of the normalized input in evaluation, in std:
+            :math:`\sqrt{(\sigma / \hat\sigma - 1)^2 + (\mu - \hat\mu)^2 / \hat\sigma^2}`, averaged over the channels.
+        dead: Channels whose input is constant, or whose variance is below a hundredth of epsilon.
+        exploding: Channels whose root mean square is above 1e4; float16 ends at 65504.
+        huge_mean: The largest :math:`|\mu| / \sigma` of a channel.
+        held: Whether the call evaluates this layer while it trains others.
+        calls: How often the layer is called in one run of the model, as far as the calls can be told apart.
+        calls_differ: Rms difference between the statistics of these calls, without noise, in std.
+        calls_noise: The noise that was subtracted from it.
     """
 
     channels: int
-    values: float  # per channel in a batch; 0: not reached, or frozen, and all else is NaN
-    examples: float  # in a batch
-    d_quantiles: tuple[float, float, float]  # of (mu_B - mu) / sigma over batches and channels: 5, 50 and 95 %
-    r_quantiles: tuple[float, float, float]  # of sigma_B / sigma
-    d_bound: float  # 95 % of |mu_B - mu| / sigma are within; d_max of Batch Renormalization
-    r_bound: float  # 95 % of sigma_B / sigma are within [1 / r_bound, r_bound]; its r_max
-    outside: float  # share of batches and channels outside the given r_max or d_max
-    noise: float  # std of the mean of a batch if its examples are independent, in standard deviations
-    ratio: float  # variance of the batches' means over that expected of independent examples
-    p_value: float  # of that ratio, or of its largest channel; not corrected for the number of layers
-    excess: float  # std of the batches' means beyond the noise, in standard deviations between examples
-    off: float  # rms error of the normalized input with the stored statistics, in standard deviations
-    dead: int  # channels whose input is constant, or small beside epsilon
-    exploding: int  # channels whose input is above 1e4
-    huge_mean: float  # the largest |mean| / std of a channel
-    held: bool  # whether the call asks for its stored statistics, and asks other layers for those of the batch
-    calls: int  # in one run of the model, as far as they can be told apart
-    calls_differ: float  # rms error of the normalized input with the moments of all calls; noise is taken out
-    calls_noise: float  # and how much that was
+    values: float
+    examples: float
+    d_quantiles: tuple[float, float, float]
+    r_quantiles: tuple[float, float, float]
+    d_bound: float
+    r_bound: float
+    outside: float
+    noise: float
+    ratio: float
+    p_value: float
+    excess: float
+    off: float
+    dead: int
+    exploding: int
+    huge_mean: float
+    held: bool
+    calls: int
+    calls_differ: float
+    calls_noise: float
 
     @property
     def reached(self) -> bool:
@@ -59,9 +84,9 @@ class Finding:
     advice: str
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Diagnosis:
-    """What `diagnose` found. Prints as a table within 100 columns, and advice in order of effect.
+    """What `diagnose` found. Prints as a table and advice in order of effect.
 
     Example:
         >>> net = jaxbn.linen.BatchNorm(use_running_average=True)
@@ -80,20 +105,42 @@ class Diagnosis:
     layers: dict[str, LayerDiagnosis]
     findings: tuple[Finding, ...]
 
+    def __repr__(self) -> str:
+        """One line; `print` shows the table and the advice."""
+        found = ", ".join(finding.name for finding in self.findings) or "no findings"
+        return f"<Diagnosis: {len(self.layers)} layers in {self.batches} batches; {found}>"
+
     def __str__(self) -> str:
-        lines = [*self._table(), ""]
+        rows = {path: _cells(layer) for path, layer in self.layers.items()}
+        lines = [self._headline(), table(_COLUMNS, rows), "", definitions(self._definitions()), ""]
         if np.isfinite(self.output_gap):
             lines += [f"Outputs in training and in evaluation differ by {self.output_gap:.2g} std."]
         if not self.findings and not self.unjudged:
             lines += ["Nothing is wrong with the statistics that these batches could show."]
         for number, finding in enumerate(self.findings, 1):
             size = f"{finding.effect:.2g} std; " if np.isfinite(finding.effect) else ""
-            where = _listed(finding.layers) or "after the last layer"
-            lines += _wrapped(f"{number}. ", f"{finding.text} ({size}{where})")
-            lines += _wrapped("   -> ", finding.advice)
-        for reason in self.unjudged:
-            lines += _wrapped("Not judged: ", reason)
+            where = listed(finding.layers) or "after the last layer"
+            lines += [paragraph(f"{finding.text} ({size}{where})", start=f"{number}. ")]
+            lines += [paragraph(finding.advice, start="   -> ")]
+        lines += [paragraph(reason, start="Not judged: ") for reason in self.unjudged]
         return "\n".join(lines)
+
+    def _headline(self) -> str:
+        sizes = [layer.examples for layer in self.layers.values() if np.isfinite(layer.examples)]
+        ends = [short(end) for end in (min(sizes), max(sizes))] if sizes else []
+        of_examples = f" of {' to '.join(dict.fromkeys(ends))} examples" if ends else ""
+        return f"{self.batches} batches{of_examples}"
+
+    def _definitions(self) -> dict[str, str]:
+        return {
+            "mean off": "95 % of the batch means are this close to the overall mean, in std",
+            "std off": "95 % of the batch std are within this factor of the overall std",
+            "beyond limits": f"batches and channels outside r_max={self.r_max:g} or d_max={self.d_max:g}",
+            "spread": "variance of the batch means / that of batches drawn at random",
+            "p-value": "probability of this spread if batches are drawn at random",
+            "eval error": "error of the normalized input with the running statistics, in std",
+            "dead": "channels whose input is constant, or small next to epsilon",
+        }
 
     @property
     def unjudged(self) -> tuple[str, ...]:
@@ -107,7 +154,7 @@ class Diagnosis:
                 "Whether batches are drawn at random, at {}: the examples are not along the leading axis there.",
             ),
         ]
-        reasons = [text.format(_listed(paths)) for paths, text in found if paths]
+        reasons = [text.format(listed(paths)) for paths, text in found if paths]
         if np.isnan(self.output_gap):
             reasons += ["Whether outputs differ between training and evaluation: they do not vary, or there are none."]
         return tuple(reasons)
@@ -124,39 +171,27 @@ class Diagnosis:
         found = ", ".join(finding.name for finding in self.findings) or "nothing found"
         return draw_diagnosis(f"{self.batches} batches: {found}", list(reached), numbers)
 
-    def _table(self) -> list[str]:
-        names = names_of(self.layers, _WIDEST_PATH)
-        width = max(map(len, ("layer", *names.values())))
-        limits = f"r_max {self.r_max:g}, d_max {self.d_max:g}"
-        lines = [
-            f"{self.batches} batches, in std of each layer's input; d, r: 95 % of them are within; beyond {limits}",
-            f"{'':{width}}  examples    mean     std   share  spread of means  stored     dead",
-            f"{'layer':{width}}  in batch   off: d  off: r  beyond  /chance       p  off by  channels",
-        ]
-        for path, layer in self.layers.items():
-            if not layer.reached:
-                lines.append(f"{names[path]:{width}}  not reached, or frozen")
-                continue
-            lines.append(f"{names[path]:{width}}{_cells(layer)}")
-        return lines
 
-
-def _cells(layer: LayerDiagnosis) -> str:
-    p_value = "<1e-4" if layer.p_value < 1e-4 else short(round(layer.p_value, 3))
-    dead, outside = f"{layer.dead}/{layer.channels}", f"{100 * layer.outside:.1f}%"
-    return (
-        f"  {short(layer.examples):>8}  {short(layer.d_bound):>7} {short(layer.r_bound):>7}  {outside:>6}"
-        f"  {short(layer.ratio):>7}  {p_value:>6}  {short(layer.off):>6}  {dead:>8}"
+_COLUMNS = [
+    Column(head)
+    for head in (
+        "mean\noff",
+        "std\noff",
+        "beyond\nlimits",
+        "spread\nvs.\nchance",
+        "p-value",
+        "eval\nerror",
+        "dead",
     )
+]
 
 
-def _listed(paths: Sequence[str]) -> str:
-    more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
-    return ", ".join(repr(path) for path in paths[:3]) + more
-
-
-def _wrapped(start: str, text: str) -> list[str]:
-    return textwrap.wrap(text, 100, initial_indent=start, subsequent_indent=" " * len(start))
+def _cells(layer: LayerDiagnosis) -> list[str]:
+    if not layer.reached:
+        return ["-"] * len(_COLUMNS)
+    p_value = "<1e-4" if layer.p_value < 1e-4 else short(round(layer.p_value, 3))
+    numbers = short(layer.d_bound), short(layer.r_bound), f"{100 * layer.outside:.1f}%", short(layer.ratio)
+    return [*numbers, p_value, short(layer.off), f"{layer.dead}/{layer.channels}"]
 
 
 def _plain(value: Any) -> Any:

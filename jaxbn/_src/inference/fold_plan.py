@@ -89,12 +89,12 @@ def make_plan(
         paths: Of all normalizations that the model has.
 
     Returns:
-        The plan; its `layers` are in the order of `paths`.
+        The plan; its `layers` are in the order of the program, and those that it does not reach are last.
     """
     planner = _Planner(flow, norms, layers, values)
     order = {node.tag.path: None for node in flow.nodes if isinstance(node.tag, Tag) and node.tag.path in norms}
     said = {path: planner.decide(path) for path in dict.fromkeys([*order, *paths])}
-    return Plan(tuple(planner.folds), {path: said[path] for path in paths})
+    return Plan(tuple(planner.folds), {path: said[path] for path in said if path in paths})
 
 
 def fold_weights(plan: Plan, layers: Mapping[str, Layer]) -> dict[str, _fold_arithmetic.Weights]:

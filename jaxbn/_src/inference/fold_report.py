@@ -1,10 +1,9 @@
 """What `fold` did with every normalization of a model."""
 
 import dataclasses
-import textwrap
 from typing import Any, NamedTuple
 
-from jaxbn._src.display.tables import names_of, short
+from jaxbn._src.display.tables import Column, paragraph, short, table
 
 
 class LayerFold(NamedTuple):
@@ -15,12 +14,7 @@ class LayerFold(NamedTuple):
     reason: str  # where it went, or why it stays
 
 
-_HEAD = ("layer", "folded", "where to, or why not")
-_WIDTH = 100  # of the table
-_WIDEST_PATH = 44
-
-
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class FoldReport:
     """What `fold` did. Prints as a table with a line for each normalization layer.
 
@@ -46,18 +40,15 @@ class FoldReport:
         layers = {path: layer._asdict() for path, layer in self.layers.items()}
         return {"layers": layers, "error": self.error, "tolerance": self.tolerance}
 
+    def __repr__(self) -> str:
+        """One line; `print` shows the table."""
+        return f"<FoldReport: {len(self.folded)} of {len(self.layers)} normalization layers folded>"
+
     def __str__(self) -> str:
-        names = names_of(self.layers, _WIDEST_PATH)
-        widest = max(map(len, ("layer", *names.values())))
-        lines = [
+        rows = {path: ["yes" if layer.folded else "no", layer.reason] for path, layer in self.layers.items()}
+        headline = (
             f"{len(self.folded)} of {len(self.layers)} normalization layers folded; outputs on the example differ by "
             f"{short(self.error)}"
-        ]
-        for first, second, third in (_HEAD, *(_cells(names[path], layer) for path, layer in self.layers.items())):
-            start = f"{first:{widest}}  {second:6}  "
-            lines += textwrap.wrap(third, _WIDTH, initial_indent=start, subsequent_indent=" " * len(start))
-        return "\n".join(lines)
-
-
-def _cells(name: str, layer: LayerFold) -> tuple[str, str, str]:
-    return name, "yes" if layer.folded else "no", layer.reason
+        )
+        columns = [Column("folded", is_number=False), Column("where to, or why not", is_number=False)]
+        return f"{paragraph(headline)}\n{table(columns, rows)}"

@@ -4,6 +4,7 @@ It is what training and postproc end in, and what is evaluated, saved and served
 """
 
 import dataclasses
+from collections import Counter
 from collections.abc import Mapping
 from importlib import metadata
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from jaxbn._src.display.tables import in_order
 from jaxbn._src.framework.layers import LayerKind
 from jaxbn._src.framework.processes import check_unstacked, here
 from jaxbn._src.methods.protocol import State
@@ -46,7 +48,7 @@ class Info(NamedTuple):
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, eq=False)  # of arrays, which have no truth value
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)  # comparing arrays gives no truth value
 class Frozen:
     """A network to evaluate: its variables, and what is known of its statistics. A pytree; `info` is static.
 
@@ -62,6 +64,10 @@ class Frozen:
         if any(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(self.variables)):
             copies = jax.tree.map(lambda leaf: leaf.copy() if isinstance(leaf, np.ndarray) else leaf, self.variables)
             object.__setattr__(self, "variables", copies)
+
+    def __repr__(self) -> str:
+        """A few lines: how many arrays there are, and how the layers normalize."""
+        return "\n  ".join([f"<Frozen: {_sizes(self.variables)}", *_kinds_of_layers(self.info), _versions(self.info)])
 
 
 def make_info(
@@ -91,10 +97,9 @@ def make_info(
         raise ValueError(
             f"The report is about the layers {sorted(report.layers)}, the variables hold {sorted(states)}."
         )
-    return Info(
-        tuple((path, _layer_info(path, state, report, kinds.get(path), otherwise)) for path, state in states.items()),
-        versions(),
-    )
+    paths = in_order(states, report.layers if report else kinds)
+    layers = ((path, _layer_info(path, states[path], report, kinds.get(path), otherwise)) for path in paths)
+    return Info(tuple(layers), versions())
 
 
 def versions() -> tuple[tuple[str, str], ...]:
@@ -143,6 +148,28 @@ def check_shapes(given: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tupl
         frozen, model = given.get(path, "missing"), wanted.get(path, "missing")
         if frozen != model:
             raise ValueError(f"{path!r} is {frozen} in the frozen network and {model} in the model; {_HINT}")
+
+
+def _sizes(tree: Any) -> str:
+    """The number of arrays, their values, and their bytes; leaves may be shapes, or no arrays at all."""
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if hasattr(leaf, "size") and hasattr(leaf, "dtype")]
+    size = sum(leaf.size for leaf in leaves)
+    nbytes = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+    return f"{len(leaves)} arrays, {size:,} values, {nbytes:,} bytes"
+
+
+def _kinds_of_layers(info: Info) -> list[str]:
+    """A line for each way of normalizing, and how many layers do so."""
+    numbers = Counter(layer._replace(rows=None) for _, layer in info.layers)
+    return [
+        f"{number} layer{'s'[: number > 1]}: {layer.method or 'unknown method'}, "
+        f"epsilon {'unknown' if layer.epsilon is None else f'{layer.epsilon:g}'}, statistics: {layer.estimator}"
+        for layer, number in numbers.items()
+    ]
+
+
+def _versions(info: Info) -> str:
+    return f"{', '.join(f'{name} {version}' for name, version in info.versions)}>"
 
 
 def _version(package: str) -> str:

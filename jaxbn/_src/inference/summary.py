@@ -2,14 +2,16 @@
 
 from collections.abc import Iterable, Mapping
 
-from jaxbn._src.display.tables import names_of
+from jaxbn._src.display.tables import Column, in_order, table
 from jaxbn._src.framework.layers import AFFINE, LayerKind
 from jaxbn._src.inference.frozen import AS_GIVEN, Info, LayerInfo, is_initial
 from jaxbn._src.methods.protocol import State
 
-_HEAD = ("layer", "channels", "learns", "method", "epsilon", "statistics", "rows")
-_TO_THE_RIGHT = {"channels", "rows"}
-_WIDEST_PATH = 44
+_COLUMNS = [
+    Column("channels"),
+    *(Column(head, is_number=False) for head in ("learns", "method", "epsilon", "statistics")),
+    Column("rows"),
+]
 
 
 def tabulate(
@@ -30,23 +32,15 @@ def tabulate(
     Returns:
         Text, with a line per layer.
     """
-    params = set(params)
+    params, kinds = set(params), kinds or {}
     known = dict(info.layers) if info else {}
-    rows = [_HEAD]
-    names = names_of(states, _WIDEST_PATH)
-    for path, state in states.items():
+    rows = {}
+    for path in in_order(states, known or kinds):
         learned = ", ".join(_beside(path, params)) or "-"
-        rows.append((names[path], str(state.mean.size), learned, *_cells(state, path, known, kinds or {})))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        rows[path] = [str(states[path].mean.size), learned, *_cells(states[path], path, known, kinds)]
     channels = sum(state.mean.size for state in states.values())
-    lines = [f"{len(states)} normalization layer{'s'[: len(states) > 1]}, {channels} channel{'s'[: channels > 1]}"]
-    for row in rows:
-        cells = (
-            cell.rjust(width) if name in _TO_THE_RIGHT else cell.ljust(width)
-            for name, cell, width in zip(_HEAD, row, widths, strict=True)
-        )
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
+    title = f"{len(states)} normalization layer{'s'[: len(states) > 1]}, {channels} channel{'s'[: channels > 1]}"
+    return f"{title}\n{table(_COLUMNS, rows)}"
 
 
 def _beside(layer: str, params: Iterable[str]) -> list[str]:

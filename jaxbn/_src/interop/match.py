@@ -14,13 +14,14 @@ from typing import Any
 
 import numpy as np
 
+from jaxbn._src.display.tables import Column, table
 from jaxbn._src.framework.layers import natural, takes_over
 from jaxbn._src.interop.torch_layouts import CONV, CONV_TRANSPOSE, CONV_TRANSPOSE_FLIPPED, DENSE, Layer, Model, layout
 
 _SHOWN = 8  # layers in an error
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Match:
     """Which layer of one model is which of another; made by `match`. Prints as a table."""
 
@@ -48,12 +49,15 @@ class Match:
         names = {source: target for target, source in self.names.items()}
         return self._convert(self.target, self.source, names, values, batch_values)
 
+    def __repr__(self) -> str:
+        """One line; `print` shows the table."""
+        return f"<Match: {len(self.names)} layers of {self.target.kind} and {self.source.kind}>"
+
     def __str__(self) -> str:
         layers = {layer.path: layer for layer in self.target.layers}
-        rows = [(self.target.kind, self.source.kind, "shapes, as PyTorch has them")]
-        rows += [(path or "(the model)", name, _shapes(layers[path])) for path, name in self.names.items()]
-        widths = [max(len(row[i]) for row in rows) for i in range(2)]
-        return "\n".join(f"{target:{widths[0]}}  {source:{widths[1]}}  {shapes}" for target, source, shapes in rows)
+        rows = {path: [name, _shapes(layers[path])] for path, name in self.names.items()}
+        columns = [Column(self.source.kind, is_number=False), Column("shapes, as PyTorch has them", is_number=False)]
+        return table(columns, rows, first=self.target.kind)
 
     def _convert(self, source: Model, target: Model, names: Mapping[str, str], values: Any, batch_values: Any) -> Any:
         counts = self._counts(batch_values)

@@ -1,8 +1,7 @@
 """What a statistics pass changed, per layer, how certain the new statistics are, and the way back to the old ones."""
 
 import dataclasses
-import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -19,13 +18,11 @@ from jaxbn._src.statistics.estimators import Estimator
 from jaxbn._src.statistics.standard_errors import Errors
 from jaxbn._src.statistics.sweep import Pass
 
-_WIDTH = 100  # of the table
-_WIDEST_PATH = 36  # which leaves room for the numbers
-_MARKED = 3  # layers that moved most
+_MARKED = 3  # layers that changed most
 _NAMED = 5  # layers in a note
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class LayerChange:
     """Old and new statistics of one layer, in the shape of its features, on the host."""
 
@@ -41,6 +38,10 @@ class LayerChange:
     last_change: float | None = (
         None  # how far any statistic moved in the last of several sweeps, in standard deviations
     )
+
+    def __repr__(self) -> str:
+        """One line; `to_dict` has the numbers."""
+        return f"<LayerChange: {self.new_mean.size} channels, {self.count:.0f} values, mean shift {self.moved:.2g} std>"
 
     @property
     def mean_shift(self) -> np.ndarray:
@@ -112,7 +113,7 @@ class LayerChange:
 _SUMMARY = ("mean_shift", "worst_mean_shift", "min_var_ratio", "max_var_ratio", "worst_mean_error", "worst_var_error")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Report:
     """What a pass did. Prints as a table, within 100 columns, of the layers by how far they moved.
 
@@ -126,10 +127,15 @@ class Report:
         >>> change = jaxbn.LayerChange(96.0, zero + 1, one, zero, one * 4, batches=3)
         >>> print(jaxbn.Report("pooled", 3, {"BatchNorm_0": change}))
         pooled statistics from 3 batches
-                      values  values   old mean off   old variance  largest SE of
-                          in     per   by (new std)      / new one    mean    var
-        layer            all   batch    mean  worst     min    max   (std)  (rel)
-        BatchNorm_0       96      32     0.5    0.5    0.25   0.25       -      -
+                              mean   mean    var    var  error  error
+                             shift  shift  ratio  ratio     of     of
+        layer        values  (avg)  (max)  (min)  (max)   mean    var
+        BatchNorm_0      96    0.5    0.5   0.25   0.25      -      -
+        <BLANKLINE>
+        values      per channel, of all batches together
+        mean shift  |old mean - new mean| in standard deviations (std)
+        var ratio   old variance / new variance
+        error       largest standard error: of the mean in std, of the variance relative
     """
 
     estimator: str
@@ -165,27 +171,25 @@ class Report:
         numbers = {name: np.array([summary[name] for summary in summaries]) for name in _SUMMARY}
         return draw_report(f"{self.estimator} statistics from {self.batches} batches", paths, numbers)
 
+    def __repr__(self) -> str:
+        """One line; `print` shows the table."""
+        return f"<Report: {self.estimator} statistics of {len(self.layers)} layers from {self.batches} batches>"
+
     def __str__(self) -> str:
         reached = [path for path in self.layers if path not in self.not_reached]
-        moved = sorted(reached, key=lambda path: -np.nan_to_num(self.layers[path].moved, nan=-1))
-        marked = moved[:_MARKED] if len(moved) > _MARKED else []
-        names = _tables.names_of(self.layers, _WIDEST_PATH)
-        width, indent = max(map(len, ("layer", *names.values()))), " " * 2 * bool(marked)
-        lines = [*textwrap.wrap(self._headline(), _WIDTH), *self._stop_notes()]
-        lines += [f"{indent}{name:{width}}{head}" for name, head in zip(("", "", "layer"), _HEAD, strict=True)]
-        for path in moved:
-            mark = "* " if path in marked else indent
-            lines.append(f"{mark}{names[path]:{width}}{_cells(self.layers[path])}")
-        for path in self.not_reached:
-            lines.append(f"{indent}{names[path]:{width}}  not reached, or frozen; its statistics are the old ones")
-        return "\n".join([*lines, *self._notes(names, bool(marked))])
+        changed = sorted(reached, key=lambda path: -np.nan_to_num(self.layers[path].moved, nan=-1))
+        marked = changed[:_MARKED] if len(changed) > _MARKED else []
+        rows = {path: _cells(change) for path, change in self.layers.items()}
+        lines = [_tables.paragraph(self._headline()), *self._stop_notes(), _tables.table(_COLUMNS, rows, marked=marked)]
+        lines += [_tables.paragraph(note) for note in self._notes(bool(marked))]
+        return "\n".join([*lines, "", _tables.definitions(_DEFINITIONS)])
 
     def _headline(self) -> str:
         line = f"{self.estimator} statistics from {self.batches} batches"
         if self.skipped:
             line += f", {self.skipped} of which were not finite and left out"
         if self.change is not None:
-            line += f"; {self.sweeps} sweeps, the last of which moved them by {self.change:.2g} std"
+            line += f"; {self.sweeps} sweeps, the last of which changed them by {self.change:.2g} std"
         return line
 
     def _stop_notes(self) -> list[str]:
@@ -194,32 +198,43 @@ class Report:
         if self.stopped:
             return [f"stopped early: no standard error was above {self.stop_when:g}"]
         errors = [change.summary[name] for change in self.layers.values() if change.count for name in _SUMMARY[-2:]]
-        return [
-            f"not stopped early: {self.stop_when:g} was wanted, and the largest standard error is {max(errors):.2g}"
-        ]
+        return [f"not stopped early: stop_when={self.stop_when:g}, and the largest standard error is {max(errors):.2g}"]
 
-    def _notes(self, names: Mapping[str, str], marked: bool) -> list[str]:
-        notes = [f"* the {_MARKED} layers that moved most"] if marked else []
+    def _notes(self, marked: bool) -> list[str]:
+        notes = [f"* the {_MARKED} layers that changed most"] if marked else []
+        if self.not_reached:
+            notes += [f"not reached or frozen, with unchanged statistics: {_named(self.not_reached)}"]
         single = [path for path, change in self.layers.items() if 0 < (change.per_batch or 0) <= 1]
         alone = [path for path in single if self.layers[path].constant.any()]
         if alone:
-            text = f"of one value per channel, whose variance is 0: {', '.join(names[path] for path in alone[:_NAMED])}"
-            notes += textwrap.wrap(text, _WIDTH)
+            notes += [f"one value per channel in a batch, which has variance 0: {_named(alone)}"]
         reached = {path: change for path, change in self.layers.items() if change.count and path not in alone}
         constant = {path: int(change.constant.sum()) for path, change in reached.items()}
-        found = [f"{number} in {names[path]}" for path, number in constant.items() if number]
+        found = [f"{number} in {path!r}" for path, number in constant.items() if number]
         if found:
             more = [f"{len(found) - _NAMED} more layers"] * (len(found) > _NAMED)
-            text = f"channels that are constant, and left out above: {', '.join([*found[:_NAMED], *more])}"
-            notes += textwrap.wrap(text, _WIDTH)
+            notes += [f"constant channels, which are left out above: {', '.join([*found[:_NAMED], *more])}"]
         return notes
 
 
-_HEAD = (
-    "   values  values   old mean off   old variance  largest SE of",
-    "       in     per   by (new std)      / new one    mean    var",
-    "      all   batch    mean  worst     min    max   (std)  (rel)",
-)
+_COLUMNS = [
+    _tables.Column(head)
+    for head in (
+        "values",
+        "mean\nshift\n(avg)",
+        "mean\nshift\n(max)",
+        "var\nratio\n(min)",
+        "var\nratio\n(max)",
+        "error\nof\nmean",
+        "error\nof\nvar",
+    )
+]
+_DEFINITIONS = {
+    "values": "per channel, of all batches together",
+    "mean shift": "|old mean - new mean| in standard deviations (std)",
+    "var ratio": "old variance / new variance",
+    "error": "largest standard error: of the mean in std, of the variance relative",
+}
 
 
 def report(
@@ -258,7 +273,7 @@ def report(
         states, change = (old_mean, old_var, new_mean, new_var), None if changes is None else changes[path]
         return LayerChange(float(counts.max()), *states, kinds.get(path), counts > 0, batches, found, change)
 
-    layers = {path: of(path) for path in old}
+    layers = {path: of(path) for path in _tables.in_order(old, kinds)}  # in the order in which data meets them
     change = None if changes is None else max(changes.values())
     made = Report(estimator.name, int(done.batches), layers, skipped=int(done.skipped), change=change, **about)
     if len(made.not_reached) == len(made.layers):
@@ -274,14 +289,17 @@ def report(
     return made
 
 
-def _cells(change: LayerChange) -> str:
-    """The numbers of a row, below the head."""
-    summary = change.summary
+def _cells(change: LayerChange) -> list[str]:
+    """The numbers of a row."""
+    if not change.count:
+        return ["-"] * len(_COLUMNS)
     values = f"{change.count:.0f}" if change.count < 1e7 else _tables.short(change.count)
-    per_batch = "-" if change.per_batch is None else _tables.short(change.per_batch)
-    numbers = [_tables.short(summary[name]) for name in _SUMMARY]
-    pairs = zip(numbers[::2], numbers[1::2], strict=True)
-    return f"{values:>9}{per_batch:>8}" + "".join(f" {left:>7} {right:>6}" for left, right in pairs)
+    summary = change.summary
+    return [values, *(_tables.short(summary[name]) for name in _SUMMARY)]
+
+
+def _named(paths: Sequence[str]) -> str:
+    return _tables.listed(paths, _NAMED)
 
 
 def _as_moments(change: LayerChange) -> Moments:
