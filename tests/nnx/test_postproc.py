@@ -249,7 +249,7 @@ def test_report_tells_how_far_the_old_statistics_were(batches):
         np.testing.assert_allclose(change.var_ratio, 1 / var, rtol=1e-5)
     lines = str(report).splitlines()
     assert lines[0] == "pooled statistics from 3 batches"
-    assert sorted(line.split()[0] for line in lines[4:]) == ["norms/0", "norms/1"]
+    assert [line.split()[0] for line in lines[4:6]] == ["norms/0", "norms/1"]
 
 
 def test_errors_come_before_anything_is_installed(batches):
