@@ -52,11 +52,11 @@ def mixed_norm(*, share=0.75, floor=0.01, momentum=0.9, epsilon=1e-5):
         new = base.postproc(plain(state), moments)
         return MixedState(new.mean, jnp.maximum(new.var, floor), state.batches)
 
-    def move(state, moments, samples=None):
-        new = base.move(plain(state), moments, samples)
+    def update(state, moments, samples=None):
+        new = base.update(plain(state), moments, samples)
         return MixedState(new.mean, new.var, state.batches + 1)
 
-    return base._replace(init=init, train=train, eval=evaluate, postproc=postproc, move=move)
+    return base._replace(init=init, train=train, eval=evaluate, postproc=postproc, update=update)
 
 
 class MixedNorm(jaxbn.linen.Norm):

@@ -60,7 +60,7 @@ def test_what_a_float32_state_cannot_hold_does_not_enter_it(case):
     for after in (
         transform.train(params, state, LARGE)[1],
         transform.postproc(state, moments),
-        state if transform.move is None else transform.move(state, moments, samples=16),
+        state if transform.update is None else transform.update(state, moments, samples=16),
     ):
         assert_holds(after, state)
         np.testing.assert_array_equal(after.var, state.var)

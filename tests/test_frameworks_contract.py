@@ -192,8 +192,8 @@ def test_statistics(row, which):
     assert_state(framework.variables(installed), row.transform.postproc(trained, twice))
 
     averaged = framework.package.move_averages(moved, merged, samples=2 * ROWS)
-    move = row.transform.move
-    assert_state(framework.variables(averaged), trained if move is None else move(trained, twice, 2 * ROWS))
+    update = row.transform.update
+    assert_state(framework.variables(averaged), trained if update is None else update(trained, twice, 2 * ROWS))
 
 
 @pytest.mark.sample(every=3)

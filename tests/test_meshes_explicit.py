@@ -105,8 +105,8 @@ def plain(case):
         found["pass"] = installed = transform.postproc(state, both)
         found["eval"] = jax.value_and_grad(lambda x: transform.eval(params, installed, x, **where).sum())(x)
         found["mix"] = jaxbn.mix(state, moments, 0.3)
-        if transform.move is not None:
-            found["move"] = transform.move(state, moments, samples=jnp.float32(ROWS))
+        if transform.update is not None:
+            found["update"] = transform.update(state, moments, samples=jnp.float32(ROWS))
         return found
 
     return everything, (params, state, X[0], MASK)
@@ -142,7 +142,7 @@ def assert_types_of_plain(found, params, state, x, mask):
     for name in ("train", "masked"):
         gradients, _, after = found[name]
         assert_same_types((gradients, after), ((params, x), state))
-    for name in {"loop", "pass", "move"} & found.keys():
+    for name in {"loop", "pass", "update"} & found.keys():
         assert_same_types(found[name], state)
 
 

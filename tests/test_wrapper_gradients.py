@@ -306,13 +306,13 @@ def test_a_folded_call_has_the_gradients_of_evaluation(framework, name):
         np.testing.assert_allclose(found, expected, rtol=1e-9)
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.transform().move], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [case for case in CASES if case.transform().update], ids=lambda case: case.name)
 def test_no_gradient_flows_through_averages(case):
     transform = case.transform()
     _, state = transform.init(SHAPE[-1])
 
     def loss(state, x):
-        moved = transform.move(state, transform.measure(x), 3.0)
+        moved = transform.update(state, transform.measure(x), 3.0)
         return sum(jnp.sum(leaf) for leaf in jax.tree.leaves(moved))
 
     x = np.float32(np.random.default_rng(0).normal(size=SHAPE))

@@ -267,7 +267,7 @@ def test_averages_of_a_loop_over_micro_batches_move_once():
     transform, params, state = started()
     x = normal(ROWS, SPACE, CHANNELS)
     parts = [transform.measure(part, domain=ids) for part, ids in ((x[:7], IDS[:7]), (x[7:], IDS[7:]))]
-    moved = transform.move(state, jaxbn.merge(*parts))
+    moved = transform.update(state, jaxbn.merge(*parts))
     chex.assert_trees_all_close(moved, transform.train(params, state, x, domain=IDS)[1], rtol=1e-5)
 
 

@@ -153,7 +153,7 @@ def test_the_unbiased_variance_is_averaged(average, rng):
     np.testing.assert_allclose(after.var, np.float64(x).var(0, ddof=1), rtol=1e-5)
     np.testing.assert_allclose(y.std(0), np.ones(3), rtol=1e-5)  # by the biased one
     parts = jaxbn.merge(transform.measure(x[:2]), transform.measure(x[2:]))
-    np.testing.assert_allclose(transform.move(state, parts, 6).var, after.var, rtol=1e-5)
+    np.testing.assert_allclose(transform.update(state, parts, 6).var, after.var, rtol=1e-5)
     _, masked = transform.train(params, state, x, mask=np.arange(6)[:, None] < 4)
     np.testing.assert_allclose(masked.var, np.float64(x[:4]).var(0, ddof=1), rtol=1e-5)
 

@@ -209,8 +209,8 @@ def move_averages(
     for path, found in given.items():
         statistics = statistics_at(variables, path)
         transform = averaging_method(path, statistics, momentum)
-        if transform.move is not None:
-            states[path] = transform.move(state_of(transform, statistics), found, samples)
+        if transform.update is not None:
+            states[path] = transform.update(state_of(transform, statistics), found, samples)
     return with_states(variables, states)
 
 

@@ -171,8 +171,8 @@ def batch_norm(
         mean = jnp.where(seen, moments.mean.astype(state.mean.dtype), state.mean)
         return state._replace(mean=mean, var=jnp.where(seen, found.astype(state.var.dtype), state.var))
 
-    move = None if average is None else functools.partial(move_averages, average)
-    return on_meshes(NormTransform(init, train, evaluate, measure, postproc, move=move), axis)
+    update = None if average is None else functools.partial(move_averages, average)
+    return on_meshes(NormTransform(init, train, evaluate, measure, postproc, update=update), axis)
 
 
 class AveragingStep(NamedTuple):
@@ -231,7 +231,7 @@ def move_averages(
     """The state after one step of the running averages, of its mean and of its variance."""
     step = averaging_step(average, state, moments, samples)
     return state._replace(
-        mean=_averages.move(state.mean, moments.mean, step.decay, step.good),
-        var=_averages.move(state.var, step.var, step.decay, step.good),
+        mean=_averages.update(state.mean, moments.mean, step.decay, step.good),
+        var=_averages.update(state.var, step.var, step.decay, step.good),
         count=step.count,
     )

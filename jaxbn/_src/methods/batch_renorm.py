@@ -173,7 +173,7 @@ def batch_renorm(
         y, moments = _normalize.batch_normalize(
             spec, measure, operands, state.mean, state.var, limits=bounds(state, x), autodiff=autodiff
         )
-        return y, move(state, moments, count_samples(moments, x.shape, axis))
+        return y, update(state, moments, count_samples(moments, x.shape, axis))
 
     def bounds(state: BatchRenormState, x: jax.Array) -> _Bounds:
         dtype = _dtypes.statistics(x)
@@ -184,18 +184,20 @@ def batch_renorm(
         fresh = (state.count == 0) & (average.decay(state.count, jnp.ones_like(state.count)) == 0)
         return _Bounds(jnp.where(fresh, 1, found.r_max), jnp.where(fresh, 0, found.d_max))
 
-    def move(state: BatchRenormState, moments: _moments.Moments, samples: ArrayLike | None = None) -> BatchRenormState:
+    def update(
+        state: BatchRenormState, moments: _moments.Moments, samples: ArrayLike | None = None
+    ) -> BatchRenormState:
         counted = averaging_step(average, state, moments, samples)
         decay, good = counted.decay, counted.good
-        moved_var = _averages.move if track_variance else functools.partial(_move_sigma, epsilon)
+        updated_var = _averages.update if track_variance else functools.partial(_update_sigma, epsilon)
         return BatchRenormState(
-            mean=_averages.move(state.mean, moments.mean, decay, good),
-            var=moved_var(state.var, counted.var, decay, good),
+            mean=_averages.update(state.mean, moments.mean, decay, good),
+            var=updated_var(state.var, counted.var, decay, good),
             count=counted.count,
             step=None if state.step is None else lax.stop_gradient(state.step + good.any().astype(state.step.dtype)),
         )
 
-    return on_meshes(base._replace(init=init, train=train, move=move), axis)
+    return on_meshes(base._replace(init=init, train=train, update=update), axis)
 
 
 def _correction(stored: _operands.Stored, mean: jax.Array, var: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -208,12 +210,12 @@ def _correction(stored: _operands.Stored, mean: jax.Array, var: jax.Array) -> tu
     return jnp.clip(r, 1 / r_max, r_max), jnp.clip(d, -d_max, d_max)
 
 
-def _move_sigma(epsilon: ArrayLike, var: jax.Array, new: jax.Array, decay: jax.Array, where: jax.Array) -> jax.Array:
+def _update_sigma(epsilon: ArrayLike, var: jax.Array, new: jax.Array, decay: jax.Array, where: jax.Array) -> jax.Array:
     """The variance of which sigma is the average: sigma moves, with epsilon inside the root."""
     dtype = _dtypes.promote(var.dtype, new.dtype)
     inside = jnp.asarray(epsilon, dtype)
     before, batch = (jnp.sqrt(v.astype(dtype) + inside) for v in (var, new))
-    sigma = _averages.move(before, batch, decay, where)
+    sigma = _averages.update(before, batch, decay, where)
     moved = jnp.maximum(jnp.square(sigma) - inside, 0)
     return lax.stop_gradient(jnp.where(where, moved.astype(var.dtype), var))
 

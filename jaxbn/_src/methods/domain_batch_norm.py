@@ -160,9 +160,9 @@ def domain_batch_norm(
         operands = operands._replace(members=members)
         y, moments = _normalize.batch_normalize(spec, everywhere, operands, state.mean, state.var, autodiff=autodiff)
         y = jnp.where(members.any(1).reshape(-1, *(1,) * (x.ndim - 1)), y, jnp.nan)
-        if base.move is None:
+        if base.update is None:
             return y, state
-        return y, move(state, moments, jax.vmap(lambda one: count_samples(one, x.shape, axis))(moments))
+        return y, update(state, moments, jax.vmap(lambda one: count_samples(one, x.shape, axis))(moments))
 
     def _by_domain(param: jax.Array | None) -> jax.Array | None:
         return jnp.broadcast_to(param, (num_domains, *param.shape)) if share_affine and param is not None else param
@@ -199,15 +199,15 @@ def domain_batch_norm(
         x = jnp.asarray(x)
         return here(x, members=_members(x, domain, num_domains, axis), mask=mask)
 
-    def move(
+    def update(
         state: DomainBatchNormState, moments: _moments.Moments, samples: ArrayLike | None = None
     ) -> DomainBatchNormState:
-        assert base.move is not None
+        assert base.update is not None
         samples = None if samples is None else jnp.broadcast_to(jnp.asarray(samples), (num_domains,))
-        return DomainBatchNormState(*jax.vmap(base.move)(BatchNormState(*state), moments, samples))
+        return DomainBatchNormState(*jax.vmap(base.update)(BatchNormState(*state), moments, samples))
 
-    moving = None if base.move is None else move
-    return on_meshes(base._replace(init=init, train=train, eval=evaluate, measure=measure, move=moving), axis)
+    updating = None if base.update is None else update
+    return on_meshes(base._replace(init=init, train=train, eval=evaluate, measure=measure, update=updating), axis)
 
 
 def _copies(num_domains: int, tree: Any) -> Any:

@@ -179,7 +179,7 @@ def moving_average_batch_norm(
             x = _remember(x, weights, _axes.expand(-past_psi / (v + epsilon), x.ndim, _axes.split(x.ndim, axis)))
         v += share_psi * (chi - lax.stop_gradient(chi))
         y = _normalize.normalize(spec, operands._replace(x=x), mean, v, constants=(r, jnp.zeros_like(r)))
-        return y, move(state, found, count_samples(found, x.shape, axis))
+        return y, update(state, found, count_samples(found, x.shape, axis))
 
     def measure(x: ArrayLike, *, mask: ArrayLike | None = None) -> _moments.Moments:
         return _about_zero(base.measure(x, mask=mask))
@@ -187,7 +187,7 @@ def moving_average_batch_norm(
     def postproc(state: MovingAverageBatchNormState, moments: _moments.Moments) -> MovingAverageBatchNormState:
         return base.postproc(state, _about_zero(moments))
 
-    def move(
+    def update(
         state: MovingAverageBatchNormState, moments: _moments.Moments, samples: ArrayLike | None = None
     ) -> MovingAverageBatchNormState:
         found = lax.stop_gradient(_about_zero(moments))
@@ -195,8 +195,8 @@ def moving_average_batch_norm(
         past, share = _earlier(state.square_window, state.step, warmup, found.var.dtype)
         return lax.stop_gradient(
             state._replace(
-                mean=_averages.move(state.mean, found.mean, moved.decay, moved.good),
-                var=_averages.move(state.var, past + share * moved.var, moved.decay, moved.good),
+                mean=_averages.update(state.mean, found.mean, moved.decay, moved.good),
+                var=_averages.update(state.var, past + share * moved.var, moved.decay, moved.good),
                 square_window=_push(state.square_window, moved.var, moved.good),
                 values=jnp.where(moved.good, found.count.astype(state.values.dtype), state.values),
                 step=jnp.where(moved.good.any(), state.step + 1, state.step),
@@ -204,7 +204,7 @@ def moving_average_batch_norm(
             )
         )
 
-    return on_meshes(NormTransform(init, train, base.eval, measure, postproc, backward, move), axis)
+    return on_meshes(NormTransform(init, train, base.eval, measure, postproc, update, backward), axis)
 
 
 def backward(

@@ -49,12 +49,12 @@ class NormTransform(NamedTuple):
     measure: Callable[..., Moments]
     # (state, moments) -> state: install the moments of the population
     postproc: Callable[[State, Moments], State]
+    # (state, moments, samples=None) -> state: update the averages once, by moments that a loop has put together; None:
+    # training keeps none
+    update: Callable[..., State] | None = None
     # (params, state, grads) -> state: learn from the gradient of the params; None: the method does not. It may take
     # loss_scale=, that of the next step.
     backward: Callable[..., State] | None = None
-    # (state, moments, samples=None) -> state: move the averages once, by moments that a loop has put together; None:
-    # training keeps none
-    move: Callable[..., State] | None = None
 
 
 def on_meshes(transform: NormTransform, axis: _axes.Axis) -> NormTransform:
@@ -81,12 +81,12 @@ def on_meshes(transform: NormTransform, axis: _axes.Axis) -> NormTransform:
     def postproc(state: State, moments: Moments) -> State:
         return _explicit_meshes.as_before(transform.postproc(_beside(state, moments), moments), state)
 
-    def move(state: State, moments: Moments, samples: ArrayLike | None = None) -> State:
-        assert transform.move is not None
-        return _explicit_meshes.as_before(transform.move(_beside(state, moments), moments, samples), state)
+    def update(state: State, moments: Moments, samples: ArrayLike | None = None) -> State:
+        assert transform.update is not None
+        return _explicit_meshes.as_before(transform.update(_beside(state, moments), moments, samples), state)
 
-    moving = None if transform.move is None else move
-    return transform._replace(train=train, eval=evaluate, postproc=postproc, move=moving)
+    updating = None if transform.update is None else update
+    return transform._replace(train=train, eval=evaluate, postproc=postproc, update=updating)
 
 
 def _beside(state: State, moments: Moments) -> State:

@@ -189,8 +189,8 @@ def move_averages(model: Any, moments: Mapping[str, Moments], *, samples: ArrayL
 
     def moved(path: str, layer: Any, state: State, found: Moments) -> State:
         del path
-        move = method_of(layer)().move
-        return state if move is None else move(state, found, samples)
+        update = method_of(layer)().update
+        return state if update is None else update(state, found, samples)
 
     return _with_states(model, moments, moved)
 

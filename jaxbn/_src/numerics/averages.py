@@ -242,7 +242,7 @@ def _check_momentum(momentum: ArrayLike, stacklevel: int) -> None:
         )
 
 
-def move(value: jax.Array, new: jax.Array, decay: jax.Array, where: jax.Array) -> jax.Array:
+def update(value: jax.Array, new: jax.Array, decay: jax.Array, where: jax.Array) -> jax.Array:
     """One step of the average where `where` is true; the dtype of the value stays, and no gradient flows."""
     dtype = _dtypes.promote(value.dtype, new.dtype)
     decay = decay.astype(dtype)
