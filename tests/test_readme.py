@@ -1,7 +1,8 @@
-"""The README tells the truth: its blocks run, its numbers come out, its errors are raised, its links lead somewhere."""
+"""README and guides tell the truth: blocks run and print what they say, errors are raised, links lead somewhere."""
 
 import contextlib
 import doctest
+import inspect
 import io
 import re
 import tempfile
@@ -16,46 +17,52 @@ import pytest
 
 import jaxbn
 import jaxbn.linen
+import jaxbn.nnx
 import jaxbn.serving
+import jaxbn.testing
 from jaxbn._src.serving import sealed
 from jaxbn._src.serving.files import KIND
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
+README = ROOT / "README.md"
+GUIDES = ROOT / "examples" / "guides"
+DOCUMENTS = [README, ROOT / ".github" / "CONTRIBUTING.md", *sorted(GUIDES.glob("*.md"))]
+ERROR_TABLE = (GUIDES / "errors.md").read_text()
 
-# What a user copies on a fresh machine, in a clone of the repository.
+# Commands that users copy on a fresh machine, in a clone of the repository.
 COMMANDS = ['pip install ".[examples]" && python examples/digits.py', 'pip install ".[test]" && pytest -n auto']
 
 
 class Block(NamedTuple):
-    """A block of Python, and what it says that it prints: comments behind `print(...)`, or the block of text below."""
+    """A block of Python with its expected output: comments after `print(...)`, or the block of text below."""
 
     code: str
     output: str
 
 
-def sections():
-    """The Python blocks of each section; those of one section run one after the other, in the same names."""
-    for section in re.split(r"^## ", README, flags=re.MULTILINE)[1:]:
-        found = re.findall(r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```\n)?", section, re.MULTILINE | re.DOTALL)
-        blocks = [Block(code, text or comments(code)) for code, text in found]
-        if blocks:
-            yield pytest.param(blocks, id=section.splitlines()[0])
+def blocks_of(document):
+    """The Python blocks of a document; they run one after the other with the same names."""
+    text = document.read_text()
+    found = re.findall(r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```\n)?", text, re.MULTILINE | re.DOTALL)
+    return [Block(code, output or comments(code)) for code, output in found]
 
 
 def comments(code):
     return "".join(f"{line}\n" for line in re.findall(r"^ *print\(.*\)  # (.*)$", code, re.MULTILINE))
 
 
-@pytest.mark.sample(every=2)
-@pytest.mark.parametrize("blocks", list(sections()))
-def test_blocks_run_and_print_what_they_say(blocks, monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)  # where they may save
-    names = {"__name__": "readme"}
-    for block in blocks:
+def per_document(documents):
+    return pytest.mark.parametrize("document", documents, ids=lambda path: path.stem)
+
+
+@per_document([document for document in DOCUMENTS if blocks_of(document)])
+def test_blocks_run_and_print_what_they_say(document, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)  # the blocks save files
+    names = {"__name__": "document"}
+    for block in blocks_of(document):
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):
-            exec(compile(block.code, "README.md", "exec"), names)
+            exec(compile(block.code, document.name, "exec"), names)
         assert lines(printed.getvalue()) == lines(block.output), block.code
 
 
@@ -63,28 +70,61 @@ def lines(text):
     return [line.rstrip() for line in text.splitlines()]
 
 
-def test_no_block_escapes():
-    """Every block of Python is in a section that runs, and every print in one shows its output."""
-    blocks = [block for param in sections() for block in param.values[0]]
-    assert len(blocks) == README.count("```python") > 0
-    assert sum(block.code.count("print(") for block in blocks if block.output) == README.count("print(")
+@per_document(DOCUMENTS)
+def test_no_block_escapes(document):
+    """Every block of Python is found, and every print shows its output."""
+    blocks = blocks_of(document)
+    assert len(blocks) == document.read_text().count("```python")
+    assert all(block.output for block in blocks if "print(" in block.code)
 
 
 def test_the_loop_is_that_of_the_docstring():
     example = doctest.DocTestParser().get_examples(jaxbn.linen.make_steps.__doc__)
     source = "".join(part.source for part in example if "frozen.info" not in part.source)
-    assert source in README.replace("\n\n", "\n").replace("\n\n", "\n")
+    guide = (GUIDES / "training_loops.md").read_text()
+    assert source in guide.replace("\n\n", "\n").replace("\n\n", "\n")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands_stand_on_one_line(command):
-    assert f"```sh\n{command}\n```" in README
+    assert f"```sh\n{command}\n```" in README.read_text()
 
 
-def test_local_links_lead_somewhere():
-    links = re.findall(r"\]\(([^)#]+)", README)
-    missing = [link for link in links if not link.startswith("http") and not (ROOT / link).exists()]
-    assert links and not missing
+def test_readme_is_short():
+    text = README.read_text().splitlines()
+    assert len(text) <= 250 and text.index("```python") < 20
+
+
+def anchors(document):
+    """The anchors of the headings of a document, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", document.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@per_document(DOCUMENTS)
+def test_local_links_lead_somewhere(document):
+    missing = []
+    for link in re.findall(r"\]\(([^)]+)\)", document.read_text()):
+        path, _, anchor = link.partition("#")
+        target = document.parent / path if path else document
+        if not link.startswith("http") and (not target.exists() or anchor and anchor not in anchors(target)):
+            missing.append(link)
+    assert not missing
+
+
+def test_readme_leads_to_every_guide():
+    links = re.findall(r"\(examples/guides/(\w+)\.md", README.read_text())
+    assert set(links) == {guide.stem for guide in GUIDES.glob("*.md")}
+
+
+@pytest.mark.parametrize("package", [jaxbn, jaxbn.linen, jaxbn.nnx, jaxbn.serving, jaxbn.testing])
+def test_api_at_a_glance_is_complete(package):
+    """Every public name has one line."""
+    section = re.split(r"^## ", (GUIDES / "api.md").read_text(), flags=re.MULTILINE)
+    text = next(part for part in section if part.startswith(f"`{package.__name__}`\n"))
+    public = {name for name, value in vars(package).items() if name[0] != "_" and not inspect.ismodule(value)}
+    modules = {"checkpoint_policies"} if package is jaxbn else set()
+    assert sorted(re.findall(r"^\| `(\w+)` \| \S", text, re.MULTILINE)) == sorted(public | modules)
 
 
 # From here on, the table of errors.
@@ -249,12 +289,11 @@ ERRORS = {
 
 def quoted():
     """The messages in the first column of the table."""
-    table = README.split("| Message |")[1].split("\n\n")[0]
-    return re.findall(r"^\| `([^`]+)`(?:, `[^`]+`)* \|", table, re.MULTILINE)
+    return re.findall(r"^\| `([^`]+)`(?:, `[^`]+`)* \|", ERROR_TABLE, re.MULTILINE)
 
 
 def test_every_row_of_the_error_table_is_tested():
-    assert len(quoted()) == README.split("| Message |")[1].split("\n\n")[0].count("\n| ")
+    assert len(quoted()) == ERROR_TABLE.count("\n| ") - 1  # the heads
     assert [next(start for start in ERRORS if message.startswith(start)) for message in quoted()] == list(ERRORS)
 
 
