@@ -1,4 +1,4 @@
-"""A pass that is killed and resumed, again and again, as the README says to save it: identical bits at the end."""
+"""A pass that is killed and resumed many times, as the statistics pass guide shows: identical bits at the end."""
 
 import random
 import signal
