@@ -139,7 +139,7 @@ def test_batches_of_arrays_and_numbers_are_taken():
 @pytest.mark.parametrize("package", [jaxbn.linen, jaxbn.nnx])
 def test_batches_without_rows(package):
     arguments = (NET.apply, VARIABLES) if package is jaxbn.linen else (MODEL,)
-    with pytest.raises(ValueError, match="No value was counted in the 2 batches: they have no rows"):
+    with pytest.raises(ValueError, match="The 2 batches hold no values: they have no rows"):
         package.postproc(*arguments, [X[:0], X[:0]])
     with pytest.raises(ValueError, match="2 batches, 0 of them finite and not empty"):
         package.diagnose(*arguments, [X[:0], X[:0]])

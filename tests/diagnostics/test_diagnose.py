@@ -154,7 +154,7 @@ def test_parameters_that_are_nan_after_the_last_layer_are_a_finding():
     head = jax.tree.map(lambda leaf: leaf * np.nan, variables["params"]["Dense_0"])
     found = jaxbn.linen.diagnose(call, variables | {"params": variables["params"] | {"Dense_0": head}}, batches)
     assert [finding.name for finding in found.findings] == ["nonfinite"]
-    assert "not finite, in the outputs alone" in str(found).replace("\n  ", "")
+    assert "not finite, only in the outputs" in str(found).replace("\n  ", "")
     assert found.layers == jaxbn.linen.diagnose(call, variables, batches).layers
 
 

@@ -219,7 +219,7 @@ def test_the_picture_is_whole(number, factor):
     figure.savefig(io.BytesIO())
     shift, ratio, error = figure.axes
     assert [axes.get_xlabel() for axes in figure.axes] == [
-        "old mean off by (new std)",
+        "|old mean - new mean| (std)",
         "old variance / new variance",
         "standard error, worst channel",
     ]

@@ -14,7 +14,7 @@ import jaxbn
 import jaxbn.linen
 import jaxbn.nnx
 
-ALL_CLEAR = "Nothing is wrong"
+ALL_CLEAR = "No problem with the batch statistics was found"
 
 
 class Shared(nn.Module):
@@ -106,7 +106,7 @@ def test_layers_that_training_never_updates_are_told_in_the_call_of_training():
     found = jaxbn.linen.diagnose(call, variables, x)
     never = next(finding for finding in found.findings if finding.name == "never_trains")
     assert set(never.layers) == {"norm_1", "norm_2"}
-    assert "2 of 3 layers never do" in never.text
+    assert "evaluates 2 of 3 layers" in never.text
     # What is said of the size of the batches is said of the layer that minds it.
     assert {layer for finding in found.findings if finding.name == "tiny_batches" for layer in finding.layers} == {
         "norm_0"
@@ -151,7 +151,7 @@ def test_what_was_not_judged_is_said_instead_of_an_all_clear():
     no_outputs = lambda v, x: (call(v, x), None)[1]  # noqa: E731
     no_examples = [{"x": x, "of classes": np.ones(10, np.float32)} for x in batches]
     for run, data, reason in [
-        (frozen, batches, "No batch went through 'norm_1'"),
+        (frozen, batches, "'norm_1' was not reached"),
         (no_outputs, batches, "Whether outputs differ"),
         (lambda v, b: call(v, b["x"]), no_examples, "at random"),
     ]:

@@ -1,10 +1,8 @@
-"""What a diagnosis looks at: the moments of every layer in every batch, and what independent examples would give.
+"""The observations of a diagnosis: the moments of each layer in each batch, and an analysis of their variance.
 
-Every batch runs twice in one program: in mode "batch", as in training, and in mode "eval". Where the call asks some
-layers for the statistics of the batch and others for the stored ones, it is that of training, and the first run does
-what it asks. In the second an example's
-activations depend on nothing but the example, so that there, and only there, batches of independent examples have
-independent means.
+Each batch runs twice in one program: in mode "batch", as in training, and in mode "eval". If the call trains some
+layers and evaluates others, the first run does as the call asks. In the second run the activations of an example depend
+on this example only. So only there do batches of independent examples have independent means.
 """
 
 import collections
@@ -29,26 +27,26 @@ from jaxbn._src.statistics import multihost as _multihost
 # (model, batch) -> (outputs, Measured)
 Capture = Callable[[Any, Any], tuple[Any, Measured]]
 
-# Batches that may be under way at once.
+# Batches that may be computed at the same time.
 _IN_FLIGHT = 8
 
 
 class Seen(NamedTuple):
-    """What one batch showed: a pytree."""
+    """The observations of one batch: a pytree."""
 
     trained: Measured  # normalized with the statistics of the batch
-    stored: Measured  # normalized with the stored statistics
-    rows: jax.Array  # f32[]: examples in the batch; NaN if that is not known
+    stored: Measured  # normalized with the running statistics
+    rows: jax.Array  # f32[]: examples in the batch; NaN if unknown
     gap: jax.Array  # f32[2, L]: squares of (train - eval) and of train about its mean, summed over each output
 
     @property
     def is_finite(self) -> bool:
-        """Whether no layer saw NaN or infinity in training."""
+        """Whether the input of every layer is finite in training."""
         return all(np.isfinite(part).all() for moments in self.trained.moments.values() for part in moments)
 
     @property
     def is_empty(self) -> bool:
-        """Whether there are no examples in it."""
+        """Whether the batch has no examples."""
         return bool(self.rows == 0)
 
 
@@ -57,7 +55,7 @@ Look = Callable[[Any, Any], Seen]
 
 
 def looking(in_mode: Callable[[str], Capture]) -> Look:
-    """How a batch is looked at."""
+    """Returns the function that observes a batch."""
 
     def look(model: Any, batch: Any) -> Seen:
         (trained, in_training), (evaluated, stored) = in_mode("batch")(model, batch), in_mode("eval")(model, batch)
@@ -70,16 +68,16 @@ def looking(in_mode: Callable[[str], Capture]) -> Look:
 
 
 def observe(look: Recipe, model: Any, batches: Iterable[Any], *, progress: bool | None) -> list[Seen]:
-    """What each batch of all processes shows, on the host: the same on each of them.
+    """Returns the observations of the batches of all processes as NumPy arrays, the same on each process.
 
     Args:
         look: Makes a `Look`, which is compiled once for each shape of a batch.
         model: A pytree.
-        batches: Those of this process, or global ones, as of a statistics pass.
-        progress: Show a bar. None: if this is a terminal.
+        batches: The batches of this process, or global batches, as for a statistics pass.
+        progress: Whether to show a progress bar. None: only in a terminal.
 
     Returns:
-        Batch by batch, of process 0 first.
+        The observations batch by batch, those of process 0 first.
     """
     _processes.check_unstacked(model)
     length = len(batches) if isinstance(batches, Sized) else None
@@ -92,7 +90,8 @@ def observe(look: Recipe, model: Any, batches: Iterable[Any], *, progress: bool 
         return [one for of_process in _processes.gather(mine) for one in of_process]
     model, program, together = replicate(model, mesh), compiled(look, _pinned, mesh), _multihost.in_step(opened)
     first = next(together)
-    _processes.agree(lambda: (jax.eval_shape(program, model, first), None))  # before one runs it, all can
+    # All processes check that it traces before any of them runs it.
+    _processes.agree(lambda: (jax.eval_shape(program, model, first), None))
     return _observe(program, model, itertools.chain([first], together), progress, length)
 
 
@@ -114,7 +113,7 @@ def _observe(
 
 
 class Batches(NamedTuple):
-    """The moments of a layer in each batch, [B, C], in at least float64."""
+    """The moments of a layer in each batch, [B, C], in float64 or complex128."""
 
     count: np.ndarray  # type: ignore[assignment]  # hides tuple.count
     mean: np.ndarray
@@ -122,12 +121,12 @@ class Batches(NamedTuple):
 
     @classmethod
     def of(cls, parts: Iterable[Mapping[str, Moments]], path: str) -> "Batches":
-        """Of the moments of all layers, batch by batch."""
+        """Takes the moments of one layer from those of all layers in each batch."""
         columns = zip(*(one[path] for one in parts), strict=True)
         return cls(*(np.stack([np.ravel(part) for part in column]) * np.float64(1) for column in columns))
 
     def pooled(self) -> tuple[np.ndarray, np.ndarray]:
-        """Mean and variance of all batches together."""
+        """Returns the mean and variance of all batches together."""
         count = self.count.sum(0)
         divisor = np.where(count > 0, count, 1)
         mean = (self.count * self.mean).sum(0) / divisor
@@ -135,17 +134,15 @@ class Batches(NamedTuple):
 
 
 class Calls(NamedTuple):
-    """How far the calls of a layer in one step differ, in all batches together."""
+    """The differences between the calls of a layer in one step, in all batches together."""
 
     number: int
-    differ: (
-        float  # rms error of the normalized input with what all calls share, in standard deviations; noise taken out
-    )
-    noise: float  # that of the estimate
+    differ: float  # rms error of the normalized input with the statistics of all calls, in std, without noise
+    noise: float  # the noise that was subtracted
 
     @classmethod
     def of(cls, parts: Iterable[Mapping[str, Moments]], path: str, sigma: np.ndarray, alive: np.ndarray) -> "Calls":
-        """Of the moments [K, ...] of the layers called several times, batch by batch; sigma is that of all calls."""
+        """Takes the moments [K, ...] of a layer that is called K times; sigma is that of all calls together."""
         found = [one[path] for one in parts if path in one]
         alike = [one for one in found if one.count.shape == found[0].count.shape]
         if not alike or not alive.any():
@@ -162,31 +159,31 @@ class Calls(NamedTuple):
 
 
 def _apart(values: np.ndarray, there: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The variance over calls of their means over batches, and how much of it is noise; [B, K, C] -> [C] each."""
+    """Returns the variance between the means of the calls, and the noise in it; [B, K, C] -> [C] each."""
     batches = there.sum(0)
     known = batches > 1
     center = np.where(there, values, 0).sum(0) / np.maximum(batches, 1)
     noise = (np.abs(values - center) ** 2 * there).sum(0) / np.maximum(batches * (batches - 1), 1)
     calls = np.maximum(known.sum(0), 1)
     middle = (center * known).sum(0) / calls
-    # Of K noisy values the variance about their mean is 1 - 1 / K of the noise.
+    # The expected variance of K noisy values about their mean is 1 - 1 / K of the noise.
     return (np.abs(center - middle) ** 2 * known).sum(0) / calls, (noise * known).sum(0) / calls * (1 - 1 / calls)
 
 
 class Spread(NamedTuple):
-    """One-way analysis of variance: how far the means of batches differ, and how far examples do; f64[C]."""
+    """One-way analysis of variance of the means of the examples; f64[C]."""
 
     between: np.ndarray  # mean square between batches
-    within: np.ndarray  # mean square within batches, which is what `between` should be if examples are independent
-    examples: float  # in a batch; NaN if they are not known
-    degrees: tuple[float, float]  # of freedom, between and within
+    within: np.ndarray  # mean square within batches: the expected value of `between` if examples are independent
+    examples: float  # in a batch; NaN if unknown
+    degrees: tuple[float, float]  # degrees of freedom between and within batches
 
     @classmethod
     def of(cls, examples: Batches, rows: np.ndarray) -> "Spread":
-        """Of the moments of the means of the examples, in batches of so many rows [B].
+        """Analyzes the moments of the means of the examples, in batches of `rows` [B] examples.
 
-        A layer that is called k times for a batch is given each example k times, at worst alike: then the means of
-        batches differ k times as much without being out of order, and so `between` is divided by k.
+        A layer that is called k times for a batch receives each example k times. If these are equal, the mean square
+        between batches is k times as large although the batches are drawn at random, so `between` is divided by k.
         """
         present = examples.count > 0
         counts, batches = examples.count.sum(0), present.sum(0)
@@ -203,22 +200,22 @@ class Spread(NamedTuple):
         return cls(between / calls, within, per_batch, (float(fewest[0]), float(fewest[1])))
 
     def ratios(self, channels: np.ndarray) -> np.ndarray:
-        """Between over within, in those of the channels in which anything is known."""
+        """Returns between / within for the given channels in which both are known."""
         known = channels & (np.nan_to_num(self.within) > 0) & np.isfinite(self.between)
         return self.between[known] / self.within[known]
 
     def excess(self, channels: np.ndarray) -> float:
-        """Std between batches over that between examples, noise taken out: the root of the intraclass correlation."""
+        """Returns the std between batches, without noise, over that between examples: see `LayerDiagnosis.excess`."""
         beyond = np.maximum(self.ratios(channels) - 1, 0)
         return float(np.sqrt((beyond / (beyond + self.examples)).mean())) if beyond.size else np.nan
 
     def p_value(self, channels: np.ndarray) -> float:
-        """Probability of such a mean ratio, or of such a largest one, if examples are independent.
+        """Returns the probability of a mean ratio, or a largest ratio, at least as large with independent examples.
 
-        The mean of F-distributed ratios, however they depend on each other, is spread at most as far as one of them,
-        whose tail is taken for its own; and it hardly minds outliers. For the largest it is Bonferroni's bound.
+        The mean of F-distributed ratios has at most the variance of one of them, whatever their dependence, so the tail
+        of a single ratio is used. It is robust to outliers. Bonferroni's bound is used for the largest ratio.
         """
-        from scipy import special  # here: to import it takes longer than all of jaxbn
+        from scipy import special  # here, because this import takes longer than that of jaxbn
 
         ratios = self.ratios(channels)
         if not ratios.size:
@@ -228,6 +225,7 @@ class Spread(NamedTuple):
 
 
 def _gap(trained: Any, evaluated: Any) -> jax.Array:
+    """Sums for the difference of the outputs, f32[2, L]: see `Seen.gap`."""
     sums = [jnp.zeros((2, 0))]
     for a, b in zip(jax.tree.leaves(trained), jax.tree.leaves(evaluated), strict=True):
         if jnp.issubdtype(jnp.result_type(a), jnp.floating):

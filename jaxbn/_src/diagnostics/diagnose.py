@@ -1,4 +1,4 @@
-"""Why batch norm hurts here: the numbers of each layer, out of what its batches showed."""
+"""The numbers of a diagnosis, computed from the moments of each layer in each batch."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,13 +18,13 @@ _TINY = np.finfo(np.float32).tiny
 
 
 def check_bounds(r_max: float, d_max: float) -> None:
-    """Raises a ValueError for bounds that are none."""
+    """Raises a ValueError if the bounds of Batch Renormalization are invalid."""
     if not (r_max >= 1 and d_max >= 0):
         raise ValueError(f"r_max={r_max} must be 1 or more, and d_max={d_max} not negative.")
 
 
 def diagnose(seen: Sequence[Seen], states: Mapping[str, Any], *, r_max: float, d_max: float) -> Diagnosis:
-    """What the batches say about a model whose layers have these statistics."""
+    """Returns the diagnosis of a model whose layers have these statistics."""
     good = [one for one in seen if one.is_finite and not one.is_empty]
     if len(good) < 2:
         raise ValueError(
@@ -48,7 +48,7 @@ def diagnose(seen: Sequence[Seen], states: Mapping[str, Any], *, r_max: float, d
 
 
 def _alive(values: Batches, pair: Pair) -> np.ndarray:
-    """Channels that were reached, and are not constant as far as rounding lets one see, nor small beside epsilon."""
+    """Channels that were reached, and whose variance is above rounding errors and not small next to epsilon."""
     rounding = np.finfo(np.float32).eps * np.abs(pair.mean)
     return (values.count.sum(0) > 0) & (pair.var > np.maximum(_DEAD * pair.epsilon, rounding**2))
 
@@ -99,14 +99,14 @@ def _layer(
 
 
 def _noise(trained: Spread, sigma: np.ndarray, alive: np.ndarray, d: np.ndarray) -> float:
-    """Std of a batch's mean if its examples are independent; as it is seen where the examples are not known."""
+    """Std of a batch mean if the examples are independent; the observed one if the examples are unknown."""
     known = alive & np.isfinite(trained.within)
     expected = trained.within[known] / trained.examples / sigma[known] ** 2
     return float(np.sqrt(_mean(expected if expected.size else d**2)))
 
 
 def _gap(seen: Sequence[Seen]) -> float:
-    """Rms of the outputs in training minus in evaluation, in std of the former; of the worst of several outputs."""
+    """Rms of the outputs in training minus in evaluation, in std of the former; the worst of several outputs."""
     difference, variance = np.sum([one.gap for one in seen], 0, dtype=float)
     known = variance > 0
     return float(np.sqrt((difference[known] / variance[known]).max())) if known.any() else np.nan

@@ -1,4 +1,4 @@
-"""What a diagnosis found: numbers per layer, findings in order of effect, as text, dict and picture."""
+"""The result of a diagnosis: numbers for each layer and findings in order of effect, as text, dict and plot."""
 
 import dataclasses
 from typing import Any
@@ -69,24 +69,24 @@ class LayerDiagnosis:
 
     @property
     def reached(self) -> bool:
-        """Whether any value went through the layer, and it is not frozen."""
+        """Whether a batch reached the layer and it is not frozen."""
         return self.values > 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """One thing that is wrong, and what to do about it."""
+    """A problem, and advice what to do about it."""
 
     name: str  # such as "non_iid"
     effect: float  # in standard deviations of the normalized input, in the worst layer; findings are sorted by it
-    layers: tuple[str, ...]  # in which it was found, the worst first
+    layers: tuple[str, ...]  # the affected layers, the worst first
     text: str
     advice: str
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Diagnosis:
-    """What `diagnose` found. Prints as a table and advice in order of effect.
+    """The result of `diagnose`. `print` shows a table of the layers, and findings with advice in order of effect.
 
     Example:
         >>> net = jaxbn.linen.BatchNorm(use_running_average=True)
@@ -101,7 +101,7 @@ class Diagnosis:
     batches: int
     r_max: float
     d_max: float
-    output_gap: float  # rms of outputs in training minus in evaluation, in std of the former; of several, the worst
+    output_gap: float  # rms of outputs in training minus in evaluation, in std of the former; the worst of several
     layers: dict[str, LayerDiagnosis]
     findings: tuple[Finding, ...]
 
@@ -116,7 +116,7 @@ class Diagnosis:
         if np.isfinite(self.output_gap):
             lines += [f"Outputs in training and in evaluation differ by {self.output_gap:.2g} std."]
         if not self.findings and not self.unjudged:
-            lines += ["Nothing is wrong with the statistics that these batches could show."]
+            lines += ["No problem with the batch statistics was found."]
         for number, finding in enumerate(self.findings, 1):
             size = f"{finding.effect:.2g} std; " if np.isfinite(finding.effect) else ""
             where = listed(finding.layers) or "after the last layer"
@@ -144,27 +144,27 @@ class Diagnosis:
 
     @property
     def unjudged(self) -> tuple[str, ...]:
-        """What these batches could not show, each as a sentence; empty if all was judged."""
+        """Checks that were not possible with these batches, each as a sentence."""
         missed = [path for path, layer in self.layers.items() if not layer.reached]
         untested = [path for path, layer in self.layers.items() if layer.reached and np.isnan(layer.p_value)]
         found = [
-            (missed, "No batch went through {}, or the layer is frozen."),
+            (missed, "{} was not reached, or is frozen."),
             (
                 untested,
-                "Whether batches are drawn at random, at {}: the examples are not along the leading axis there.",
+                "Whether batches are drawn at random, at {}: the examples are not on the leading axis.",
             ),
         ]
         reasons = [text.format(listed(paths)) for paths, text in found if paths]
         if np.isnan(self.output_gap):
-            reasons += ["Whether outputs differ between training and evaluation: they do not vary, or there are none."]
+            reasons += ["Whether outputs differ between training and evaluation: they are constant, or there are none."]
         return tuple(reasons)
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it as numbers, strings, lists and dicts, for JSON; NaN becomes None."""
+        """Returns everything as numbers, strings, lists and dicts, for JSON; NaN becomes None."""
         return _plain(dataclasses.asdict(self))
 
     def plot(self) -> Any:
-        """A figure of matplotlib, with a row for each layer: `diagnosis.plot().savefig("diagnosis.png")`."""
+        """Returns a matplotlib figure with a row for each layer: `diagnosis.plot().savefig("diagnosis.png")`."""
         reached = {path: layer for path, layer in self.layers.items() if layer.reached}
         names = ("d_quantiles", "r_quantiles", "noise", "excess", "off")
         numbers = {name: np.array([getattr(layer, name) for layer in reached.values()]) for name in names}

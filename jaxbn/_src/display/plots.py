@@ -1,4 +1,4 @@
-"""Figures with a row for each layer. matplotlib is optional: it is imported where something is drawn."""
+"""Figures with a row for each layer, in the order of the layers. matplotlib is optional and imported when drawing."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,12 +13,12 @@ _BLUE, _RED, _LIGHT = "#0072B2", "#D55E00", "#56B4E9"
 
 
 def draw_report(title: str, paths: Sequence[str], numbers: Mapping[str, np.ndarray]) -> Any:
-    """Draws what a statistics pass changed, in three columns.
+    """Draws the changes that a statistics pass made, in three columns.
 
     Args:
-        title: Of the figure.
-        paths: Of the layers, from top to bottom.
-        numbers: For each layer `mean_shift`, `worst_mean_shift`, `min_var_ratio`, `max_var_ratio`,
+        title: Title of the figure.
+        paths: Paths of the layers, from top to bottom.
+        numbers: Arrays with a value for each layer: `mean_shift`, `worst_mean_shift`, `min_var_ratio`, `max_var_ratio`,
             `worst_mean_error` and `worst_var_error`.
 
     Returns:
@@ -31,23 +31,26 @@ def draw_report(title: str, paths: Sequence[str], numbers: Mapping[str, np.ndarr
     figure, columns = _figure(paths, title)
     shift, ratio, error = columns
 
-    shift.plot(numbers["mean_shift"], rows, "o", color=_BLUE, markersize=4, label="channel average")
+    shift.plot(numbers["mean_shift"], rows, "o", color=_BLUE, markersize=4, label="average over channels")
     shift.plot(numbers["worst_mean_shift"], rows, "x", color=_RED, markersize=4, label="worst channel")
     shift.set_xscale("symlog", linthresh=0.01)
-    shift.set_xlim(0, max(0.02, 1.5 * np.nanmax(numbers["worst_mean_shift"], initial=0)))
-    shift.set_xlabel("old mean off by (new std)")
+    largest = max(0.02, 1.5 * np.nanmax(numbers["worst_mean_shift"], initial=0))
+    shift.set_xlim(0, largest)
+    if largest < 1e4:
+        shift.xaxis.set_major_formatter(lambda value, _: f"{value:g}")  # 0.01 rather than a power of ten
+    shift.set_xlabel("|old mean - new mean| (std)")
 
     ends = numbers["min_var_ratio"], numbers["max_var_ratio"]
     ratio.hlines(rows, *ends, color=_LIGHT, linewidth=4, label="smallest to largest channel")
     ratio.axvline(1, color="0.3", linewidth=1)
     for end in ends:
-        ratio.plot(end, rows, "|", color=_LIGHT, markersize=7, zorder=3)  # a layer that hardly changed is seen too
+        ratio.plot(end, rows, "|", color=_LIGHT, markersize=7, zorder=3)  # visible even if the layer hardly changed
     _set_log(ratio, [0.5, 2, *ends[0], *ends[1]])
     ratio.set_xlabel("old variance / new variance")
 
     ends = numbers["worst_mean_error"], numbers["worst_var_error"]
-    error.plot(ends[0], rows, "o", color=_BLUE, markersize=4, label="of the mean (new std)")
-    error.plot(ends[1], rows, "x", color=_RED, markersize=4, label="of the variance (relative)")
+    error.plot(ends[0], rows, "o", color=_BLUE, markersize=4, label="mean (std)")
+    error.plot(ends[1], rows, "x", color=_RED, markersize=4, label="variance (relative)")
     _set_log(error, [*ends[0], *ends[1]])
     error.set_xlabel("standard error, worst channel")
 
@@ -56,12 +59,13 @@ def draw_report(title: str, paths: Sequence[str], numbers: Mapping[str, np.ndarr
 
 
 def draw_diagnosis(title: str, paths: Sequence[str], numbers: Mapping[str, np.ndarray]) -> Any:
-    """Draws what batches do to each layer, in three columns.
+    """Draws the effect of batches on each layer, in three columns.
 
     Args:
-        title: Of the figure.
-        paths: Of the layers, from top to bottom.
-        numbers: For each layer `d_quantiles` and `r_quantiles` (5, 50 and 95 %), `noise`, `excess` and `off`.
+        title: Title of the figure.
+        paths: Paths of the layers, from top to bottom.
+        numbers: Arrays with a row for each layer: `d_quantiles` and `r_quantiles` (5, 50 and 95 %), `noise`, `excess`
+            and `off`.
 
     Returns:
         A `matplotlib.figure.Figure`.
@@ -77,14 +81,14 @@ def draw_diagnosis(title: str, paths: Sequence[str], numbers: Mapping[str, np.nd
         spread.hlines(rows, low, high, color=_LIGHT, linewidth=4, label="90 % of batches and channels")
         spread.plot(middle, rows, "o", color=_BLUE, markersize=3, label="median")
     means.axvline(0, color="0.3", linewidth=1)
-    means.set_xlabel("mean of a batch, from that of all (std)")
+    means.set_xlabel("batch mean - overall mean (std)")
     deviations.axvline(1, color="0.3", linewidth=1)
-    deviations.set_xlabel("std of a batch / std of all")
-    errors.plot(numbers["noise"], rows, "o", color=_BLUE, markersize=4, label="noise of a batch's mean (std)")
-    errors.plot(numbers["excess"], rows, "s", color=_LIGHT, markersize=4, label="order (std of examples)")
-    errors.plot(numbers["off"], rows, "x", color=_RED, markersize=4, label="stored statistics (std)")
+    deviations.set_xlabel("batch std / overall std")
+    errors.plot(numbers["noise"], rows, "o", color=_BLUE, markersize=4, label="noise of batch means")
+    errors.plot(numbers["excess"], rows, "s", color=_LIGHT, markersize=4, label="order of the examples")
+    errors.plot(numbers["off"], rows, "x", color=_RED, markersize=4, label="running statistics, in evaluation")
     largest = max(1, *(np.nan_to_num(numbers[name]).max(initial=0) for name in ("noise", "excess", "off")))
-    errors.set(xlabel="effect (std)", xlim=(0, 1.1 * largest))
+    errors.set(xlabel="error (std)", xlim=(0, 1.1 * largest))
     if largest > 5:
         errors.set_xscale("symlog", linthresh=1)
     _finish(columns)
@@ -92,11 +96,11 @@ def draw_diagnosis(title: str, paths: Sequence[str], numbers: Mapping[str, np.nd
 
 
 def _figure(paths: Sequence[str], title: str) -> tuple[Any, Sequence[Any]]:
-    """A figure with a row for each layer, and three columns, which share the rows."""
+    """A figure of three columns, which share a row for each layer."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("Drawing needs matplotlib, which is optional: pip install matplotlib") from error
+        raise ImportError("Plots need matplotlib, which is optional: pip install matplotlib") from error
     figure = Figure(figsize=(_WIDTH, _ENDS + _ROW * max(len(paths), 4)), layout="constrained")
     figure.suptitle(title, fontsize=10)
     axes = figure.subplots(1, 3, sharey=True)
@@ -107,7 +111,7 @@ def _figure(paths: Sequence[str], title: str) -> tuple[Any, Sequence[Any]]:
 
 
 def _finish(axes: Sequence[Any]) -> None:
-    """Grids, and legends above the columns."""
+    """Adds grids, and legends above the columns."""
     for column in axes:
         column.spines[["top", "right"]].set_visible(False)
         column.grid(True, color="0.9")
@@ -116,7 +120,7 @@ def _finish(axes: Sequence[Any]) -> None:
 
 
 def _set_log(axes: Any, values: list[float]) -> None:
-    """A logarithmic axis that holds the positive ones of these values, with as many ticks as there is room for."""
+    """Makes the axis logarithmic, to hold the positive values, with as many ticks as fit."""
     from matplotlib import ticker
 
     shown = np.array([value for value in values if np.isfinite(value) and value > 0])
@@ -126,7 +130,7 @@ def _set_log(axes: Any, values: list[float]) -> None:
     axes.set_xscale("log")
     axes.set_xlim(low, high)
     axes.xaxis.set_minor_locator(ticker.NullLocator())
-    if high / low > 1e4:  # powers of ten, written so
+    if high / low > 1e4:  # labels as powers of ten
         axes.xaxis.set_major_locator(ticker.LogLocator(numticks=7))
         return
     axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5) if high / low < 100 else (1,)))

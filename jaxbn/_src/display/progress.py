@@ -1,4 +1,4 @@
-"""A progress bar for long work: on standard error, from one process, and only where somebody is looking."""
+"""A progress bar on standard error, shown by process 0 and only in a terminal."""
 
 from collections.abc import Generator, Iterable, Sized
 from typing import TypeVar
@@ -13,13 +13,13 @@ _Item = TypeVar("_Item")
 def track(
     items: Iterable[_Item], title: str, progress: bool | None = None, length: int | None = None
 ) -> Generator[_Item, None, None]:
-    """Yields the items and shows how far it got.
+    """Yields the items and shows a progress bar.
 
     Args:
         items: Any iterable.
-        title: What is being done.
+        title: Text before the bar.
         progress: Whether to show the bar. None: if standard error is a terminal, on process 0.
-        length: Of the items, where they do not tell it themselves.
+        length: Number of items, if `items` has no length.
 
     Yields:
         The items.
@@ -31,14 +31,15 @@ def track(
     """
     console = Console(stderr=True)
     if not (console.is_terminal and jax.process_index() == 0 if progress is None else progress):
-        for item in items:  # and not `yield from`, which would close a generator that is left before its end
+        for item in items:  # not `yield from`, which closes a generator when the caller stops before its end
             yield item
         return
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
     )  # fmt: skip
     total = len(items) if isinstance(items, Sized) else length
-    with Progress(*columns, console=console, transient=console.is_terminal) as bar:  # a log keeps its last line
+    # The finished bar stays in a log file and disappears from a terminal.
+    with Progress(*columns, console=console, transient=console.is_terminal) as bar:
         task = bar.add_task(title, total=total)
         for item in items:
             yield item

@@ -1,4 +1,4 @@
-"""What a statistics pass changed, per layer, how certain the new statistics are, and the way back to the old ones."""
+"""The report of a statistics pass: changes and standard errors for each layer, and the old statistics."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -19,25 +19,23 @@ from jaxbn._src.statistics.standard_errors import Errors
 from jaxbn._src.statistics.sweep import Pass
 
 _MARKED = 3  # layers that changed most
-_NAMED = 5  # layers in a note
+_NAMED = 5  # layers named in a note
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class LayerChange:
-    """Old and new statistics of one layer, in the shape of its features, on the host."""
+    """Old and new statistics of one layer: NumPy arrays in the shape of its features."""
 
-    count: float  # values per channel that the new statistics were computed from; 0: not reached or frozen
+    count: float  # values per channel behind the new statistics; 0: not reached or frozen
     old_mean: np.ndarray
     old_var: np.ndarray
     new_mean: np.ndarray
     new_var: np.ndarray
-    kind: LayerKind | None = None  # None: not reached, or frozen
-    reached: np.ndarray | bool = True  # which statistics any value went into; all but in a stack of layers in part
-    batches: float | None = None  # in which the layer was reached
-    errors: Errors | None = None  # standard errors of new_mean and new_var, in their units; None: there are none
-    last_change: float | None = (
-        None  # how far any statistic moved in the last of several sweeps, in standard deviations
-    )
+    kind: LayerKind | None = None  # None: not reached or frozen
+    reached: np.ndarray | bool = True  # channels that were reached; False occurs in stacks of layers
+    batches: float | None = None  # number of batches in which the layer was reached
+    errors: Errors | None = None  # standard errors of new_mean and new_var, in their units
+    last_change: float | None = None  # largest change in the last of several sweeps, in standard deviations
 
     def __repr__(self) -> str:
         """One line; `to_dict` has the numbers."""
@@ -45,12 +43,12 @@ class LayerChange:
 
     @property
     def mean_shift(self) -> np.ndarray:
-        """How far the old mean was from the new one, in new standard deviations."""
+        """Distance between the old and the new mean, in new standard deviations."""
         return np.abs(self.old_mean - self.new_mean) / np.sqrt(self._divisor)
 
     @property
     def std_shift(self) -> np.ndarray:
-        """How far the old standard deviation was from the new one, in new standard deviations."""
+        """Distance between the old and the new standard deviation, in new standard deviations."""
         return np.abs(np.sqrt(self.var_ratio) - 1)
 
     @property
@@ -60,34 +58,34 @@ class LayerChange:
 
     @property
     def relative_errors(self) -> tuple[np.ndarray, np.ndarray] | None:
-        """The standard errors in new standard deviations, and relative to the new variance; 0 in constant channels."""
+        """Standard errors of the mean in new std, and of the variance relative to it; 0 in constant channels."""
         return None if self.errors is None else _standard_errors.relative(self.errors, self.new_mean, self.new_var)
 
     @property
     def per_batch(self) -> float | None:
-        """Values per channel that one normalization had, on average over the batches in which it was reached."""
+        """Values per channel in a batch, averaged over the batches in which the layer was reached."""
         return self.count / self.batches if self.batches else None
 
     @property
     def constant(self) -> np.ndarray:
-        """Which of the channels reached are constant; nothing relative to their variance says anything."""
+        """Reached channels that are constant; numbers relative to their variance have no meaning."""
         return _standard_errors.is_constant(self.new_mean, self.new_var) & self.reached
 
     @property
     def moved(self) -> float:
-        """How far the layer moved: the larger of both shifts, averaged over the channels; NaN if all are constant."""
+        """The larger of both shifts, averaged over the channels; NaN if all are constant."""
         return float(np.mean(self._shown(np.maximum(self.mean_shift, self.std_shift))))
 
     @property
     def summary(self) -> dict[str, float]:
-        """Of the channels that were reached and are not constant: shifts, ratios, and the largest standard errors."""
+        """Shifts, ratios and the largest standard errors of the channels that were reached and are not constant."""
         shift, ratio = self._shown(self.mean_shift), self._shown(self.var_ratio)
         errors = [self._shown(part) for part in self.relative_errors or (np.full_like(self.mean_shift, np.nan),) * 2]
         numbers = shift.mean(), shift.max(), ratio.min(), ratio.max(), *(part.max() for part in errors)
         return dict(zip(_SUMMARY, map(float, numbers), strict=True))
 
     def to_dict(self) -> dict[str, Any]:
-        """Numbers, lists and None; complex means as pairs."""
+        """Returns numbers, lists and None; complex means are pairs."""
         errors = self.errors and {"mean": _listed(self.errors.mean), "var": _listed(self.errors.var)}
         return {
             "values": self.count,
@@ -115,12 +113,12 @@ _SUMMARY = ("mean_shift", "worst_mean_shift", "min_var_ratio", "max_var_ratio", 
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Report:
-    """What a pass did. Prints as a table, within 100 columns, of the layers by how far they moved.
+    """The changes that a statistics pass made. `print` shows a table of the layers, in the order of the data.
 
-    It becomes a dict and a picture, and keeps the old statistics: `jaxbn.linen.install_moments(variables, report.old)`
-    goes back, in NNX likewise. Standard errors (SE) are those of the channel in which they are largest: of the mean in
-    new standard deviations, of the variance relative to it. They come from the spread between batches;
-    :mod:`jaxbn._src.statistics.standard_errors` says how, and what is not in them.
+    `to_dict` is for logs, and `plot` makes a figure. The report holds the old statistics:
+    `jaxbn.linen.install_moments(variables, report.old)` restores them, and likewise in NNX. Standard errors are those
+    of the worst channel: of the mean in new standard deviations, of the variance relative to it. They are estimated
+    from the differences between batches, so they exclude any error that all batches have in common.
 
     Example:
         >>> zero, one = np.zeros(2), np.ones(2)
@@ -142,30 +140,30 @@ class Report:
     batches: int
     layers: dict[str, LayerChange]
     skipped: int = 0  # batches whose moments were not finite
-    sweeps: int = 1  # over all batches
-    change: float | None = None  # how far any statistic moved in the last sweep, in standard deviations; of several
-    stop_when: float | None = None  # the standard error that was wanted
+    sweeps: int = 1  # passes over all batches
+    change: float | None = None  # largest change in the last of several sweeps, in standard deviations
+    stop_when: float | None = None  # the requested standard error
     stopped: bool = False  # whether it was reached before the batches ended
 
     @property
     def not_reached(self) -> tuple[str, ...]:
-        """Layers that no batch went through; their statistics are the old ones."""
+        """Layers that no batch reached; their statistics are unchanged."""
         return tuple(path for path, change in self.layers.items() if change.count == 0)
 
     @property
     def old(self) -> dict[str, Moments]:
-        """The statistics from before the pass, of count 1 where it changed them: `install_moments` puts them back."""
+        """The statistics before the pass, for `install_moments`; their count is 1 where the pass changed them."""
         changed = {path: change for path, change in self.layers.items() if change.count}
         return {LayerPath(path, AS_THEY_ARE): _as_moments(change) for path, change in changed.items()}
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it as dicts, lists, numbers, strings and None, for `json.dumps`; what is not finite is None."""
+        """Returns dicts, lists, numbers, strings and None, for `json.dumps`; numbers that are not finite are None."""
         names = [field.name for field in dataclasses.fields(self) if field.name != "layers"]
         layers = {path: change.to_dict() for path, change in self.layers.items()}
         return {name: getattr(self, name) for name in names} | {"layers": layers}
 
     def plot(self) -> Any:
-        """A figure of matplotlib, with a row for each layer: `report.plot().savefig("report.png")`."""
+        """Returns a matplotlib figure with a row for each layer: `report.plot().savefig("report.png")`."""
         paths = [path for path in self.layers if path not in self.not_reached]
         summaries = [self.layers[path].summary for path in paths]
         numbers = {name: np.array([summary[name] for summary in summaries]) for name in _SUMMARY}
@@ -247,21 +245,24 @@ def report(
     changes: Mapping[str, float] | None = None,
     **about: Any,
 ) -> Report:
-    """What a pass did; states are anything with a mean and a var. A ValueError if it reached no layer.
+    """Makes the report of a pass.
 
     Args:
-        estimator: Of the statistics.
+        estimator: The estimator of the statistics.
         done: The pass.
-        moments: What was installed.
-        old: The states before, by path.
+        moments: The moments that were installed, by path.
+        old: The states before, by path; each has a mean and a var.
         new: The states after.
-        changes: How far each layer moved in the last of several sweeps.
+        changes: The change of each layer in the last of several sweeps.
         **about: Further fields of the `Report`.
 
     Returns:
         The report.
+
+    Raises:
+        ValueError: If no layer was reached.
     """
-    done, moments, old, new = here((done, moments, old, new))  # they may be spread over processes
+    done, moments, old, new = here((done, moments, old, new))  # arrays may be spread over processes
     kinds, errors = dict(done.kinds), estimator.errors(done.estimate) if estimator.errors else {}
 
     def of(path: str) -> LayerChange:
@@ -279,8 +280,8 @@ def report(
     if len(made.not_reached) == len(made.layers):
         if done.kinds:
             raise ValueError(
-                f"No value was counted in the {int(done.batches)} batches: they have no rows, or masks or weights that "
-                f"are 0 throughout. Leave empty batches out."
+                f"The {int(done.batches)} batches hold no values: they have no rows, or all masks or weights are 0. "
+                f"Leave empty batches out."
             )
         raise ValueError(
             f"No batch went through a normalization layer of this model; it has "
@@ -303,14 +304,14 @@ def _named(paths: Sequence[str]) -> str:
 
 
 def _as_moments(change: LayerChange) -> Moments:
-    """The old statistics as moments of one value where they were changed, and of none elsewhere."""
+    """The old statistics as moments with count 1 in the channels that were changed, and 0 elsewhere."""
     var = change.old_var.astype(np.promote_types(change.old_var.dtype, np.float32))
     reached = np.broadcast_to(change.reached, var.shape)
     return Moments(*map(jnp.asarray, (reached.astype(var.dtype), change.old_mean, np.where(reached, var, 0))))
 
 
 def _listed(values: Any) -> Any:
-    """As lists of numbers, or None where they are not finite."""
+    """Nested lists of numbers, or None where they are not finite."""
     values = np.asarray(values)
     if np.iscomplexobj(values):
         values = np.stack([values.real, values.imag], -1)
