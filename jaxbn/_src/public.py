@@ -1,4 +1,4 @@
-"""The public packages: which module their names belong to, and what is imported when it is first used."""
+"""Setup of the public packages: the module that their names belong to, and lazy imports."""
 
 import importlib
 from collections.abc import Callable
@@ -9,9 +9,9 @@ from typing import Any
 def set_home(namespace: dict[str, Any]) -> None:
     """Makes a public package the `__module__` of the classes and functions that it re-exports.
 
-    Pickles, `help` and messages then name `jaxbn.linen.BatchNorm`, which stays, and not a private file, which may move.
-    The price, as for the classes of JAX and NumPy that do the same: `inspect.getsource` finds functions and methods,
-    but not a class as a whole.
+    Pickles, `help` and error messages then name `jaxbn.linen.BatchNorm` and not a private module, which may be renamed.
+    As with the classes of JAX and NumPy that do this, `inspect.getsource` finds functions and methods, but raises
+    OSError for a class.
 
     Args:
         namespace: The `globals()` of the package, at the end of its `__init__`.
