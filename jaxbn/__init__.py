@@ -6,7 +6,7 @@ in `jaxbn.linen` and `jaxbn.nnx`, files and export in `jaxbn.serving`, and refer
 These four are imported when they are first used, so `import jaxbn` is enough.
 """
 
-from typing import TYPE_CHECKING as _TYPE_CHECKING
+import typing as _typing
 
 from jaxbn._src import public as _public
 from jaxbn._src.diagnostics.diagnosis import Diagnosis as Diagnosis
@@ -56,7 +56,7 @@ from jaxbn._src.statistics.estimators import pooled as pooled
 from jaxbn._src.statistics.pass_report import LayerChange as LayerChange
 from jaxbn._src.statistics.pass_report import Report as Report
 
-if _TYPE_CHECKING:  # for type checkers and editors; it all happens in `__getattr__`
+if _typing.TYPE_CHECKING:  # type checkers and editors do not run `__getattr__`
     from jaxbn import linen as linen
     from jaxbn import nnx as nnx
     from jaxbn import serving as serving
