@@ -20,7 +20,7 @@ from meshes import AXIS, DEVICES, NAMED, WAYS, run, sum_gradients
 import jaxbn
 import jaxbn.linen
 import jaxbn.nnx
-from jaxbn._src.nnx.freeze import to_variables
+from jaxbn._src.nnx.framework import to_variables
 
 SHAPE = (4, 3, 2)  # examples, space, channels
 WIDTHS = (2, 3)

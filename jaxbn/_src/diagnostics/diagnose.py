@@ -1,15 +1,18 @@
 """The numbers of a diagnosis, computed from the moments of each layer in each batch."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from jaxbn._src.diagnostics.anova import Batches, Calls, Seen, Spread
+from jaxbn._src.diagnostics.anova import Batches, Calls, Look, Seen, Spread, looking, observe
 from jaxbn._src.diagnostics.diagnosis import Diagnosis, LayerDiagnosis
 from jaxbn._src.diagnostics.rules import Pair, findings, nonfinite
 from jaxbn._src.display.tables import in_order
+from jaxbn._src.framework.framework import Call, Framework, capture_arrays
+from jaxbn._src.framework.layers import Weights
 from jaxbn._src.framework.processes import here
+from jaxbn._src.framework.program_cache import Recipe
 
 # A channel is dead if its variance is below this share of epsilon.
 _DEAD = 0.01
@@ -17,10 +20,28 @@ _EXPLODING = 1e4
 _TINY = np.finfo(np.float32).tiny
 
 
-def check_bounds(r_max: float, d_max: float) -> None:
-    """Raises a ValueError if the bounds of Batch Renormalization are invalid."""
+def diagnose_model(
+    framework: Framework,
+    call: Call,
+    model: Any,
+    batches: Iterable[Any],
+    *,
+    r_max: float,
+    d_max: float,
+    weights: Weights | None,
+    progress: bool | None,
+) -> Diagnosis:
+    """The diagnosis of a model of any framework; see `jaxbn.linen.diagnose`."""
     if not (r_max >= 1 and d_max >= 0):
         raise ValueError(f"r_max={r_max} must be 1 or more, and d_max={d_max} not negative.")
+    framework.check(model)
+    structure, arrays = framework.split(model)
+    seen = observe(Recipe(_looking, (call, weights), (framework, structure)), arrays, batches, progress=progress)
+    return diagnose(seen, framework.states(model), r_max=r_max, d_max=d_max)
+
+
+def _looking(call: Call, weights: Weights | None, framework: Framework, structure: Any) -> Look:
+    return looking(lambda mode: capture_arrays(framework, structure, call, mode, weights, examples=True))
 
 
 def diagnose(seen: Sequence[Seen], states: Mapping[str, Any], *, r_max: float, d_max: float) -> Diagnosis:

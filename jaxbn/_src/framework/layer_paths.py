@@ -42,6 +42,11 @@ def _as_they_are() -> NormTransform:
 AS_THEY_ARE: Method = functools.partial(_as_they_are)
 
 
+def is_put_back(path: str) -> bool:
+    """Whether the moments under this key are statistics from before a pass, which are restored unchanged."""
+    return isinstance(path, LayerPath) and path.method is AS_THEY_ARE
+
+
 class LayerPath(str):
     """The path of a layer, as a key of moments, that knows the method of the layer.
 

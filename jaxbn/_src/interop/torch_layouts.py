@@ -22,7 +22,7 @@ from flax.core import meta
 from jaxbn._src.linen.capture import set_flags
 from jaxbn._src.linen.modules import STATISTICS
 from jaxbn._src.linen.modules import Norm as LinenNorm
-from jaxbn._src.nnx.freeze import SAVED
+from jaxbn._src.nnx.framework import SAVED
 from jaxbn._src.nnx.modules import Norm
 
 Key = tuple[Any, ...]

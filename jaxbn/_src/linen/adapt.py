@@ -3,9 +3,10 @@
 from collections.abc import Callable
 from typing import Any
 
+from jaxbn._src.framework.framework import Call
+from jaxbn._src.framework.framework import adapt as _adapt
 from jaxbn._src.framework.layers import Weights
-from jaxbn._src.framework.mixing import make_mixture
-from jaxbn._src.linen.capture import Call, capture
+from jaxbn._src.linen.framework import LINEN
 
 
 def adapt(
@@ -60,5 +61,4 @@ def adapt(
         Batch Normalization <https://arxiv.org/abs/1906.03548>`_, 2020, section 3.1. The formulas, and what differs, are
         in :func:`jaxbn.mix`.
     """
-    capturing = capture(call, mode=make_mixture(prior_count, example_weight, rule), weights=weights)
-    return lambda variables, batch: capturing(variables, batch)[0]
+    return _adapt(LINEN, call, prior_count, example_weight, rule, weights)

@@ -3,13 +3,11 @@
 from collections.abc import Iterable
 from typing import Any
 
-from jaxbn._src.diagnostics import diagnose as _diagnose
-from jaxbn._src.diagnostics.anova import Look, looking, observe
+from jaxbn._src.diagnostics.diagnose import diagnose_model
 from jaxbn._src.diagnostics.diagnosis import Diagnosis
+from jaxbn._src.framework.framework import Call
 from jaxbn._src.framework.layers import Weights
-from jaxbn._src.framework.program_cache import Recipe
-from jaxbn._src.linen.capture import Call, capture
-from jaxbn._src.linen.variables import check_variables, find_states
+from jaxbn._src.linen.framework import LINEN
 
 
 def diagnose(
@@ -63,11 +61,4 @@ def diagnose(
         are those of all batches together. That batches are not drawn at random is told by a one-way analysis of
         variance of the means of the examples, with Bonferroni's correction for channels and layers.
     """
-    _diagnose.check_bounds(r_max, d_max)
-    check_variables(variables)
-    seen = observe(Recipe(_looking, (call, weights)), variables, batches, progress=progress)
-    return _diagnose.diagnose(seen, find_states(variables), r_max=r_max, d_max=d_max)
-
-
-def _looking(call: Call, weights: Weights | None) -> Look:
-    return looking(lambda mode: capture(call, mode=mode, weights=weights, examples=True))
+    return diagnose_model(LINEN, call, variables, batches, r_max=r_max, d_max=d_max, weights=weights, progress=progress)

@@ -44,6 +44,16 @@ def states_in(variables: Mapping[str, Any]) -> dict[str, State]:
     return {path: states[path] for path in sorted(states, key=natural)}
 
 
+def statistics_by_layer(variables: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The statistics of every module that keeps some, by its path and by the names that they have in Flax's layer."""
+    found = {}
+    for place, leaves in _holders(variables).items():
+        names = {own: name for name, own in REGISTRY.names_in(leaves).items()}
+        held = {names.get(own, own): flax.core.meta.unbox(leaf) for own, leaf in leaves.items()}
+        found["/".join(map(str, place))] = held
+    return found
+
+
 def find_shapes(variables: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """The shape of the statistics of everything that keeps some, of layers that are not known too, by its path."""
     states = states_in(variables)

@@ -3,9 +3,11 @@
 from collections.abc import Callable
 from typing import Any
 
+from jaxbn._src.framework.framework import Call
+from jaxbn._src.framework.framework import adapt as _adapt
 from jaxbn._src.framework.layers import Weights
-from jaxbn._src.framework.mixing import make_mixture
-from jaxbn._src.nnx.capture import Call, capture, run_model
+from jaxbn._src.nnx.capture import run_model
+from jaxbn._src.nnx.framework import NNX
 
 
 def adapt(
@@ -59,6 +61,4 @@ def adapt(
         Batch Normalization <https://arxiv.org/abs/1906.03548>`_, 2020, section 3.1. The formulas, and what differs, are
         in :func:`jaxbn.mix`.
     """
-    mixture = make_mixture(prior_count, example_weight, rule)
-    capturing = capture(run_model if call is None else call, mode=mixture, weights=weights)
-    return lambda model, batch: capturing(model, batch)[0]
+    return _adapt(NNX, run_model if call is None else call, prior_count, example_weight, rule, weights)

@@ -7,7 +7,7 @@ from flax import nnx
 
 from jaxbn._src.framework.layers import AFFINE, POPULATION, fitting, takes_over
 from jaxbn._src.nnx.capture import check_model
-from jaxbn._src.nnx.freeze import SAVED
+from jaxbn._src.nnx.framework import SAVED
 from jaxbn._src.nnx.registry import known
 
 

@@ -3,14 +3,12 @@
 from collections.abc import Iterable
 from typing import Any
 
-from flax import nnx
-
-from jaxbn._src.diagnostics import diagnose as _diagnose
-from jaxbn._src.diagnostics.anova import Look, looking, observe
+from jaxbn._src.diagnostics.diagnose import diagnose_model
 from jaxbn._src.diagnostics.diagnosis import Diagnosis
+from jaxbn._src.framework.framework import Call
 from jaxbn._src.framework.layers import Weights
-from jaxbn._src.framework.program_cache import Recipe
-from jaxbn._src.nnx.capture import Call, capture, check_model, find_states, run_model
+from jaxbn._src.nnx.capture import run_model
+from jaxbn._src.nnx.framework import NNX
 
 
 def diagnose(
@@ -53,17 +51,13 @@ def diagnose(
         >>> jaxbn.nnx.diagnose(model, batches).findings[0].advice
         'Run postproc, or let training update the running averages.'
     """
-    _diagnose.check_bounds(r_max, d_max)
-    check_model(model)
-    graphdef, state = nnx.split(model)
-    look = Recipe(_looking, (run_model if call is None else call, weights), (graphdef,))
-    seen = observe(look, state, batches, progress=progress)
-    return _diagnose.diagnose(seen, find_states(model), r_max=r_max, d_max=d_max)
-
-
-def _looking(call: Call, weights: Weights | None, graphdef: Any) -> Look:
-    def in_mode(mode: str) -> Any:
-        captured = capture(call, mode=mode, weights=weights, examples=True)
-        return lambda state, batch: captured(nnx.merge(graphdef, state), batch)
-
-    return looking(in_mode)
+    return diagnose_model(
+        NNX,
+        run_model if call is None else call,
+        model,
+        batches,
+        r_max=r_max,
+        d_max=d_max,
+        weights=weights,
+        progress=progress,
+    )

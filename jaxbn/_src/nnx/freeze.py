@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx, traverse_util
 
-from jaxbn._src.framework.layers import AFFINE, LayerKind, select
+from jaxbn._src.framework.layers import AFFINE, select
 from jaxbn._src.framework.processes import check_unstacked
 from jaxbn._src.inference.frozen import (
     Frozen,
@@ -20,7 +20,8 @@ from jaxbn._src.inference.frozen import (
 )
 from jaxbn._src.inference.summary import tabulate
 from jaxbn._src.methods.batch_norm import BatchNormState
-from jaxbn._src.nnx.capture import find_layers, find_states, is_frozen, kind_of, select_layers
+from jaxbn._src.nnx.capture import find_layers, find_states, is_frozen, select_layers
+from jaxbn._src.nnx.framework import SAVED, find_kinds, to_variables
 from jaxbn._src.nnx.registry import evaluate, set_call
 from jaxbn._src.statistics.pass_report import Report
 
@@ -96,21 +97,6 @@ def install_frozen(model: Any, frozen: Frozen) -> Any:
         if isinstance(variable.get_value(), jax.ShapeDtypeStruct):  # of an abstract model, which then can be jitted
             variable.set_value(jnp.zeros(variable.shape, variable.dtype))
     return copy
-
-
-# What a frozen network holds of a model.
-SAVED = nnx.Not(nnx.Any(nnx.RngState, nnx.Intermediate))
-
-
-def to_variables(model: Any) -> dict[str, Any]:
-    """The variables of a model as nested dicts of arrays, by path; a variable may hold a list, a tuple or a dict."""
-    flat = nnx.to_flat_state(nnx.state(model, SAVED))
-    return traverse_util.unflatten_dict({tuple(map(str, path)): variable.get_value() for path, variable in flat})
-
-
-def find_kinds(model: Any) -> dict[str, LayerKind]:
-    """What every normalization layer does, by its path."""
-    return {path: kind_of(layer) for path, layer in find_layers(model).items()}
 
 
 def check_fits(frozen: Frozen, model: Any) -> None:

@@ -13,7 +13,8 @@ from jaxbn._src.framework.steps import Steps, arguments, check_whole
 from jaxbn._src.inference.frozen import RUNNING, Frozen, make_info
 from jaxbn._src.nnx.backward import update_backward
 from jaxbn._src.nnx.capture import capture, check_model, find_layers, find_states, is_frozen
-from jaxbn._src.nnx.freeze import find_kinds, install_frozen, to_variables
+from jaxbn._src.nnx.framework import find_kinds, to_variables
+from jaxbn._src.nnx.freeze import install_frozen
 from jaxbn._src.nnx.modules import Norm
 from jaxbn._src.nnx.postproc import install_moments
 from jaxbn._src.nnx.registry import as_norm

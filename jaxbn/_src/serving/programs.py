@@ -27,7 +27,7 @@ from jaxbn._src.linen.registry import evaluates
 from jaxbn._src.linen.variables import find_states
 from jaxbn._src.methods.protocol import State
 from jaxbn._src.nnx.capture import find_states as find_states_nnx
-from jaxbn._src.nnx.freeze import SAVED
+from jaxbn._src.nnx.framework import SAVED
 from jaxbn._src.serving import sealed
 from jaxbn._src.serving.arrays import describe, describe_tree, info_of, pack, shapes_of, to_device, to_host, unpack
 from jaxbn._src.serving.batches import check_batch, lacks_examples, leave_open, shape_of, text, without_examples

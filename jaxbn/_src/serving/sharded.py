@@ -23,7 +23,7 @@ from flax import nnx, traverse_util
 
 from jaxbn._src.framework.processes import exchange, is_here
 from jaxbn._src.inference.frozen import Frozen, check_frozen
-from jaxbn._src.nnx.freeze import SAVED
+from jaxbn._src.nnx.framework import SAVED
 from jaxbn._src.serving import chunks, sealed
 from jaxbn._src.serving.arrays import check_dtype, describe, describe_tree, info_of, shapes_of
 from jaxbn._src.serving.files import check_fits

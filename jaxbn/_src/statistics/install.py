@@ -1,14 +1,43 @@
-"""Moments that are about to be installed, or averaged: checked against the layers that there are."""
+"""The write-back of moments into the statistics of a model of any framework, and the checks before it."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from jaxbn._src import internals as _internals
-from jaxbn._src.framework.layer_paths import AS_THEY_ARE, LayerPath, check_single
+from jaxbn._src.framework.framework import Framework
+from jaxbn._src.framework.layer_paths import check_single, is_put_back
+from jaxbn._src.framework.processes import check_unstacked
 from jaxbn._src.methods.protocol import State
 from jaxbn._src.numerics.moments import Moments
 from jaxbn._src.statistics.estimators import is_single
+
+
+def install_moments(framework: Framework, model: Any, moments: Mapping[str, Moments]) -> Any:
+    """A new model with the moments as the statistics of their layers; see `jaxbn.linen.install_moments`."""
+    states = framework.states(model)
+    check_unstacked(framework.split(model)[1])
+    given = installable(moments, states)
+    layers = framework.installing(model, given)
+    return framework.with_states(
+        model, {path: transform.postproc(state, given[path]) for path, (transform, state) in layers.items()}
+    )
+
+
+def move_averages(
+    framework: Framework, model: Any, moments: Mapping[str, Moments], momentum: Any, samples: ArrayLike | None
+) -> Any:
+    """A new model with its running averages updated once; see `jaxbn.linen.move_averages`."""
+    given = checked(moments, framework.states(model))
+    layers = framework.averaging(model, given, momentum)
+    moved = {
+        path: transform.update(state, given[path], samples)
+        for path, (transform, state) in layers.items()
+        if transform.update is not None
+    }
+    return framework.with_states(model, moved)
 
 
 def checked(moments: Mapping[str, Moments], states: Mapping[str, State]) -> Mapping[str, Moments]:
@@ -25,9 +54,7 @@ def checked(moments: Mapping[str, Moments], states: Mapping[str, State]) -> Mapp
 def installable(moments: Mapping[str, Moments], states: Mapping[str, State]) -> Mapping[str, Moments]:
     """The moments, if they are `checked`, and finite in the dtypes of the statistics, as far as they are known yet."""
     for path, found in checked(moments, states).items():
-        # Statistics from before a pass go back as they were, NaN too.
-        as_they_are = isinstance(path, LayerPath) and path.method is AS_THEY_ARE
-        if as_they_are or any(_internals.is_tracer(part) for part in found):
+        if is_put_back(path) or any(_internals.is_tracer(part) for part in found):
             continue
         check_single(path, is_single(found), "The moments are of")
         state = states[path]

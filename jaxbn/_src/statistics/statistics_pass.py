@@ -1,4 +1,4 @@
-"""The statistics pass as a whole, for any host: sweeps over the batches until the statistics are consistent."""
+"""The statistics pass as a whole, for any framework: sweeps over the batches until the statistics are consistent."""
 
 import contextlib
 import functools
@@ -11,29 +11,22 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxbn._src.framework import processes as _processes
+from jaxbn._src.framework.framework import Call, Framework, measuring
+from jaxbn._src.framework.layers import Weights
 from jaxbn._src.framework.program_cache import Recipe
 from jaxbn._src.methods.protocol import State
 from jaxbn._src.numerics.collectives import replicate
 from jaxbn._src.statistics import multihost as _multihost
 from jaxbn._src.statistics import sweep as _sweep
 from jaxbn._src.statistics.estimators import Estimator, Layers, check_estimator
+from jaxbn._src.statistics.install import install_moments
 from jaxbn._src.statistics.pass_report import Report, report
 from jaxbn._src.statistics.standard_errors import rounding
 from jaxbn._src.statistics.sweep import Pass
 
 
-class Host(NamedTuple):
-    """What the pass needs to know of a kind of model."""
-
-    measure: Callable[[str], Recipe]  # how a batch is measured in a mode: a `Measure`
-    arrays: Callable[[Any], Any]  # the pytree that `measure` takes for a model
-    with_arrays: Callable[[Any, Any], Any]  # a model of the structure of one, and such a pytree
-    states: Callable[[Any], dict[str, State]]  # the statistics of each layer
-    install: Callable[[Any, Layers], Any]  # a new model with the moments as its statistics
-
-
 class Options(NamedTuple):
-    """How the pass goes; see the `postproc` of the hosts."""
+    """The arguments of a pass that are the same for all frameworks; see `jaxbn.linen.postproc`."""
 
     estimator: Estimator
     consistent: bool
@@ -63,12 +56,32 @@ class _Source(NamedTuple):
     are_global: bool = False
 
 
-def postproc(
-    host: Host, model: Any, batches: Iterable[Any] | Callable[[], Iterator[Any]], options: Options
+class _Job(NamedTuple):
+    """All that stays the same from sweep to sweep."""
+
+    framework: Framework
+    functions: tuple[Call, Weights | None]  # of the user
+    structure: Any  # of the model
+    source: _Source
+    options: Options
+
+    def measure(self, mode: str) -> Recipe:
+        """How a batch is measured in this mode."""
+        return Recipe(measuring, self.functions, (self.framework, self.structure, mode))
+
+
+def run_pass(
+    framework: Framework,
+    call: Call,
+    model: Any,
+    batches: Iterable[Any] | Callable[[], Iterator[Any]],
+    weights: Weights | None,
+    options: Options,
 ) -> tuple[Any, Report]:
-    """The new model, and what changed; see the `postproc` of the hosts."""
+    """The new model and the report; see `jaxbn.linen.postproc`."""
+    framework.check(model)
     _check(options)
-    given = host.arrays(model)
+    structure, given = framework.split(model)
     _processes.check_unstacked(given)
     readable = functools.partial(_readable, batches, options.consistent)
     length = len(batches) if isinstance(batches, Sized) else None
@@ -79,33 +92,36 @@ def postproc(
         sweeps: Iterator[Callable[[], Iterable[Any]]]
         sweeps = itertools.chain([lambda: first], itertools.repeat(readable))
         source = _Source(sweeps, length, like, are_global=mesh is not None)
-        # Global batches run with the parameters as they are spread. Of batches of its own each process runs as many as
-        # it has, so that none may need what another holds.
+        # Global batches run with the parameters as they are spread. Each process runs as many batches of its own as it
+        # has, so that none may need what another holds.
         arrays = _processes.here(given) if mesh is None else replicate(given, mesh)
-    new, made = _postproc(host, host.with_arrays(model, arrays), source, options)
-    return host.with_arrays(new, _processes.as_it_was(host.arrays(new), arrays, given)), made
+    job = _Job(framework, (call, weights), structure, source, options)
+    new, made = _run_sweeps(job, framework.merge(structure, arrays))
+    structure, found = framework.split(new)
+    return framework.merge(structure, _processes.as_it_was(found, arrays, given)), made
 
 
-def _postproc(host: Host, model: Any, source: _Source, options: Options) -> tuple[Any, Report]:
+def _run_sweeps(job: _Job, model: Any) -> tuple[Any, Report]:
     # The first sweep finds statistics near the right ones. Each later one measures every layer's input under those of
-    # the sweep before, so that layer k is exact after k sweeps, and stands still. If the first was stopped early, the
-    # later ones read as many batches as it did.
-    first = last = _run_sweep(host, model, source, options, mode="batch", number=1)
+    # the sweep before, so that layer k is exact after k sweeps and does not change any more. If the first was stopped
+    # early, the later ones read as many batches as it did.
+    framework, options = job.framework, job.options
+    first = last = _run_sweep(job, model, mode="batch", number=1)
     limit = first.read if first.stopped else None
-    old = _states(host, model)  # after the processes have met: what is wrong with the model of one is heard by all
+    old = _states(framework, model)  # after the exchange between processes: an error in one is then raised in all
     most = len(old) + 1 if options.max_sweeps is None else options.max_sweeps
-    current, sweeps, changes = host.install(model, first.moments), 1, None
+    current, sweeps, changes = install_moments(framework, model, first.moments), 1, None
     while options.consistent and sweeps < most and (changes is None or max(changes.values()) > options.tolerance):
         sweeps += 1
-        last = _run_sweep(host, current, source, options, mode="eval", number=sweeps, limit=limit)
-        before, current = current, host.install(current, last.moments)
-        changes = largest_changes(_states(host, before), _states(host, current))
+        last = _run_sweep(job, current, mode="eval", number=sweeps, limit=limit)
+        before, current = current, install_moments(framework, current, last.moments)
+        changes = largest_changes(_states(framework, before), _states(framework, current))
     return current, report(
         options.estimator,
         last.done,
         last.moments,
         old,
-        host.states(current),
+        framework.states(current),
         changes=changes,
         sweeps=sweeps,
         stop_when=options.stop_when,
@@ -113,9 +129,9 @@ def _postproc(host: Host, model: Any, source: _Source, options: Options) -> tupl
     )
 
 
-def _states(host: Host, model: Any) -> dict[str, State]:
+def _states(framework: Framework, model: Any) -> dict[str, State]:
     """The statistics of each layer, whole in this process."""
-    states: dict[str, State] = _processes.here(host.states(model))
+    states: dict[str, State] = _processes.here(framework.states(model))
     return states
 
 
@@ -139,12 +155,11 @@ def _check(options: Options) -> None:
         )
 
 
-def _run_sweep(
-    host: Host, model: Any, source: _Source, options: Options, *, mode: str, number: int, limit: int | None = None
-) -> _Sweep:
-    """One pass over the batches, of all processes."""
+def _run_sweep(job: _Job, model: Any, *, mode: str, number: int, limit: int | None = None) -> _Sweep:
+    """One sweep over the batches of all processes."""
+    options, source = job.options, job.source
     enough = functools.partial(_sweep.is_certain, bound=options.stop_when, estimator=options.estimator)
-    with contextlib.closing(_stages(host, model, source, options, mode, number, limit)) as stages:
+    with contextlib.closing(_stages(job, model, mode, number, limit)) as stages:
         if jax.process_count() == 1:
             done, over = next(stage for stage in stages if stage[1] or (stage[0] is not None and enough(stage[0])))
             mine, stopped = done, not over
@@ -162,15 +177,17 @@ def _run_sweep(
 
 
 def _stages(
-    host: Host, model: Any, source: _Source, options: Options, mode: str, number: int, limit: int | None
+    job: _Job, model: Any, mode: str, number: int, limit: int | None
 ) -> Generator[tuple[Pass | None, bool], None, None]:
-    """The part of this process. All that may fail is inside, where the other processes hear of it."""
-    arrays = host.arrays(model) if options.mesh is None else replicate(host.arrays(model), options.mesh)
+    """The part of this process. All that may fail is inside, where the other processes are told."""
+    options, source = job.options, job.source
+    _, arrays = job.framework.split(model)
+    arrays = arrays if options.mesh is None else replicate(arrays, options.mesh)
     readable: Iterator[Any] = itertools.islice(next(source.sweeps)(), limit)
     if jax.process_count() > 1:
         readable = _multihost.in_step(readable) if source.are_global else _multihost.own_alone(readable)
     stages = _sweep.stages(
-        host.measure(mode),
+        job.measure(mode),
         arrays,
         readable,
         estimator=options.estimator,
