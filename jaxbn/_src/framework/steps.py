@@ -1,4 +1,4 @@
-"""What the steps of both hosts share: the tuple of functions, and a helper for loops that skip steps."""
+"""The parts of a training loop that all frameworks share, and a helper for loops that skip steps."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxbn._src.framework.processes import raise_stacked
+from jaxbn._src.numerics.collectives import AxisName, make_varying, mean_over
 
 _Tree = TypeVar("_Tree")
 
@@ -37,6 +38,18 @@ def arguments(inputs: Callable[[Any], Any], batch: Any) -> tuple[Any, ...]:
     """The positional arguments of the model: what `inputs` gives, or its parts if that is a tuple."""
     given = inputs(batch)
     return given if isinstance(given, tuple) else (given,)
+
+
+def gradients(
+    loss_of: Callable[[Any], tuple[jax.Array, tuple[dict[str, jax.Array], Any]]],
+    params: Any,
+    axis_name: AxisName | None,
+) -> tuple[Any, dict[str, jax.Array], Any]:
+    """Gradients and metrics, averaged over devices, and the third value of `params -> (loss, (metrics, others))`."""
+    # The parameters count as values of this device alone, so that the gradients are those of its rows however the batch
+    # is spread.
+    grads, (metrics, others) = jax.grad(loss_of, has_aux=True)(make_varying(params, axis_name))
+    return *mean_over((grads, metrics), axis_name), others
 
 
 def check_whole(step: ArrayLike) -> None:

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from jaxbn._src.display.tables import in_order
+from jaxbn._src.framework.framework import Framework
 from jaxbn._src.framework.layers import LayerKind
 from jaxbn._src.framework.processes import check_unstacked, here
 from jaxbn._src.methods.protocol import State
@@ -68,6 +69,23 @@ class Frozen:
     def __repr__(self) -> str:
         """A few lines: how many arrays there are, and how the layers normalize."""
         return "\n  ".join([f"<Frozen: {_sizes(self.variables)}", *_kinds_of_layers(self.info), _versions(self.info)])
+
+
+def freeze(
+    framework: Framework,
+    model: Any,
+    report: Report | None = None,
+    *,
+    kinds: Mapping[str, LayerKind] | None = None,
+    otherwise: str = AS_GIVEN,
+) -> Frozen:
+    """The frozen network of a model of any framework; see `jaxbn.linen.freeze`, and `make_info` for the arguments."""
+    states = framework.states(model)
+    check_unstacked(framework.split(model)[1])
+    kinds = framework.kinds(model) if kinds is None else kinds
+    return Frozen(
+        copied(framework.variables(model)), make_info(states, report=report, kinds=kinds, otherwise=otherwise)
+    )
 
 
 def make_info(

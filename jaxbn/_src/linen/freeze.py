@@ -12,15 +12,8 @@ import jax.numpy as jnp
 from jaxbn._src.framework.layers import select
 from jaxbn._src.framework.processes import check_unstacked
 from jaxbn._src.framework.unknown_layers import Watch
-from jaxbn._src.inference.frozen import (
-    Frozen,
-    check_frozen,
-    check_kinds,
-    check_shapes,
-    copied,
-    make_info,
-    shapes_by_path,
-)
+from jaxbn._src.inference import frozen as _frozen
+from jaxbn._src.inference.frozen import Frozen, check_frozen, check_kinds, check_shapes, shapes_by_path
 from jaxbn._src.inference.summary import tabulate
 from jaxbn._src.linen.capture import (
     FROZEN,
@@ -34,6 +27,7 @@ from jaxbn._src.linen.capture import (
     slots_of,
     stored_state,
 )
+from jaxbn._src.linen.framework import LINEN
 from jaxbn._src.linen.registry import REGISTER, as_norm, class_inside
 from jaxbn._src.linen.variables import check_variables, find_shapes, find_states, keys, with_leaves, without
 from jaxbn._src.statistics.pass_report import Report
@@ -64,9 +58,7 @@ def freeze(variables: Any, report: Report | None = None) -> Frozen:
         >>> print(f"{net.apply(frozen.variables, data[:1])[0, 0]:.2f}")
         -1.57
     """
-    check_unstacked(variables)
-    variables = copied(flax.core.meta.unbox(flax.core.unfreeze(variables)))
-    return Frozen(variables, make_info(find_states(variables), report=report))
+    return _frozen.freeze(LINEN, variables, report)
 
 
 def apply_frozen(apply: Callable[..., Any], frozen: Frozen, *args: Any, **kwargs: Any) -> Any:
@@ -84,11 +76,7 @@ def apply_frozen(apply: Callable[..., Any], frozen: Frozen, *args: Any, **kwargs
 
 def check_fits(frozen: Frozen, variables: Any) -> None:
     """Raises a ValueError that names the first variable in which the frozen network differs from these, or theirs."""
-
-    def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-        return shapes_by_path(flax.core.meta.unbox(flax.core.unfreeze(tree)))
-
-    check_shapes(shapes(frozen.variables), shapes(variables))
+    check_shapes(*(shapes_by_path(LINEN.variables(tree)) for tree in (frozen.variables, variables)))
 
 
 def freeze_layers(call: Callable[..., Any], paths: str | Sequence[str]) -> Callable[..., Any]:
@@ -188,8 +176,7 @@ def summary(variables: Any, call: Call | None = None, batch: Any = None) -> str:
     check_variables(variables)
     check_unstacked(variables)
     kinds = {} if call is None else dict(jax.eval_shape(capture(call, mode="eval"), variables, batch)[1].kinds)
-    params = flax.traverse_util.flatten_dict(flax.core.unfreeze(variables.get("params", {})), sep="/")
-    return tabulate(find_states(variables), params, info=info, kinds=kinds)
+    return tabulate(find_states(variables), LINEN.params(variables), info=info, kinds=kinds)
 
 
 def _hold(

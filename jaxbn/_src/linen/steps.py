@@ -1,6 +1,5 @@
 """Training, postproc and evaluation of a linen model as pure functions: a page to read, and to copy from."""
 
-import dataclasses
 import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -11,21 +10,18 @@ import jax
 import jax.numpy as jnp
 from flax.training import train_state
 
-from jaxbn._src.framework.layers import LayerKind, Measured, check_synchronized, merged
-from jaxbn._src.framework.steps import Steps, arguments, check_whole
-from jaxbn._src.inference.frozen import RUNNING, Frozen, copied, make_info
+from jaxbn._src.framework.layers import LayerKind, check_synchronized
+from jaxbn._src.framework.steps import Steps, arguments, gradients
+from jaxbn._src.inference.frozen import Frozen
+from jaxbn._src.inference.pass_steps import pass_steps
 from jaxbn._src.linen.backward import learn
-from jaxbn._src.linen.capture import capture, is_call_of_layer
+from jaxbn._src.linen.capture import is_call_of_layer
+from jaxbn._src.linen.framework import LINEN
 from jaxbn._src.linen.freeze import apply_frozen
 from jaxbn._src.linen.modules import STATISTICS, Norm
-from jaxbn._src.linen.postproc import install_moments
 from jaxbn._src.linen.registry import as_norm
-from jaxbn._src.linen.variables import find_states
-from jaxbn._src.numerics.collectives import AxisName, make_varying, mean_over
-from jaxbn._src.statistics import sweep as _sweep
+from jaxbn._src.numerics.collectives import AxisName
 from jaxbn._src.statistics.estimators import Estimator, check_estimator, pooled
-from jaxbn._src.statistics.pass_report import Report, report
-from jaxbn._src.statistics.sweep import Pass
 
 if TYPE_CHECKING:
     import optax
@@ -107,7 +103,7 @@ def make_steps(
         variables = flax.core.unfreeze(model.init(rng, *arguments(inputs, batch), train=True))
         if other := sorted(variables.keys() - {"params", STATISTICS}):
             raise ValueError(f"The steps carry params and {STATISTICS}, and the model has {other} too. Write the loop.")
-        kinds = jax.eval_shape(measure, variables, batch).kinds
+        kinds = jax.eval_shape(steps.measure, variables, batch).kinds
         params, stats = variables.get("params", {}), variables[STATISTICS]
         state = TrainState.create(apply_fn=model.apply, params=params, tx=optimizer, batch_stats=stats, kinds=kinds)
         return state.replace(step=jnp.zeros((), jnp.int32))
@@ -125,34 +121,10 @@ def make_steps(
             loss, metrics = loss_fn(outputs, batch)
             return loss, ({"loss": loss, **metrics}, updates[STATISTICS])
 
-        # As parameters of this device alone, their gradients are those of its rows, in every way to spread a batch.
-        params = make_varying(state.params, axis_name)
-        grads, (metrics, batch_stats) = jax.grad(loss_of, has_aux=True)(params)
-        grads, metrics = mean_over((grads, metrics), axis_name)
+        grads, metrics, batch_stats = gradients(loss_of, state.params, axis_name)
         variables = {"params": state.params, STATISTICS: batch_stats}
         batch_stats = learn(variables, grads, dict(state.kinds))[STATISTICS]
         return state.apply_gradients(grads=grads, batch_stats=batch_stats), metrics
-
-    def measure(variables: Any, batch: Any) -> Measured:
-        return merged(capturing(variables, batch)[1], axis_name)
-
-    def start(state: TrainState, batch: Any) -> Pass:
-        return _sweep.start(measure, state.variables, batch, estimator=estimator)
-
-    def postproc_step(state: TrainState, acc: Pass, batch: Any) -> Pass:
-        return _sweep.update(acc, state.variables, batch, measure=measure, estimator=estimator)
-
-    def finalize(state: TrainState, acc: Pass | None = None) -> tuple[Frozen, Report | None]:
-        check_whole(state.step)
-        variables = copied(state.variables)  # the next train_step may be given the state's memory
-        made = None
-        if acc is not None:
-            acc = dataclasses.replace(acc, kinds=state.kinds)  # one that was saved has lost the methods of the layers
-            old, moments = find_states(variables), _sweep.finish(acc, estimator=estimator)
-            variables = install_moments(variables, moments)
-            made = report(estimator, acc, moments, old, find_states(variables))
-        info = make_info(find_states(variables), report=made, kinds=dict(state.kinds), otherwise=RUNNING)
-        return Frozen(flax.core.meta.unbox(variables), info), made
 
     def eval_step(frozen: Frozen, batch: Any) -> Any:
         return apply_frozen(model.apply, frozen, *arguments(inputs, batch), train=False)
@@ -164,8 +136,19 @@ def make_steps(
             check_synchronized("/".join(context.module.path), averages, layer.axis_name, axis_name)
         return call(*args, **kwargs)
 
-    capturing = capture(lambda v, batch: model.apply(v, *arguments(inputs, batch), train=False), mode="batch")
-    return Steps(init, train_step, start, postproc_step, finalize, eval_step)
+    def call(variables: Any, batch: Any) -> Any:
+        return model.apply(variables, *arguments(inputs, batch), train=False)
+
+    steps = pass_steps(
+        LINEN,
+        None,
+        call,
+        lambda state: state.variables,
+        estimator=estimator,
+        axis_name=axis_name,
+        kinds_of=lambda state: state.kinds,
+    )
+    return Steps(init, train_step, steps.start, steps.postproc_step, steps.finalize, eval_step)
 
 
 def _check_takes_train(model: nn.Module) -> None:

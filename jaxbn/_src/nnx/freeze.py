@@ -9,19 +9,13 @@ from flax import nnx, traverse_util
 
 from jaxbn._src.framework.layers import AFFINE, select
 from jaxbn._src.framework.processes import check_unstacked
-from jaxbn._src.inference.frozen import (
-    Frozen,
-    check_frozen,
-    check_kinds,
-    check_shapes,
-    copied,
-    make_info,
-    shapes_by_path,
-)
+from jaxbn._src.inference import frozen as _frozen
+from jaxbn._src.inference.frozen import Frozen, check_frozen, check_kinds, check_shapes, copied, shapes_by_path
 from jaxbn._src.inference.summary import tabulate
 from jaxbn._src.methods.batch_norm import BatchNormState
 from jaxbn._src.nnx.capture import find_layers, find_states, is_frozen, select_layers
-from jaxbn._src.nnx.framework import SAVED, find_kinds, to_variables
+from jaxbn._src.nnx.framework import NNX, SAVED, to_variables
+from jaxbn._src.nnx.others import joined
 from jaxbn._src.nnx.registry import evaluate, set_call
 from jaxbn._src.statistics.pass_report import Report
 
@@ -49,15 +43,7 @@ def freeze(model: Any, report: Report | None = None) -> Frozen:
         >>> frozen.info.layer("")
         LayerInfo(method='batch_norm', epsilon=1e-05, estimator='pooled', rows=10.0)
     """
-    check_one_model(model)
-    info = make_info(find_states(model), report=report, kinds=find_kinds(model))
-    return Frozen(copied(to_variables(model)), info)
-
-
-def check_one_model(model: Any) -> None:
-    """Raises a ValueError if this is no model with normalization layers, or one that `pmap` has replicated."""
-    find_layers(model)
-    check_unstacked(nnx.state(model))
+    return _frozen.freeze(NNX, model, report)
 
 
 def install_frozen(model: Any, frozen: Frozen) -> Any:
@@ -85,7 +71,7 @@ def install_frozen(model: Any, frozen: Frozen) -> Any:
         -1.57
     """
     check_fits(frozen, model)
-    check_kinds(frozen, find_kinds(model))
+    check_kinds(frozen, NNX.kinds(model))
     copy = nnx.clone(model)
     copy.eval()
     for path, variable in nnx.to_flat_state(nnx.state(copy, SAVED)):
@@ -165,7 +151,7 @@ def affine_mask(model: Any, paths: str | Sequence[str]) -> Any:
     """
     layers = set(select(paths, find_layers(model)))
     flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
-    return nnx.from_flat_state([(path, _joined(path[:-1]) in layers) for path, _ in flat])
+    return nnx.from_flat_state([(path, joined(path[:-1]) in layers) for path, _ in flat])
 
 
 def summary(model: Any) -> str:
@@ -200,10 +186,5 @@ def summary(model: Any) -> str:
         params = (name for name in flat if name.rpartition("/")[2] in AFFINE)
         return tabulate(states, params, info=model.info)
     states = find_states(model)
-    check_one_model(model)
-    params = (_joined(path) for path, _ in nnx.to_flat_state(nnx.state(model, nnx.Param)))
-    return tabulate(states, params, kinds=find_kinds(model))
-
-
-def _joined(path: Sequence[Any]) -> str:
-    return "/".join(map(str, path))
+    check_unstacked(nnx.state(model))
+    return tabulate(states, NNX.params(model), kinds=NNX.kinds(model))

@@ -8,21 +8,18 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.training import train_state
 
-from jaxbn._src.framework.layers import Measured, check_synchronized, merged
-from jaxbn._src.framework.steps import Steps, arguments, check_whole
-from jaxbn._src.inference.frozen import RUNNING, Frozen, make_info
+from jaxbn._src.framework.layers import check_synchronized
+from jaxbn._src.framework.steps import Steps, arguments, gradients
+from jaxbn._src.inference.frozen import Frozen
+from jaxbn._src.inference.pass_steps import pass_steps
 from jaxbn._src.nnx.backward import update_backward
-from jaxbn._src.nnx.capture import capture, check_model, find_layers, find_states, is_frozen
-from jaxbn._src.nnx.framework import find_kinds, to_variables
+from jaxbn._src.nnx.capture import check_model, find_layers, is_frozen
+from jaxbn._src.nnx.framework import NNX
 from jaxbn._src.nnx.freeze import install_frozen
 from jaxbn._src.nnx.modules import Norm
-from jaxbn._src.nnx.postproc import install_moments
 from jaxbn._src.nnx.registry import as_norm
-from jaxbn._src.numerics.collectives import AxisName, make_varying, mean_over
-from jaxbn._src.statistics import sweep as _sweep
+from jaxbn._src.numerics.collectives import AxisName
 from jaxbn._src.statistics.estimators import Estimator, check_estimator, pooled
-from jaxbn._src.statistics.pass_report import Report, report
-from jaxbn._src.statistics.sweep import Pass
 
 if TYPE_CHECKING:
     import optax
@@ -117,41 +114,24 @@ def make_steps(
                 others = nnx.merge_state(others, nnx.filter_state(state.others, nnx.RngState))
             return loss, ({"loss": loss, **metrics}, others)
 
-        # As parameters of this device alone, their gradients are those of its rows, in every way to spread a batch.
-        params = make_varying(state.params, axis_name)
-        grads, (metrics, others) = jax.grad(loss_of, has_aux=True)(params)
-        grads, metrics = mean_over((grads, metrics), axis_name)
+        grads, metrics, others = gradients(loss_of, state.params, axis_name)
         net = nnx.merge(training, state.params, others, copy=True)
         update_backward(net, grads)
         others = nnx.state(net, _OTHERS)
         return state.apply_gradients(grads=grads, others=others), metrics
 
-    def measure(variables: Any, batch: Any) -> Measured:
-        return merged(capturing(nnx.merge(evaluating, *variables), batch)[1], axis_name)
-
-    def start(state: TrainState, batch: Any) -> Pass:
-        return _sweep.start(measure, (state.params, state.others), batch, estimator=estimator)
-
-    def postproc_step(state: TrainState, acc: Pass, batch: Any) -> Pass:
-        return _sweep.update(acc, (state.params, state.others), batch, measure=measure, estimator=estimator)
-
-    def finalize(state: TrainState, acc: Pass | None = None) -> tuple[Frozen, Report | None]:
-        check_whole(state.step)
-        # Copies: the next train_step may be given the state's memory.
-        net = nnx.merge(evaluating, *jax.tree.map(jnp.copy, (state.params, state.others)))
-        made = None
-        if acc is not None:
-            old, moments = find_states(net), _sweep.finish(acc, estimator=estimator)
-            net = install_moments(net, moments)
-            made = report(estimator, acc, moments, old, find_states(net))
-        info = make_info(find_states(net), report=made, kinds=find_kinds(net), otherwise=RUNNING)
-        return Frozen(to_variables(net), info), made
-
     def eval_step(frozen: Frozen, batch: Any) -> Any:
         return install_frozen(start_from, frozen)(*arguments(inputs, batch))
 
-    capturing = capture(lambda net, batch: net(*arguments(inputs, batch)), mode="batch")
-    return Steps(init, train_step, start, postproc_step, finalize, eval_step)
+    steps = pass_steps(
+        NNX,
+        evaluating,
+        lambda net, batch: net(*arguments(inputs, batch)),
+        lambda state: nnx.merge_state(state.params, state.others),
+        estimator=estimator,
+        axis_name=axis_name,
+    )
+    return Steps(init, train_step, steps.start, steps.postproc_step, steps.finalize, eval_step)
 
 
 def _mode_of(model: nnx.Module, mode: str) -> Any:

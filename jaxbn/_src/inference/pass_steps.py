@@ -1,0 +1,76 @@
+"""The statistics pass as steps of a training loop, for any framework, ending in the frozen network."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from jaxbn._src.framework.framework import Call, Framework, Measure, capture_arrays
+from jaxbn._src.framework.layers import LayerKind, merged
+from jaxbn._src.framework.steps import check_whole
+from jaxbn._src.inference.frozen import RUNNING, Frozen, copied, freeze
+from jaxbn._src.numerics.collectives import AxisName
+from jaxbn._src.statistics import sweep as _sweep
+from jaxbn._src.statistics.estimators import Estimator
+from jaxbn._src.statistics.install import install_moments
+from jaxbn._src.statistics.pass_report import Report, report
+from jaxbn._src.statistics.sweep import Pass
+
+
+class PassSteps(NamedTuple):
+    """The functions of `Steps` that concern the pass, and the measurement of a batch."""
+
+    measure: Measure
+    start: Callable[[Any, Any], Pass]
+    postproc_step: Callable[[Any, Pass, Any], Pass]
+    finalize: Callable[..., tuple[Frozen, Report | None]]
+
+
+def pass_steps(
+    framework: Framework,
+    structure: Any,
+    call: Call,
+    arrays_of: Callable[[Any], Any],
+    *,
+    estimator: Estimator,
+    axis_name: AxisName | None,
+    kinds_of: Callable[[Any], tuple[tuple[str, LayerKind], ...]] | None = None,
+) -> PassSteps:
+    """Makes the steps.
+
+    Args:
+        framework: The model library.
+        structure: The static part of the model, as `framework.merge` takes it.
+        call: Runs the model in evaluation.
+        arrays_of: The arrays of the model out of a train state.
+        estimator: Of the population statistics.
+        axis_name: Axis over which the moments of a batch are merged.
+        kinds_of: The kinds of the layers out of a train state, where the model does not tell them.
+
+    Returns:
+        The steps.
+    """
+    captured = capture_arrays(framework, structure, call, "batch", None)
+
+    def measure(arrays: Any, batch: Any) -> Any:
+        return merged(captured(arrays, batch)[1], axis_name)
+
+    def start(state: Any, batch: Any) -> Pass:
+        return _sweep.start(measure, arrays_of(state), batch, estimator=estimator)
+
+    def postproc_step(state: Any, acc: Pass, batch: Any) -> Pass:
+        return _sweep.update(acc, arrays_of(state), batch, measure=measure, estimator=estimator)
+
+    def finalize(state: Any, acc: Pass | None = None) -> tuple[Frozen, Report | None]:
+        check_whole(state.step)
+        # Copies, as the next train_step may be given the memory of this state.
+        model, made = framework.merge(structure, copied(arrays_of(state))), None
+        kinds: Mapping[str, LayerKind] | None = None if kinds_of is None else dict(kinds_of(state))
+        if acc is not None:
+            if kinds is not None:  # an accumulator that was saved and loaded has lost the methods of the layers
+                acc = dataclasses.replace(acc, kinds=tuple(kinds.items()))
+            old, moments = framework.states(model), _sweep.finish(acc, estimator=estimator)
+            model = install_moments(framework, model, moments)
+            made = report(estimator, acc, moments, old, framework.states(model))
+        return freeze(framework, model, made, kinds=kinds, otherwise=RUNNING), made
+
+    return PassSteps(measure, start, postproc_step, finalize)
