@@ -64,4 +64,4 @@ class MixedNorm(jaxbn.linen.Norm):
 
 
 class NNXMixedNorm(jaxbn.nnx.Norm):
-    _factory = staticmethod(mixed_norm)
+    factory = staticmethod(mixed_norm)

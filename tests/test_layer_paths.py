@@ -178,7 +178,7 @@ class LearningNorm(jaxbn.linen.Norm):
 
 
 class NNXLearningNorm(jaxbn.nnx.Norm):
-    _factory = staticmethod(learning_norm)
+    factory = staticmethod(learning_norm)
 
 
 def test_a_method_that_learns_from_the_gradient():
@@ -228,7 +228,7 @@ class ClashingNorm(jaxbn.linen.Norm):
 
 
 class NNXClashingNorm(jaxbn.nnx.Norm):
-    _factory = staticmethod(clashing_norm)
+    factory = staticmethod(clashing_norm)
 
 
 def mix_norm(*, share=0.5):
@@ -240,7 +240,7 @@ class MixNorm(jaxbn.linen.Norm):
 
 
 class NNXMixNorm(jaxbn.nnx.Norm):
-    _factory = staticmethod(partial(mix_norm))
+    factory = staticmethod(partial(mix_norm))
 
 
 def test_names_that_are_taken_and_initializers_of_nothing():
@@ -289,10 +289,10 @@ def test_defaults_of_classes_that_inherit_from_a_layer():
         factory = staticmethod(jaxbn.batch_norm)
 
     class NNXAgain(NNXMixedNorm):
-        _factory = staticmethod(jaxbn.batch_norm)
+        factory = staticmethod(jaxbn.batch_norm)
 
     class NNXWritten(jaxbn.nnx.Norm):
-        _factory = staticmethod(mixed_norm)
+        factory = staticmethod(mixed_norm)
 
         def __init__(self, num_features, *, share=0.25, **shared):
             self.share = share

@@ -1,10 +1,8 @@
 """What the hosts share of a capture: how a layer is named in the traced program, and what it normalizes with."""
 
 import dataclasses
-import functools
 import math
-import re
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -12,7 +10,7 @@ import jax.numpy as jnp
 
 from jaxbn._src import internals as _internals
 from jaxbn._src.framework.layer_paths import as_key
-from jaxbn._src.framework.method import Method, name_of
+from jaxbn._src.framework.method import Method, name_of, operands_for
 from jaxbn._src.framework.mixing import CalledNorm, Mixture, as_prior, normalize_mixed
 from jaxbn._src.framework.unknown_layers import all_served
 from jaxbn._src.numerics import axes as _axes
@@ -187,36 +185,41 @@ def merged(found: Measured, axis_name: _collectives.AxisName | None) -> Measured
     )
 
 
-def check_synchronized(path: str, averages: bool, layer_axis: Any, axis_name: Any) -> None:
-    """Raises a ValueError if the running averages of a layer would differ from device to device."""
-
-    def names(axis: Any) -> set[str]:
-        return set() if axis is None else {axis} if isinstance(axis, str) else set(axis)
-
-    if averages and not names(axis_name) <= names(layer_axis):
-        raise ValueError(
-            f"{path!r} would keep running averages of the rows of its own device, and they would differ over "
-            f"{axis_name!r}: it has axis_name={layer_axis!r}. Give the layer axis_name={axis_name!r}; or, of jaxbn's "
-            f"layers, momentum=None, so that the statistics come from postproc."
-        )
-
-
 def check_mode(mode: str) -> None:
     """Raises a ValueError for a mode that does not exist."""
     if mode not in MODES:
         raise ValueError(f"mode={mode!r} is none of {', '.join(map(repr, MODES))}.")
 
 
-def call_arguments(
-    x: Any, use_running_average: bool | None = None, *, mask: Any = None, residual: Any = None, domain: Any = None
-) -> tuple[jax.Array, Any, Any, dict[str, Any]]:
-    """The arguments of a layer's call, in either host; the flag is overruled by the mode. The last is the domain."""
-    return jnp.asarray(x), mask, residual, {} if domain is None else {"domain": domain}
+def captured_call(
+    layer: Layer,
+    index: jax.Array,
+    weights: jax.Array | None,
+    norm: CalledNorm,
+    arguments: tuple[jax.Array, Any, Any, dict[str, Any]],
+    plain: Callable[[], jax.Array],
+) -> jax.Array:
+    """The call of a layer during a capture: measures the input, normalizes as the mode says, and marks the output.
 
+    Args:
+        layer: The layer, with its mode.
+        index: The flat positions of its statistics.
+        weights: Of the examples, as `carry_weights` laid them out; None: there are none.
+        norm: What it takes to normalize for the layer.
+        arguments: The input, the mask, the residual and other operands of the method.
+        plain: The call as the model makes it.
 
-def wanted_mode(layer: Layer, asked: bool | None) -> str | Mixture:
-    """The mode that a layer is to run in."""
-    return ("eval" if asked else "batch") if layer.mode == HEEDED else layer.mode
+    Returns:
+        The output.
+    """
+    x, mask, residual, where = arguments
+    mask = mask if weights is None else weigh(mask, weights, x, layer.path, norm.axis)
+    measure = norm.transform.measure
+    moments = measure(x, **operands_for(measure, mask=mask, **where))
+    heeded = "eval" if layer.asked_stored else "batch"
+    mode = heeded if layer.mode == HEEDED else layer.mode
+    y = plain() if mode == "as_called" else normalize_as(mode, norm, moments, x, mask, residual, where)
+    return marked(y, index, layer, moments, x, axis=norm.axis, mask=mask)
 
 
 def normalize_as(
@@ -246,67 +249,3 @@ def normalize_as(
     state = norm.transform.postproc(prior, moments)
     with statistics_of_input(True):
         return norm.normalize(state, without_padding(x, mask), mask=mask, residual=residual, **where)
-
-
-def select(paths: str | Sequence[str], known: Iterable[str]) -> list[str]:
-    """The layers at or below the paths; a ValueError for a path that leads to none. The path "" leads to all."""
-    known, chosen = list(known), []
-    for path in [paths] if isinstance(paths, str) else paths:
-        found = [layer for layer in known if is_at_or_below(layer, path)]
-        if not found:
-            raise ValueError(
-                f"No normalization layer is at {path!r} or below it; there are {', '.join(map(repr, known))}."
-            )
-        chosen += found
-    return list(dict.fromkeys(chosen))
-
-
-def is_at_or_below(layer: str, path: str) -> bool:
-    """Whether a path is that of a layer or of a module around it."""
-    return path in ("", layer) or layer.startswith(f"{path}/")
-
-
-def as_partial(layer: Any, kinds: tuple[type, ...]) -> functools.partial[Any]:
-    """A class of layers of one of these kinds, with the arguments that it was given; else a TypeError."""
-    bound = functools.partial(layer) if callable(layer) else None
-    if bound is None or not isinstance(bound.func, type) or not issubclass(bound.func, kinds):
-        raise TypeError(
-            f"layer={layer!r} is no class of normalization layers: give one such as BatchRenorm, or a "
-            f"functools.partial of one."
-        )
-    return bound
-
-
-def carried(path: str, old: Any, names: Iterable[str], given: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of the layer that takes the place of the one at `path`: those given, and else those of the old.
-
-    `names` are those that it takes; the attributes of the old layer have the same.
-    """
-    names = set(names)
-    if getattr(old, "activation", None) is not None and "activation" not in names:
-        raise ValueError(f"{path!r} has its activation inside, and the layer in its place cannot. Leave it out.")
-    return {name: getattr(old, name) for name in names if hasattr(old, name)} | dict(given)
-
-
-def fitting(path: str, given: Any, like: jax.Array, *, copies: bool) -> jax.Array:
-    """A value of another model in the shape and dtype that it has in this one; for `copies`, one for each domain."""
-    value = jnp.asarray(given, like.dtype)
-    if copies and value.shape != like.shape and value.shape == like.shape[1:]:
-        return jnp.broadcast_to(value, like.shape)
-    if value.shape != like.shape:
-        raise ValueError(f"{path!r} is {value.shape} in the variables and {like.shape} in `like`.")
-    return value
-
-
-def takes_over(name: str, old: Container[str], new: Container[str]) -> bool:
-    """Whether a layer with the statistics `new` goes on with this one of a layer with the statistics `old`.
-
-    What counts the batches in a window starts with the window.
-    """
-    starts = "square_window" in new and "square_window" not in old
-    return name in POPULATION or name == "count" or not starts
-
-
-def natural(path: str) -> list[tuple[int, int | str]]:
-    """Sorts numbers in names by value: BatchNorm_2 before BatchNorm_10, which is the order of Flax's own names."""
-    return [(0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"(\d+)", path)]

@@ -93,7 +93,7 @@ def name_of(factory: Factory) -> str:
 
 def _fields_of_methods(cls: type) -> set[str]:
     """The fields of a class of layers that are arguments of a method: of batch norm's, and of those of its bases."""
-    made = [vars(base)[name] for base in cls.__mro__ for name in ("factory", "_factory") if name in vars(base)]
+    made = [vars(base)["factory"] for base in cls.__mro__ if "factory" in vars(base)]
     return set().union(*(fields_of(getattr(factory, "__func__", factory)) for factory in (batch_norm, *made)))
 
 
@@ -114,6 +114,13 @@ def arguments_of(factory: Factory, layer: Any) -> dict[str, Any]:
                 f"the argument to the method."
             )
     return {name: getattr(layer, name) for name in taken}
+
+
+def for_an_example(method: Method) -> NormTransform:
+    """The functions of a method for a call that only shows or initializes a layer: on one device, of any size."""
+    method()  # which checks all arguments
+    alone = {"axis_name": None, "axis_index_groups": None, "allow_single_value": True}
+    return method(**{name: value for name, value in alone.items() if name in method.keywords})
 
 
 def operands_for(function: Callable[..., Any], **operands: Any) -> dict[str, Any]:
@@ -140,21 +147,16 @@ def evaluate(
 
 
 def loaded(transform: NormTransform, params: Mapping[str, Any], statistics: Mapping[str, Any]) -> tuple[Any, State]:
-    """The params and the state of a method, out of the variables of a layer by name; None for one that is not there."""
-    initial, _ = jax.eval_shape(lambda: transform.init(statistics["mean"].shape))
-    return type(initial)(**{name: params.get(name) for name in initial._fields}), state_of(transform, statistics)
+    """The params and the state of a method, out of the variables of a layer by name; None for missing ones."""
+    shapes = jax.eval_shape(lambda: transform.init(statistics["mean"].shape))
+    held = zip(shapes, (params, statistics), strict=True)
+    params, state = (type(tree)(**{name: leaves.get(name) for name in tree._fields}) for tree, leaves in held)
+    return params, state
 
 
 def state_of(transform: NormTransform, statistics: Mapping[str, Any]) -> State:
     """The state of a method, out of the statistics of a layer by name."""
-    _, initial = jax.eval_shape(lambda: transform.init(statistics["mean"].shape))
-    return type(initial)(**{name: statistics.get(name) for name in initial._fields})
-
-
-def of_stock(layer: Any, **changes: Any) -> Method:
-    """The method of a layer of Flax, which is batch norm."""
-    fields = {name: getattr(layer, name) for name in ("axis", "epsilon", "momentum", "use_fast_variance")}
-    return Method(batch_norm, **fields | changes)
+    return loaded(transform, {}, statistics)[1]
 
 
 def learned(

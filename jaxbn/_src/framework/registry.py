@@ -3,11 +3,14 @@
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from jaxbn._src import internals as _internals
-from jaxbn._src.framework.layers import POPULATION
+from jaxbn._src.framework.layers import AFFINE, POPULATION
+
+VARIABLES = (*POPULATION, *AFFINE)
+FIELDS = ("axis", "epsilon", "momentum")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,35 +105,53 @@ class Registry:
         return {}
 
 
-# One for the process, as that of `jax.tree_util`: what a class is does not change from call to call.
+# One for the process, like the registry of `jax.tree_util`: the meaning of a class does not change from call to call.
 REGISTRY = Registry()
 
 
-def make(
+def register_flax(*classes: type) -> None:
+    """Registers classes with the names and the call of Flax's layer."""
+    for cls in classes:
+        names, fields = ({name: name for name in part} for part in (VARIABLES, FIELDS))
+        REGISTRY.add(Registered(cls, {"use_running_average": True}, names, fields))
+
+
+def register(
+    cls: Any,
+    base: type,
+    evaluation: Mapping[str, Any],
+    names: Sequence[str],
+    fields: Sequence[Any],
+    known: Collection[str] | None = None,
+) -> None:
+    """Checks and registers a class of layers; see `jaxbn.linen.register_batch_norm`.
+
+    Args:
+        cls: The class.
+        base: The base class of all modules of the framework.
+        evaluation: The arguments of the call, or fields, with which it evaluates.
+        names: Those of the variables, in the order of `VARIABLES`.
+        fields: Names of fields or values, in the order of `FIELDS`.
+        known: The fields of the class. None: only its instances have them.
+
+    Raises:
+        TypeError: If it is not such a class.
+        ValueError: If there is no such field or argument, or the class is registered in another way.
+    """
+    registered = _checked(
+        cls, base, evaluation, dict(zip(VARIABLES, names, strict=True)), dict(zip(FIELDS, fields, strict=True)), known
+    )
+    REGISTRY.add(registered)
+
+
+def _checked(
     cls: Any,
     base: type,
     evaluation: Mapping[str, Any],
     names: Mapping[str, str],
     fields: Mapping[str, Any],
-    known: Collection[str] | None = None,
+    known: Collection[str] | None,
 ) -> Registered:
-    """Checks what is said of a class of modules of a framework.
-
-    Args:
-        cls: The class.
-        base: The class of all modules.
-        evaluation: See `register_batch_norm`, as for the other two.
-        names: Likewise.
-        fields: Likewise.
-        known: The fields of the class. None: they show in its instances alone.
-
-    Returns:
-        What is known.
-
-    Raises:
-        TypeError: If it is no such class.
-        ValueError: If there is no such field or argument.
-    """
     if not (isinstance(cls, type) and issubclass(cls, base)):
         raise TypeError(f"{cls!r} is no class of layers: give a subclass of {base.__module__}.{base.__name__}.")
     registered = Registered(cls, dict(evaluation), dict(names), dict(fields))

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from jaxbn._src.framework.norm_layer import keeps_averages
 from jaxbn._src.framework.processes import raise_stacked
-from jaxbn._src.numerics.collectives import AxisName, make_varying, mean_over
+from jaxbn._src.numerics.collectives import AxisName, as_names, make_varying, mean_over
 
 _Tree = TypeVar("_Tree")
 
@@ -50,6 +51,16 @@ def gradients(
     # is spread.
     grads, (metrics, others) = jax.grad(loss_of, has_aux=True)(make_varying(params, axis_name))
     return *mean_over((grads, metrics), axis_name), others
+
+
+def check_synchronized(path: str, layer: Any, axis_name: AxisName | None) -> None:
+    """Raises a ValueError if the running averages of a layer would differ from device to device."""
+    if keeps_averages(layer) and not set(as_names(axis_name)) <= set(as_names(layer.axis_name)):
+        raise ValueError(
+            f"{path!r} would keep running averages of the rows of its own device, and they would differ over "
+            f"{axis_name!r}: it has axis_name={layer.axis_name!r}. Give the layer axis_name={axis_name!r}; or, of "
+            f"jaxbn's layers, momentum=None, so that the statistics come from postproc."
+        )
 
 
 def check_whole(step: ArrayLike) -> None:

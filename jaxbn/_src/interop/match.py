@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from jaxbn._src.display.tables import Column, table
-from jaxbn._src.framework.layers import natural, takes_over
+from jaxbn._src.framework.conversion import takes_over
+from jaxbn._src.framework.selection import natural
 from jaxbn._src.interop.torch_layouts import CONV, CONV_TRANSPOSE, CONV_TRANSPOSE_FLIPPED, DENSE, Layer, Model, layout
 
 _SHOWN = 8  # layers in an error

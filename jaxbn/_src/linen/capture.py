@@ -17,43 +17,29 @@ import jax
 from flax import nnx
 
 from jaxbn._src import internals as _internals
+from jaxbn._src.framework.framework import Call
 from jaxbn._src.framework.layer_paths import keyed
 from jaxbn._src.framework.layers import (
     Layer,
-    LayerKind,
     Measured,
     Weights,
-    call_arguments,
+    captured_call,
     carry_weights,
     check_mode,
     count_examples,
     example_weights,
-    marked,
     measured,
-    normalize_as,
-    wanted_mode,
-    weigh,
 )
-from jaxbn._src.framework.method import Method, evaluate, loaded, of_stock, operands_for, state_of
+from jaxbn._src.framework.method import evaluate, loaded
 from jaxbn._src.framework.mixing import CalledNorm, Mixture
+from jaxbn._src.framework.norm_layer import ForeignLayer, call_arguments, evaluating_method, method_of
 from jaxbn._src.framework.unknown_layers import Touched, name_of
 from jaxbn._src.linen.modules import STATISTICS, Norm
-from jaxbn._src.linen.registry import (
-    OWN_LEAVES,
-    REGISTER,
-    Adapted,
-    as_norm,
-    class_inside,
-    evaluates,
-    is_call,
-    run_bridge,
-)
+from jaxbn._src.linen.registry import OWN_LEAVES, REGISTER, as_norm, class_inside, evaluates, is_call, run_bridge
 from jaxbn._src.linen.variables import find_shapes, find_states, states_in, with_leaves, without
-from jaxbn._src.methods.protocol import NormTransform, State
+from jaxbn._src.methods.protocol import State
 from jaxbn._src.numerics import moments as _moments
 from jaxbn._src.tracing import harvest as _harvest
-
-Call = Callable[[Any, Any], Any]
 
 _SLOT = "jaxbn_slot"
 _WEIGHTS = "jaxbn_weights"
@@ -156,35 +142,27 @@ def capture(
 
 
 def _intercept(next_call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
-    """Runs in the place of every method of every module, and lets all but the calls of normalization layers pass."""
+    """Runs in the place of every method of every module, and changes the calls of normalization layers only."""
     module: Any = context.module
     if not is_call_of_layer(context):
         return _pass(next_call, args, kwargs, module)
-    # Without a slot it is no layer of the variables that were passed in: a teacher, or our own call below.
+    # A layer without a slot does not belong to the variables that were given: a teacher, or the detached layer below.
     slot = module.get_variable(STATISTICS, _SLOT)
     if slot is None or module.has_variable(STATISTICS, FROZEN):
         return next_call(*args, **kwargs)
     layer = as_norm(module, args, kwargs)
-    x, mask, residual, where = arguments_of(layer, args, kwargs)
-    transform = transform_of(layer)
-    if module.has_variable(STATISTICS, _WEIGHTS):
-        mask = weigh(mask, module.get_variable(STATISTICS, _WEIGHTS), x, slot.layer.path, layer.axis)
-    moments = transform.measure(x, **operands_for(transform.measure, mask=mask, **where))
-    stored, synchronized = stored_state(layer), (layer.axis_name, layer.axis_index_groups)
-    asked = evaluates(module, args, kwargs)
-    mode = wanted_mode(slot.layer, asked)
-    if mode == "as_called":
-        y = called(next_call, args, kwargs, module)
-    else:
-        normalizing = functools.partial(normalize, layer)
-        norm = CalledNorm(slot.layer.path, transform, stored, normalizing, layer.axis, *synchronized)
-        y = normalize_as(mode, norm, moments, x, mask, residual, where)
-    marks_layer = dataclasses.replace(slot.layer, method=method_of(layer), asked_stored=asked)
-    return marked(y, slot.index, marks_layer, moments, x, axis=layer.axis, mask=mask)
+    return captured_call(
+        dataclasses.replace(slot.layer, method=method_of(layer), asked_stored=evaluates(module, args, kwargs)),
+        slot.index,
+        module.get_variable(STATISTICS, _WEIGHTS),
+        called_norm(layer, slot.layer.path),
+        call_arguments(layer, args, kwargs),
+        lambda: called(next_call, args, kwargs, module),
+    )
 
 
 def _pass(next_call: Callable[..., Any], args: Any, kwargs: Any, module: Any) -> Any:
-    """Runs what is no layer that is known, and marks it if it keeps statistics."""
+    """Runs a module that is not a known layer, and marks its output if it keeps statistics."""
     slots = [] if module.is_initializing() else slots_of(module)
     y = called(next_call, args, kwargs, module)
     for slot in slots:
@@ -194,8 +172,8 @@ def _pass(next_call: Callable[..., Any], args: Any, kwargs: Any, module: Any) ->
 
 
 def statistics_of(module: Any) -> dict[tuple[Any, ...], Any]:
-    """The statistics of a module itself; of all that is inside, if it is a bridge to NNX."""
-    if module.scope is None or isinstance(module, nn.SpectralNorm):  # whose statistics are those of weights
+    """The statistics of the module itself; of a bridge to NNX, those of all modules inside."""
+    if module.scope is None or isinstance(module, nn.SpectralNorm):  # which keeps statistics of weights
         return {}
     held = module.variables.get(STATISTICS, {})
     if isinstance(module, nnx.bridge.ToLinen):
@@ -206,39 +184,31 @@ def statistics_of(module: Any) -> dict[tuple[Any, ...], Any]:
 def slots_of(module: Any, name: str = _SLOT) -> list[Any]:
     """The leaves of this name among the statistics of a module."""
     if module.scope is None or not module.has_variable(STATISTICS, name) and not isinstance(module, nnx.bridge.ToLinen):
-        return []  # what is asked of every module, at little cost
+        return []  # cheap, as every module is asked
     return [leaf for place, leaf in statistics_of(module).items() if place[-1] == name]
 
 
 def called(next_call: Callable[..., Any], args: Any, kwargs: Any, module: Any) -> Any:
-    """What the call of a module gives back; a bridge to NNX runs without what rides beside its statistics."""
-    rides = (place[-1] for place in statistics_of(module)) if isinstance(module, nnx.bridge.ToLinen) else ()
-    if any(str(name).startswith(OWN_LEAVES) for name in rides):
+    """The output of a module; a bridge to NNX runs without the leaves that a capture adds to the statistics."""
+    added = (place[-1] for place in statistics_of(module)) if isinstance(module, nnx.bridge.ToLinen) else ()
+    if any(str(name).startswith(OWN_LEAVES) for name in added):
         return run_bridge(module, args, kwargs)
     return next_call(*args, **kwargs)
 
 
 def is_call_of_layer(context: nn.module.InterceptorContext) -> bool:
-    """Whether an interceptor has met the call of a normalization layer, other than for its initialization.
-
-    Nor does a layer count in whose place another is about to be called.
-    """
+    """Whether this is the call of a normalization layer, outside initialization and not of a layer to be replaced."""
     module = context.module
     return meets_layer(context) and not module.is_initializing() and successor_of(module) is None
 
 
 def meets_layer(context: nn.module.InterceptorContext) -> bool:
-    """Whether an interceptor has met the call of a normalization layer."""
+    """Whether this is the call of a normalization layer."""
     return is_call(context.module, getattr(context.orig_method, "func", None))
 
 
-def arguments_of(layer: Any, args: Any, kwargs: Any) -> tuple[jax.Array, Any, Any, dict[str, Any]]:
-    """The arguments of the call of a layer: x, mask, residual, and the domain."""
-    return layer.arguments() if isinstance(layer, Adapted) else call_arguments(*args, **kwargs)
-
-
 def successor_of(layer: Any) -> Callable[[], Any] | None:
-    """What makes the layer that takes the place of another in this call; None if nothing does."""
+    """Makes the layer that replaces this one in its call; None if there is none."""
     successor, depth = layer.scope.flags.get(REPLACED, (None, 0))
     path = "/".join(layer.path[depth:])
     return functools.partial(successor.make, layer, path) if successor is not None and successor.covers(path) else None
@@ -252,42 +222,22 @@ def set_flags(module: Any, flags: Mapping[str, Any]) -> None:
             set_flags(part, flags)
 
 
-def kind_of(layer: Any) -> LayerKind:
-    """What a layer does."""
-    return LayerKind.of(method_of(layer))
+def called_norm(layer: Any, path: str) -> CalledNorm:
+    """A bound layer, with its statistics and with how it normalizes."""
+    transform, variables = evaluating_method(layer)(), flax.core.meta.unbox(layer.variables)
+    params, stored = loaded(transform, variables.get("params", {}), variables[STATISTICS])
+    if isinstance(layer, ForeignLayer):
+        normalize = layer.normalize
+    elif isinstance(layer, Norm):
+        normalize = functools.partial(evaluate, transform, params)
+    else:
+        normalize = functools.partial(_normalize_stock, layer)
+    return CalledNorm(path, transform, stored, normalize, layer.axis, layer.axis_name, layer.axis_index_groups)
 
 
-def method_of(layer: Any, **changes: Any) -> Method:
-    """The method of a layer; that of one which is not jaxbn's is a batch_norm, whose arguments may be changed."""
-    layer = as_norm(layer)
-    own = layer.made_by() if isinstance(layer, Norm) else layer.method if isinstance(layer, Adapted) else None
-    return of_stock(layer, **changes) if own is None else own
-
-
-def transform_of(layer: Any) -> NormTransform:
-    """The pure functions of a layer, but for how one that is not jaxbn's averages."""
-    return method_of(layer, momentum=None)()
-
-
-def stored_state(layer: Any) -> State:
-    """The statistics that a layer holds, as the methods' functions take them."""
-    variables = flax.core.meta.unbox(layer.variables)
-    return state_of(transform_of(layer), variables[STATISTICS])
-
-
-def normalize(layer: Any, state: State, x: jax.Array, *, mask: Any, residual: Any, **where: Any) -> jax.Array:
-    """What the layer makes of its input with these statistics."""
-    if isinstance(layer, Adapted):
-        return layer.normalize(state, x, mask=mask, residual=residual, **where)
-    if not isinstance(layer, Norm):
-        return _normalize_stock(layer, state, x)  # where Flax ignores the mask, and has no residual
-    transform, variables = layer.transform(), flax.core.meta.unbox(layer.variables)
-    params, _ = loaded(transform, variables.get("params", {}), variables[STATISTICS])
-    return evaluate(transform, params, state, x, mask=mask, residual=residual, **where)
-
-
-def _normalize_stock(layer: Any, state: State, x: jax.Array) -> jax.Array:
-    """Through a stock layer of the same fields that stands outside the model, so that Flax's own rules hold."""
+def _normalize_stock(layer: Any, state: State, x: jax.Array, *, mask: Any, residual: Any) -> jax.Array:
+    """Runs a detached stock layer of the same fields, so that Flax's own rules hold."""
+    del mask, residual  # Flax ignores the mask in evaluation, and has no residual
     detached = nn.BatchNorm(**{name: getattr(layer, name) for name in _STOCK_FIELDS}, parent=None)
     variables = {name: value for name, value in layer.variables.items() if name == "params"}
     variables[STATISTICS] = {"mean": state.mean, "var": state.var}

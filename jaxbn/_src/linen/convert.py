@@ -6,7 +6,8 @@ from typing import Any
 import flax
 from flax.core import meta
 
-from jaxbn._src.framework.layers import AFFINE, POPULATION, fitting, takes_over
+from jaxbn._src.framework.conversion import fitting, takes_over
+from jaxbn._src.framework.layers import AFFINE, POPULATION
 from jaxbn._src.framework.registry import REGISTRY
 from jaxbn._src.linen.modules import STATISTICS
 from jaxbn._src.linen.variables import check_variables, find_states, keys

@@ -12,7 +12,9 @@ import jax
 from flax import nnx
 from flax.linen.dtypes import promote_dtype
 
+from jaxbn._src.framework.framework import Call
 from jaxbn._src.framework.method import as_affine, loaded
+from jaxbn._src.framework.norm_layer import call_arguments, evaluating_method
 from jaxbn._src.framework.registry import Registered
 from jaxbn._src.framework.unknown_layers import Watch
 from jaxbn._src.inference import fold_arithmetic as _fold_arithmetic
@@ -21,7 +23,7 @@ from jaxbn._src.inference.fold_check import checked_report
 from jaxbn._src.inference.fold_plan import Layer, Tag
 from jaxbn._src.inference.fold_report import FoldReport
 from jaxbn._src.inference.frozen import Frozen
-from jaxbn._src.linen.capture import Call, arguments_of, is_call_of_layer, method_of, statistics_of
+from jaxbn._src.linen.capture import is_call_of_layer, statistics_of
 from jaxbn._src.linen.kernels import MapKernel
 from jaxbn._src.linen.modules import STATISTICS
 from jaxbn._src.linen.registry import REGISTER, as_norm, class_inside, evaluates, in_flax_names, known, run_bridge
@@ -199,9 +201,9 @@ def _norm(
     module: Any, variables: dict[str, dict[str, Any]], y: jax.Array, *args: Any, **kwargs: Any
 ) -> _fold_plan.Norm:
     layer, found = as_norm(module, args, kwargs), in_flax_names(cast(Registered, known(module)), variables)
-    x, _, residual, where = arguments_of(layer, args, kwargs)
+    x, _, residual, where = call_arguments(layer, args, kwargs)
     refusal = _fold_plan.MOVES if not evaluates(module, args, kwargs) else _fold_plan.DOMAINS if where else None
-    transform = as_affine(method_of(layer, momentum=None))
+    transform = as_affine(evaluating_method(layer))
     return _fold_plan.Norm(
         transform,
         *loaded(transform, found.get("params", {}), found[STATISTICS]),
@@ -267,7 +269,7 @@ def _folded_call(call: Call, plan: _fold_plan.Plan, found: _Found) -> Call:
         path = "/".join(module.path) if is_norm or _is_call_of_linear(context) else None
         if is_norm and path in gone and not statistics_of(module):  # else it is another network's
             layer = as_norm(module, args, kwargs)
-            x, _, residual, _ = arguments_of(layer, args, kwargs)
+            x, _, residual, _ = call_arguments(layer, args, kwargs)
             return _fold_arithmetic.finish(x, residual, gone[path], getattr(layer, "activation", None))
         if is_norm or path not in changed:
             return next_call(*args, **kwargs)

@@ -9,23 +9,21 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxbn._src.framework.layers import select
+from jaxbn._src.framework.framework import Call
+from jaxbn._src.framework.norm_layer import call_arguments, kind_of
 from jaxbn._src.framework.processes import check_unstacked
+from jaxbn._src.framework.selection import select
 from jaxbn._src.framework.unknown_layers import Watch
 from jaxbn._src.inference import frozen as _frozen
 from jaxbn._src.inference.frozen import Frozen, check_frozen, check_kinds, check_shapes, shapes_by_path
 from jaxbn._src.inference.summary import tabulate
 from jaxbn._src.linen.capture import (
     FROZEN,
-    Call,
-    arguments_of,
     called,
+    called_norm,
     capture,
     is_call_of_layer,
-    kind_of,
-    normalize,
     slots_of,
-    stored_state,
 )
 from jaxbn._src.linen.framework import LINEN
 from jaxbn._src.linen.registry import REGISTER, as_norm, class_inside
@@ -67,7 +65,7 @@ def apply_frozen(apply: Callable[..., Any], frozen: Frozen, *args: Any, **kwargs
 
     def check(next_call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
         if is_call_of_layer(context):
-            check_kinds(frozen, {"/".join(context.module.path): kind_of(context.module)})
+            check_kinds(frozen, {"/".join(context.module.path): kind_of(as_norm(context.module))})
         return next_call(*args, **kwargs)
 
     with nn.intercept_methods(check):
@@ -192,5 +190,6 @@ def _hold(
         )
     watch.serve(path)
     layer = as_norm(module, args, kwargs)
-    x, mask, residual, where = arguments_of(layer, args, kwargs)
-    return normalize(layer, stored_state(layer), x, mask=mask, residual=residual, **where)
+    x, mask, residual, where = call_arguments(layer, args, kwargs)
+    norm = called_norm(layer, path)
+    return norm.normalize(norm.stored, x, mask=mask, residual=residual, **where)

@@ -1,9 +1,10 @@
 """Normalization layers for flax.linen: fields and variables. What they compute is in jaxbn.methods."""
 
 import dataclasses
+import functools
 import inspect
-from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -14,36 +15,28 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jaxbn._src.framework.method import (
     REQUIRED,
-    Method,
-    arguments_of,
     check_leaves,
     defaults_that_differ,
     evaluate,
+    for_an_example,
     inherited_defaults,
     operands_for,
 )
+from jaxbn._src.framework.norm_layer import NormLayer
 from jaxbn._src.methods.batch_norm import batch_norm
-from jaxbn._src.methods.protocol import NormTransform, State
+from jaxbn._src.methods.protocol import State
 from jaxbn._src.numerics import axes as _axes
 from jaxbn._src.numerics.averages import Averaging
 
 STATISTICS = "batch_stats"
 
 
-class _Initial(NamedTuple):
-    params: Any  # a NamedTuple of the method's
-    state: State
+class Norm(NormLayer, nn.Module):
+    """Base of all layers: Flax's fields, and the variables of a method.
 
-
-class Norm(nn.Module):
-    """What all layers share: Flax's fields, and the plumbing between a transform and the variables.
-
-    A layer names the `factory` of its method. The arguments of that are its fields: those that a class does not declare
-    are added to it, with the defaults that they have there. The params and the statistics of the method are its
-    variables.
+    A layer names the `factory` of its method, whose arguments are its fields: those that the class does not declare are
+    added, with their defaults. The params and the statistics of the method are its variables.
     """
-
-    factory: ClassVar[Callable[..., NormTransform]]
 
     # Flax's fields in Flax's order, which is also that of its positional arguments.
     use_running_average: bool | None = None
@@ -78,18 +71,6 @@ class Norm(nn.Module):
             cls.__annotations__ = declared
         super().__init_subclass__(**options)
 
-    @nn.nowrap
-    def made_by(self, **changes: Any) -> Method:
-        """The factory of this layer with its arguments, some of its fields changed, as far as the method has them."""
-        arguments = arguments_of(self.factory, self)
-        changed = {name: value for name, value in changes.items() if name in arguments}
-        return Method(self.factory, **arguments | changed)
-
-    @nn.nowrap
-    def transform(self, **changes: Any) -> NormTransform:
-        """The pure functions of this layer, with some of its fields changed, as far as its method has them."""
-        return self.made_by(**changes)()
-
     @nn.compact
     def __call__(
         self,
@@ -118,56 +99,51 @@ class Norm(nn.Module):
             ValueError: If `use_running_average` is given twice or never, or the input does not fit; see `batch_norm`.
         """
         use_running_average = nn.merge_param("use_running_average", self.use_running_average, use_running_average)
-        x = jnp.asarray(x)
-        initial = jax.eval_shape(self._initialize, x)  # the values are for variables that are not there yet
-        variables, state = self._load_state(x, initial.state)
-        initializers = {"scale_init": self.scale_init, "bias_init": self.bias_init}
-        check_leaves(self, Norm, self.factory, initial.params, initial.state, initializers)
-        params = self._load_params(x, initial.params)
-        arguments = {"mask": mask, "residual": residual, "domain": domain}
-        starting = self.is_initializing()  # with an example of any size, on one device, that changes no statistics
+        x, starting = jnp.asarray(x), self.is_initializing()
+        transform = for_an_example(self.made_by) if starting else self.transform
+        dtype = x.dtype if jnp.iscomplexobj(x) else jnp.float32
+        init = functools.partial(transform.init, _axes.feature_shape(x.shape, self.axis), dtype=dtype)
+        shapes = jax.eval_shape(init)  # the values are needed only for variables that do not exist yet
+        variables, state = self._load_state(x, shapes[1], init)
+        initializers = {"scale": self.scale_init, "bias": self.bias_init}
+        given = {f"{name}_init": initializer for name, initializer in initializers.items()}
+        check_leaves(self, Norm, self.factory, shapes[0], shapes[1], given)
+        params = self._load_params(shapes[0], init, initializers)
+        operands = {"mask": mask, "residual": residual, "domain": domain}
         if use_running_average or starting and not x.size:
-            return evaluate(self.transform(), params, state, x, **arguments)
-        if starting:
-            alone = self.transform(axis_name=None, axis_index_groups=None, allow_single_value=True)
-            return alone.train(params, state, x, **operands_for(alone.train, **arguments))[0]
-        train = self.transform().train
-        y, new_state = train(params, state, x, **operands_for(train, **arguments))
-        for name, variable in variables.items():
+            return evaluate(transform, params, state, x, **operands)
+        y, new_state = transform.train(params, state, x, **operands_for(transform.train, **operands))
+        for name, variable in variables.items() if not starting else ():
             leaf = getattr(new_state, name)
-            if leaf is not getattr(state, name):  # without a running average nothing is, and nothing need be mutable
+            if leaf is not getattr(state, name):  # equal without a running average: the collection may be immutable
                 variable.value = leaf
         return y
 
     @nn.nowrap
-    def _initialize(self, x: jax.Array) -> _Initial:
-        dtype = x.dtype if jnp.iscomplexobj(x) else jnp.float32
-        return _Initial(*self.transform().init(_axes.feature_shape(x.shape, self.axis), dtype=dtype))
-
-    @nn.nowrap
-    def _load_state(self, x: jax.Array, initial: State) -> tuple[dict[str, nn.Variable[jax.Array]], State]:
+    def _load_state(
+        self, x: jax.Array, shapes: State, init: Callable[[], tuple[Any, State]]
+    ) -> tuple[dict[str, nn.Variable[jax.Array]], State]:
         variables = {
-            name: self.variable(STATISTICS, name, lambda name=name: getattr(self._initialize(x).state, name))
-            for name, leaf in initial._asdict().items()
+            name: self.variable(STATISTICS, name, lambda name=name: getattr(init()[1], name))
+            for name, leaf in shapes._asdict().items()
             if leaf is not None
         }
         values = {name: variable.value for name, variable in variables.items()}
-        if values["mean"].shape != initial.mean.shape:
+        if values["mean"].shape != shapes.mean.shape:
             _axes.check_features(x.shape, self.axis, values["mean"].shape)
-        return variables, initial._replace(**values)
+        return variables, shapes._replace(**values)
 
     @nn.nowrap
-    def _load_params(self, x: jax.Array, initial: Any) -> Any:
-        initializers = {"scale": self.scale_init, "bias": self.bias_init}
-
+    def _load_params(
+        self, shapes: Any, init: Callable[[], tuple[Any, State]], initializers: Mapping[str, Initializer]
+    ) -> Any:
         def load(name: str, like: jax.Array) -> jax.Array:
             if name in initializers:
                 return self.param(name, initializers[name], like.shape, self.param_dtype)
-            # The method itself says where its other params start.
-            return self.param(name, lambda _: getattr(self._initialize(x).params, name).astype(self.param_dtype))
+            # The method says where its other params start.
+            return self.param(name, lambda _: getattr(init()[0], name).astype(self.param_dtype))
 
-        held = {name: load(name, leaf) for name, leaf in initial._asdict().items() if leaf is not None}
-        return initial._replace(**held)
+        return shapes._replace(**{n: load(n, leaf) for n, leaf in shapes._asdict().items() if leaf is not None})
 
 
 class BatchNorm(Norm):

@@ -1,6 +1,5 @@
 """Layers of linen that are batch norm: Flax's, jaxbn's, those of NNX in a bridge, and those that users register."""
 
-import copy
 import dataclasses
 import inspect
 from collections.abc import Mapping
@@ -8,12 +7,11 @@ from typing import Any, TypeVar, cast
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from flax.core import meta
 
 from jaxbn._src.framework import registry as _registry
-from jaxbn._src.framework.method import Method
+from jaxbn._src.framework.norm_layer import ForeignLayer
 from jaxbn._src.framework.registry import REGISTRY, Registered
 from jaxbn._src.linen.modules import STATISTICS, Norm
 from jaxbn._src.methods.protocol import State
@@ -22,8 +20,6 @@ Class = TypeVar("Class", bound=type[nn.Module])
 
 REGISTER = "jaxbn.linen.register_batch_norm"
 OWN_LEAVES = "jaxbn_"  # how the names begin of what rides beside statistics while a model is run
-_FLAX = {"mean": "mean", "var": "var", "scale": "scale", "bias": "bias"}
-_FIELDS = {"axis": "axis", "epsilon": "epsilon", "momentum": "momentum"}
 
 
 def register_batch_norm(
@@ -82,15 +78,13 @@ def register_batch_norm(
         >>> variables["batch_stats"]
         {'mean': Array([4.5], dtype=float32), 'var': Array([8.25], dtype=float32)}
     """
-    names = {"mean": mean, "var": var, "scale": scale, "bias": bias}
-    fields = {"axis": axis, "epsilon": epsilon, "momentum": momentum}
     known = {name for name in dir(cls) if not hasattr(nn.Module, name)}.union(getattr(cls, "__dataclass_fields__", ()))
-    REGISTRY.add(_registry.make(cls, nn.Module, evaluation, names, fields, known))
+    names, fields = (mean, var, scale, bias), (axis, epsilon, momentum)
+    _registry.register(cls, nn.Module, evaluation, names, fields, known)
     return cls
 
 
-for _cls in (nn.BatchNorm, Norm, nnx.BatchNorm):
-    REGISTRY.add(Registered(_cls, {"use_running_average": True}, _FLAX, _FIELDS))
+_registry.register_flax(nn.BatchNorm, Norm, nnx.BatchNorm)
 
 
 def known(module: Any) -> Registered | None:
@@ -134,23 +128,13 @@ def as_norm(module: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     return Adapted(module, registered, args, kwargs or {})
 
 
-class Adapted:
+class Adapted(ForeignLayer):
     """A layer of another class, in a call, with the attributes of Flax's layer."""
 
     def __init__(self, module: Any, registered: Registered, args: Any, kwargs: Mapping[str, Any]):
-        self.module, self.registered, self.scope = module, registered, module.scope
-        self.bridged = isinstance(module, nnx.bridge.ToLinen)
-        self.fields = _inside(module) if self.bridged else module
-        self.bound = registered.signature.bind_partial(*args, **kwargs)
-        self.axis, self.epsilon, self.momentum = (registered.field(self.fields, name) for name in _FIELDS)
-        self.axis_name = getattr(self.fields, "axis_name", None)
-        self.axis_index_groups = getattr(self.fields, "axis_index_groups", None)
-        self.use_fast_variance = getattr(self.fields, "use_fast_variance", True)
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "fields":  # of a copy that is not made yet
-            raise AttributeError(name)
-        return getattr(self.fields, name)  # such as a dtype, if it has one
+        bridged = isinstance(module, nnx.bridge.ToLinen)
+        super().__init__(module, _inside(module) if bridged else module, registered, bridged, args, kwargs)
+        self.scope = module.scope
 
     @property
     def use_scale(self) -> bool:
@@ -168,39 +152,17 @@ class Adapted:
         return bool(found if said is None else said)
 
     @property
-    def method(self) -> Method | None:
-        """The method of a layer of jaxbn that is in a bridge."""
-        return self.fields.made_by if self.bridged and hasattr(self.fields, "made_by") else None
-
-    def arguments(self) -> tuple[jax.Array, Any, Any, dict[str, Any]]:
-        """As `call_arguments` gives them."""
-        given = self.bound.arguments
-        x = jnp.asarray(given[self.registered.input_name])
-        where = {"domain": given["domain"]} if self.method and given.get("domain") is not None else {}
-        return x, given.get("mask"), given.get("residual") if self.method else None, where
-
-    @property
     def variables(self) -> dict[str, Any]:
         """Its variables, by the names that they have in Flax's layer."""
         return in_flax_names(self.registered, plain_variables(self.module))
 
     def normalize(self, state: State, x: jax.Array, **arguments: Any) -> jax.Array:
-        """Through its own call in evaluation, on a layer of the same fields that stands outside the model."""
-        registered, bound = self.registered, copy.copy(self.bound)
-        held = {name for name in arguments if arguments[name] is not None} & registered.signature.parameters.keys()
-        bound.arguments = self.bound.arguments | {name: arguments[name] for name in held}
-        bound.arguments[registered.input_name] = x
-        fields, flags = registered.split_evaluation(lambda name: not self.bridged and hasattr(self.module, name))
-        for name in fields:
-            bound.arguments.pop(name, None)
-        bound.arguments |= flags
-        leaves = {registered.names.get(name, name): leaf for name, leaf in state._asdict().items() if leaf is not None}
-        variables = plain_variables(self.module)
-        held_leaves = variables[STATISTICS]
-        variables[STATISTICS] = held_leaves | {
-            n: meta.replace_boxed(held_leaves[n], leaf) for n, leaf in leaves.items()
-        }
-        y = self._detached(fields).apply(variables, *bound.args, **bound.kwargs)
+        """Runs its own call in evaluation, on a detached layer of the same fields."""
+        fields, flags = self.registered.split_evaluation(lambda name: not self.bridged and hasattr(self.module, name))
+        bound, variables = self.call_with(x, arguments, fields, flags), plain_variables(self.module)
+        held = variables[STATISTICS]
+        new = {name: meta.replace_boxed(held[name], leaf) for name, leaf in self.own_names(state).items()}
+        y = self._detached(fields).apply(variables | {STATISTICS: held | new}, *bound.args, **bound.kwargs)
         return cast(jax.Array, y)  # as nothing is mutable
 
     def _detached(self, fields: Mapping[str, Any]) -> nn.Module:

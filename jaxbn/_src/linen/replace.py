@@ -15,7 +15,8 @@ from typing import Any, TypeVar, cast
 
 import flax.linen as nn
 
-from jaxbn._src.framework.layers import as_partial, carried, is_at_or_below, select
+from jaxbn._src.framework.conversion import as_partial, carried
+from jaxbn._src.framework.selection import is_at_or_below, select
 from jaxbn._src.framework.unknown_layers import Watch
 from jaxbn._src.linen.capture import REPLACED, meets_layer, set_flags, statistics_of, successor_of
 from jaxbn._src.linen.modules import STATISTICS, Norm

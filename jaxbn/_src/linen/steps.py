@@ -10,15 +10,15 @@ import jax
 import jax.numpy as jnp
 from flax.training import train_state
 
-from jaxbn._src.framework.layers import LayerKind, check_synchronized
-from jaxbn._src.framework.steps import Steps, arguments, gradients
+from jaxbn._src.framework.layers import LayerKind
+from jaxbn._src.framework.steps import Steps, arguments, check_synchronized, gradients
 from jaxbn._src.inference.frozen import Frozen
 from jaxbn._src.inference.pass_steps import pass_steps
 from jaxbn._src.linen.backward import learn
 from jaxbn._src.linen.capture import is_call_of_layer
 from jaxbn._src.linen.framework import LINEN
 from jaxbn._src.linen.freeze import apply_frozen
-from jaxbn._src.linen.modules import STATISTICS, Norm
+from jaxbn._src.linen.modules import STATISTICS
 from jaxbn._src.linen.registry import as_norm
 from jaxbn._src.numerics.collectives import AxisName
 from jaxbn._src.statistics.estimators import Estimator, check_estimator, pooled
@@ -131,9 +131,7 @@ def make_steps(
 
     def check_layers(call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
         if is_call_of_layer(context):
-            layer = as_norm(context.module)
-            averages = not isinstance(layer, Norm) or layer.momentum is not None
-            check_synchronized("/".join(context.module.path), averages, layer.axis_name, axis_name)
+            check_synchronized("/".join(context.module.path), as_norm(context.module), axis_name)
         return call(*args, **kwargs)
 
     def call(variables: Any, batch: Any) -> Any:

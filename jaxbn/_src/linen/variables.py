@@ -7,8 +7,8 @@ import flax
 import jax
 import jax.numpy as jnp
 
-from jaxbn._src.framework.layers import natural
 from jaxbn._src.framework.registry import REGISTRY
+from jaxbn._src.framework.selection import natural
 from jaxbn._src.inference.arguments import not_variables
 from jaxbn._src.linen.modules import STATISTICS
 from jaxbn._src.methods.batch_norm import BatchNormState

@@ -16,49 +16,32 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxbn._src.framework.framework import Call
 from jaxbn._src.framework.layer_paths import keyed
 from jaxbn._src.framework.layers import (
     Layer,
-    LayerKind,
     Measured,
     Weights,
+    captured_call,
     carry_weights,
     check_mode,
     count_examples,
     example_weights,
-    is_at_or_below,
-    marked,
     measured,
-    natural,
-    normalize_as,
-    select,
-    wanted_mode,
-    weigh,
 )
-from jaxbn._src.framework.method import Method, evaluate, of_stock, operands_for
+from jaxbn._src.framework.method import evaluate
 from jaxbn._src.framework.mixing import CalledNorm, Mixture
+from jaxbn._src.framework.norm_layer import ForeignLayer, call_arguments, evaluating_method, method_of
+from jaxbn._src.framework.selection import is_at_or_below, natural, select
 from jaxbn._src.framework.unknown_layers import Touched, check
 from jaxbn._src.inference.arguments import not_a_model
 from jaxbn._src.methods.batch_norm import BatchNormState
-from jaxbn._src.methods.protocol import NormTransform, State
-from jaxbn._src.nnx.modules import Norm
+from jaxbn._src.methods.protocol import State
+from jaxbn._src.nnx.modules import Norm, load
 from jaxbn._src.nnx.others import class_of, find_others, joined, statistics_of
-from jaxbn._src.nnx.registry import (
-    REGISTER,
-    Adapted,
-    as_norm,
-    call_arguments_of,
-    evaluates,
-    known,
-    run_bridge,
-    set_call,
-    set_class,
-    with_touch,
-)
+from jaxbn._src.nnx.registry import REGISTER, as_norm, evaluates, known, run_bridge, set_call, set_class, with_touch
 from jaxbn._src.numerics import moments as _moments
 from jaxbn._src.tracing import harvest as _harvest
-
-Call = Callable[[Any, Any], Any]
 
 # What flax.nnx.BatchNorm.__call__ reads of its layer in evaluation, besides the statistics.
 _STOCK_FIELDS = "axis momentum epsilon dtype axis_name axis_index_groups use_fast_variance promote_dtype".split()
@@ -175,7 +158,7 @@ def find_states(model: Any) -> dict[str, State]:
 def state_of(layer: Any) -> State:
     """The statistics of a layer; a stock one is a batch_norm."""
     layer = as_norm(layer)
-    return layer.state if isinstance(layer, Norm | Adapted) else BatchNormState(layer.mean[...], layer.var[...])
+    return layer.state if isinstance(layer, Norm | ForeignLayer) else BatchNormState(layer.mean[...], layer.var[...])
 
 
 def set_state(layer: Any, state: State) -> None:
@@ -187,30 +170,13 @@ def set_state(layer: Any, state: State) -> None:
             getattr(layer, registered.names.get(name, name))[...] = leaf
 
 
-def transform_of(layer: Any) -> NormTransform:
-    """The pure functions of a layer, but for how one that is not jaxbn's averages."""
-    return method_of(layer, momentum=None)()
-
-
-def kind_of(layer: Any) -> LayerKind:
-    """What a layer does."""
-    return LayerKind.of(method_of(layer))
-
-
-def method_of(layer: Any, **changes: Any) -> Method:
-    """The method of a layer; that of one which is not jaxbn's is a batch_norm, whose arguments may be changed."""
-    layer = as_norm(layer)
-    own = layer.made_by if isinstance(layer, Norm) else layer.method if isinstance(layer, Adapted) else None
-    return of_stock(layer, **changes) if own is None else own
-
-
 def is_frozen(layer: Any) -> bool:
     """Whether the layer keeps its statistics and normalizes with them whatever it is asked to."""
     return getattr(layer, "jaxbn_frozen", False)
 
 
 def _hook(path: str, module: Any, mode: str | Mixture, examples: int | None) -> tuple[Layer, jax.Array]:
-    layer = Layer(path, state_of(module).mean.shape, mode, examples, method_of(module))
+    layer = Layer(path, state_of(module).mean.shape, mode, examples, method_of(as_norm(module)))
     positions = layer.positions()
     if not is_frozen(module):
         set_call(module, _measured)
@@ -246,37 +212,40 @@ def _without_hooks(outputs: Any) -> Any:
 
 def _measured(module: Any, plain: Callable[..., jax.Array], *args: Any, **kwargs: Any) -> jax.Array:
     """The call of a hooked layer."""
-    layer: Layer = module.jaxbn_layer
+    layer: Layer = dataclasses.replace(module.jaxbn_layer, asked_stored=evaluates(module, args, kwargs))
     norm = as_norm(module, args, kwargs)
-    x, mask, residual, where = call_arguments_of(norm, args, kwargs)
-    transform = transform_of(module)
-    if hasattr(module, "jaxbn_weights"):
-        mask = weigh(mask, module.jaxbn_weights[...], x, layer.path, norm.axis)
-    moments = transform.measure(x, **operands_for(transform.measure, mask=mask, **where))
-    stored, synchronized = state_of(module), (norm.axis_name, norm.axis_index_groups)
-    asked = evaluates(module, args, kwargs)
-    mode = wanted_mode(layer, asked)
-    if mode == "as_called":
-        y = run_bridge(module, args, kwargs) if isinstance(module, nnx.bridge.ToNNX) else plain(*args, **kwargs)
-    else:
-        normalizing = functools.partial(_normalize, norm)
-        called = CalledNorm(layer.path, transform, stored, normalizing, norm.axis, *synchronized)
-        y = normalize_as(mode, called, moments, x, mask, residual, where)
-    layer = dataclasses.replace(layer, asked_stored=asked)
-    return marked(y, module.jaxbn_slot[...], layer, moments, x, axis=norm.axis, mask=mask)
+
+    def as_called() -> jax.Array:
+        bridged = isinstance(module, nnx.bridge.ToNNX)
+        y: jax.Array = run_bridge(module, args, kwargs) if bridged else plain(*args, **kwargs)
+        return y
+
+    return captured_call(
+        layer,
+        module.jaxbn_slot[...],
+        module.jaxbn_weights[...] if hasattr(module, "jaxbn_weights") else None,
+        _called_norm(norm, layer.path),
+        call_arguments(norm, args, kwargs),
+        as_called,
+    )
 
 
-def _normalize(layer: Any, state: State, x: jax.Array, **arguments: Any) -> jax.Array:
-    """What a layer makes of its input with these statistics."""
-    if isinstance(layer, Adapted):
-        return layer.normalize(state, x, **arguments)
+def _called_norm(layer: Any, path: str) -> CalledNorm:
+    """A layer, with its statistics and with how it normalizes."""
+    transform = evaluating_method(layer)()
     if isinstance(layer, Norm):
-        return evaluate(layer.transform, layer.params, state, x, **arguments)
-    return _normalize_stock(layer, state, x)  # where Flax ignores the mask, and has no residual
+        params, stored = load(layer, transform)
+        normalize = functools.partial(evaluate, transform, params)
+    elif isinstance(layer, ForeignLayer):
+        stored, normalize = layer.state, layer.normalize
+    else:
+        stored, normalize = state_of(layer), functools.partial(_normalize_stock, layer)
+    return CalledNorm(path, transform, stored, normalize, layer.axis, layer.axis_name, layer.axis_index_groups)
 
 
-def _normalize_stock(module: Any, state: State, x: jax.Array) -> jax.Array:
-    """Through Flax's own call, so that its rules hold, on a stand-in for the layer that holds the wanted statistics."""
+def _normalize_stock(module: Any, state: State, x: jax.Array, *, mask: Any, residual: Any) -> jax.Array:
+    """Runs Flax's own call, so that its rules hold, on a stand-in that holds these statistics."""
+    del mask, residual  # Flax ignores the mask in evaluation, and has no residual
     stand_in = types.SimpleNamespace(
         mean=state.mean, var=state.var, scale=module.scale, bias=module.bias, use_running_average=True,
         **{name: getattr(module, name) for name in _STOCK_FIELDS},

@@ -5,7 +5,8 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxbn._src.framework.layers import AFFINE, POPULATION, fitting, takes_over
+from jaxbn._src.framework.conversion import fitting, takes_over
+from jaxbn._src.framework.layers import AFFINE, POPULATION
 from jaxbn._src.nnx.capture import check_model
 from jaxbn._src.nnx.framework import SAVED
 from jaxbn._src.nnx.registry import known

@@ -10,8 +10,9 @@ import jax
 from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype
 
-from jaxbn._src.framework.layers import call_arguments
+from jaxbn._src.framework.framework import Call
 from jaxbn._src.framework.method import as_affine
+from jaxbn._src.framework.norm_layer import call_arguments, evaluating_method, flax_arguments
 from jaxbn._src.inference import fold_arithmetic as _fold_arithmetic
 from jaxbn._src.inference import fold_plan as _fold_plan
 from jaxbn._src.inference.fold_check import checked_report
@@ -19,17 +20,15 @@ from jaxbn._src.inference.fold_plan import Layer, Tag
 from jaxbn._src.inference.fold_report import FoldReport
 from jaxbn._src.methods.protocol import NormParams
 from jaxbn._src.nnx.capture import (
-    Call,
     check_model,
     is_frozen,
-    method_of,
     run_model,
     select_layers,
     state_of,
 )
 from jaxbn._src.nnx.kernels import MapKernel
 from jaxbn._src.nnx.modules import Norm
-from jaxbn._src.nnx.registry import Adapted, as_norm, call_arguments_of, has_plain_call, known, set_call, set_class
+from jaxbn._src.nnx.registry import Adapted, as_norm, has_plain_call, known, set_call, set_class
 from jaxbn._src.tracing import dataflow as _dataflow
 from jaxbn._src.tracing.harvest import over_arrays
 
@@ -97,7 +96,7 @@ class Folded(nnx.Module):
     def __call__(self, *args: Any, **kwargs: Any) -> jax.Array:
         if self.input_name is not None:
             args, kwargs = (args[0] if args else kwargs[self.input_name],), {}
-        x, _, residual, _ = call_arguments(*args, **kwargs)
+        x, _, residual, _ = flax_arguments(*args, **kwargs)
         return _fold_arithmetic.finish(x, residual, self.dtype, self.activation)
 
 
@@ -201,7 +200,7 @@ def _tagged_linear(cls: Any) -> type:
 def _norm(module: Any, y: jax.Array, *args: Any, **kwargs: Any) -> _fold_plan.Norm:
     layer, registered = as_norm(module, args, kwargs), known(module)
     assert registered is not None
-    x, _, residual, where = call_arguments_of(layer, args, kwargs)
+    x, _, residual, where = call_arguments(layer, args, kwargs)
     cls: Any = type(module).__bases__[0] if is_frozen(module) else type(module)
     refusal = _fold_plan.DOMAINS if where else None
     if not (is_frozen(module) or registered.evaluates(module, args, kwargs)):
@@ -209,7 +208,7 @@ def _norm(module: Any, y: jax.Array, *args: Any, **kwargs: Any) -> _fold_plan.No
     elif not has_plain_call(module, cls):
         refusal = f"it is a {cls.__name__}, whose call is its own"
     return _fold_plan.Norm(
-        as_affine(method_of(layer, momentum=None)),
+        as_affine(evaluating_method(layer)),
         layer.params if isinstance(layer, Norm) else NormParams(*(p and p[...] for p in (layer.scale, layer.bias))),
         state_of(module),
         axis=layer.axis,

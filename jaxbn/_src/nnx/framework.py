@@ -8,19 +8,18 @@ from flax import nnx, traverse_util
 from jaxbn._src.framework.framework import Framework
 from jaxbn._src.framework.layer_paths import AS_THEY_ARE, is_put_back
 from jaxbn._src.framework.layers import LayerKind
+from jaxbn._src.framework.norm_layer import evaluating_method, kind_of, method_of
 from jaxbn._src.methods.protocol import NormTransform, State
 from jaxbn._src.nnx.capture import (
     capture,
     check_model,
     find_layers,
     find_states,
-    kind_of,
-    method_of,
     set_state,
     state_of,
-    transform_of,
 )
 from jaxbn._src.nnx.others import joined
+from jaxbn._src.nnx.registry import as_norm
 
 # What a frozen network holds of a model.
 SAVED = nnx.Not(nnx.Any(nnx.RngState, nnx.Intermediate))
@@ -28,13 +27,13 @@ SAVED = nnx.Not(nnx.Any(nnx.RngState, nnx.Intermediate))
 
 def _installing(model: Any, paths: Iterable[str]) -> dict[str, tuple[NormTransform, State]]:
     layers = find_layers(model)
-    transforms = {path: AS_THEY_ARE() if is_put_back(path) else transform_of(layers[path]) for path in paths}
-    return {path: (transform, state_of(layers[path])) for path, transform in transforms.items()}
+    methods = {path: AS_THEY_ARE if is_put_back(path) else evaluating_method(as_norm(layers[path])) for path in paths}
+    return {path: (method(), state_of(layers[path])) for path, method in methods.items()}
 
 
 def _averaging(model: Any, paths: Iterable[str], momentum: None) -> dict[str, tuple[NormTransform, State]]:
     layers = find_layers(model)
-    return {path: (method_of(layers[path])(), state_of(layers[path])) for path in paths}
+    return {path: (method_of(as_norm(layers[path]))(), state_of(layers[path])) for path in paths}
 
 
 def _with_states(model: Any, states: Mapping[str, State]) -> Any:
@@ -47,7 +46,7 @@ def _with_states(model: Any, states: Mapping[str, State]) -> Any:
 
 def find_kinds(model: Any) -> dict[str, LayerKind]:
     """The kind of every normalization layer by its path."""
-    return {path: kind_of(layer) for path, layer in find_layers(model).items()}
+    return {path: kind_of(as_norm(layer)) for path, layer in find_layers(model).items()}
 
 
 def to_variables(model: Any) -> dict[str, Any]:

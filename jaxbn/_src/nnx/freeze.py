@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx, traverse_util
 
-from jaxbn._src.framework.layers import AFFINE, select
+from jaxbn._src.framework.layers import AFFINE
 from jaxbn._src.framework.processes import check_unstacked
+from jaxbn._src.framework.selection import select
 from jaxbn._src.inference import frozen as _frozen
 from jaxbn._src.inference.frozen import Frozen, check_frozen, check_kinds, check_shapes, copied, shapes_by_path
 from jaxbn._src.inference.summary import tabulate

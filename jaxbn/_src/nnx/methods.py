@@ -43,7 +43,7 @@ class BatchRenorm(Norm):
         Ioffe, `Batch Renormalization <https://arxiv.org/abs/1702.03275>`_, 2017.
     """
 
-    _factory = staticmethod(batch_renorm)
+    factory = staticmethod(batch_renorm)
 
     def __init__(
         self,
@@ -85,7 +85,7 @@ class GhostBatchNorm(Norm):
         Hoffer, Hubara & Soudry, `Train longer, generalize better <https://arxiv.org/abs/1705.08741>`_, 2017.
     """
 
-    _factory = staticmethod(ghost_batch_norm)
+    factory = staticmethod(ghost_batch_norm)
 
     def __init__(
         self,
@@ -128,7 +128,7 @@ class MovingAverageBatchNorm(Norm):
         Yan et al., `Towards Stabilizing Batch Statistics <https://arxiv.org/abs/2001.06838>`_, 2020.
     """
 
-    _factory = staticmethod(moving_average_batch_norm)
+    factory = staticmethod(moving_average_batch_norm)
 
     def __init__(
         self,
@@ -169,7 +169,7 @@ class DomainBatchNorm(Norm):
         Chang et al., `Domain-Specific Batch Normalization <https://arxiv.org/abs/1906.03950>`_, 2019.
     """
 
-    _factory = staticmethod(domain_batch_norm)
+    factory = staticmethod(domain_batch_norm)
 
     def __init__(
         self,

@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,15 +16,8 @@ from flax.typing import Initializer, PromoteDtypeFn
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxbn._src import internals as _internals
-from jaxbn._src.framework.method import (
-    REQUIRED,
-    Method,
-    arguments_of,
-    check_leaves,
-    evaluate,
-    fields_of,
-    operands_for,
-)
+from jaxbn._src.framework.method import REQUIRED, check_leaves, evaluate, fields_of, for_an_example, operands_for
+from jaxbn._src.framework.norm_layer import NormLayer
 from jaxbn._src.methods.batch_norm import batch_norm
 from jaxbn._src.methods.protocol import NormTransform, State
 from jaxbn._src.numerics.averages import Averaging
@@ -45,22 +38,25 @@ def _with_defaults_of_method(init: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(init)
     def __init__(self: Any, num_features: int | Sequence[int], **given: Any) -> None:
-        defaults = fields_of(self._factory).items()
+        defaults = fields_of(self.factory).items()
         unset = {n: value for n, value in defaults if value is not REQUIRED and n not in vars(self)}
         init(self, num_features, **unset | given)
 
     return __init__
 
 
-class Norm(nnx.Module):
-    """What all layers share: Flax's fields, and the plumbing between a transform and the variables.
+class Norm(nnx.Module, NormLayer):  # in this order the layout of objects stays that of a module
+    """Base of all layers: Flax's fields, and the variables of a method.
 
-    A layer names the factory of its method, whose arguments are its fields: those beyond the ones of all layers are
-    given by name. The params and the statistics of the method are its variables. What is not a call is a property,
-    because `nnx.tabulate` takes every public method for a part of the model that runs.
+    A layer names the `factory` of its method, whose arguments are its fields; those beyond the common ones are given by
+    name. The params and the statistics of the method are its variables.
     """
 
-    _factory: ClassVar[Callable[..., NormTransform]]
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Wraps the factory, because `nnx.tabulate` replaces every public function of a class for a while."""
+        super().__init_subclass__(**options)
+        if "factory" in vars(cls):
+            cls.factory = staticmethod(functools.partial(cls.factory))
 
     @_with_defaults_of_method
     def __init__(
@@ -89,7 +85,7 @@ class Norm(nnx.Module):
         autodiff: bool = False,
         **of_method: Any,
     ):
-        arguments = fields_of(self._factory)
+        arguments = fields_of(self.factory)
         if unknown := sorted(of_method.keys() - arguments.keys()):
             raise TypeError(f"{type(self).__name__} does not take {unknown[0]}=; its method takes {sorted(arguments)}.")
         self.num_features = static(num_features)
@@ -114,14 +110,14 @@ class Norm(nnx.Module):
             elif not hasattr(self, name):
                 raise TypeError(f"{type(self).__name__} needs {name}=.")
 
-        params, state = self._initialize()
+        params, state = _initialize(self, self.transform)
         initializers = {"scale": (scale_init, scale_metadata), "bias": (bias_init, bias_metadata)}
         fields = {
             f"{name}_{kind}": part
             for name, given in initializers.items()
             for kind, part in zip(_KINDS, given, strict=True)
         }
-        check_leaves(self, Norm, self._factory, params, state, fields)
+        check_leaves(self, Norm, self.factory, params, state, fields)
         for name, leaf in state._asdict().items():
             if leaf is not None:
                 setattr(self, name, nnx.BatchStat(leaf))
@@ -135,29 +131,14 @@ class Norm(nnx.Module):
                 setattr(self, name, nnx.Param(leaf.astype(param_dtype)))
 
     @property
-    def made_by(self) -> Method:
-        """The factory of this layer with its arguments."""
-        return Method(self._factory, **arguments_of(self._factory, self))
-
-    @property
-    def transform(self) -> NormTransform:
-        """The pure functions of this layer."""
-        return self.made_by()
-
-    @property
     def state(self) -> State:
-        """The statistics as the method's functions take them."""
-        return self._held(jax.eval_shape(self._initialize)[1])
+        """The statistics as the functions of the method take them."""
+        return load(self, self.transform)[1]
 
     @property
     def params(self) -> Any:
-        """The learned params as the method's functions take them."""
-        return self._held(jax.eval_shape(self._initialize)[0])
-
-    def _held(self, initial: Any) -> Any:
-        """The values of the variables, in a NamedTuple of the method."""
-        held = [name for name, leaf in initial._asdict().items() if leaf is not None]
-        return initial._replace(**{name: getattr(self, name)[...] for name in held})
+        """The learned params as the functions of the method take them."""
+        return load(self, self.transform)[0]
 
     def set_view(self, use_running_average: bool | None = None) -> None:
         """Called by `nnx.view(model, use_running_average=...)`.
@@ -198,24 +179,32 @@ class Norm(nnx.Module):
         flag = self.use_running_average if use_running_average is None else use_running_average
         if flag is None:
             raise ValueError(_MISSING_FLAG.format(name=type(self).__name__))
-        # As linen in `init`: an example may be of any size, on one device.
-        alone = {"axis_name": None, "axis_index_groups": None, "allow_single_value": True}
-        made = self.made_by
-        changes = {name: value for name, value in alone.items() if name in made.keywords and _is_given_an_example(self)}
-        transform, state = made(**changes), self.state
-        arguments = {"mask": mask, "residual": residual, "domain": domain}
+        # As in the `init` of linen, an example may be of any size, on one device.
+        transform = for_an_example(self.made_by) if _is_given_an_example(self) else self.transform
+        params, state = load(self, transform)
+        operands = {"mask": mask, "residual": residual, "domain": domain}
         if flag:
-            return evaluate(transform, self.params, state, x, **arguments)
-        y, new_state = transform.train(self.params, state, x, **operands_for(transform.train, **arguments))
+            return evaluate(transform, params, state, x, **operands)
+        y, new_state = transform.train(params, state, x, **operands_for(transform.train, **operands))
         for name, leaf in new_state._asdict().items():
-            if leaf is not getattr(state, name):  # without a running average nothing is
+            if leaf is not getattr(state, name):  # equal without a running average
                 getattr(self, name).set_value(leaf)  # `[...] =` walks through all that is traced so far
         return y
 
-    def _initialize(self) -> tuple[Any, State]:
-        dtype = self.param_dtype if jnp.issubdtype(self.param_dtype, jnp.complexfloating) else jnp.float32
-        params, state = self.transform.init(self.num_features, dtype=dtype)
-        return params, state
+
+def load(layer: Norm, transform: NormTransform) -> tuple[Any, State]:
+    """The values of the variables of a layer, as the functions of its method take them: params and state."""
+    shapes = jax.eval_shape(functools.partial(_initialize, layer, transform))
+    params, state = (
+        tree._replace(**{n: getattr(layer, n)[...] for n, leaf in tree._asdict().items() if leaf is not None})
+        for tree in shapes
+    )
+    return params, state
+
+
+def _initialize(layer: Norm, transform: NormTransform) -> tuple[Any, State]:
+    dtype = layer.param_dtype if jnp.issubdtype(layer.param_dtype, jnp.complexfloating) else jnp.float32
+    return transform.init(layer.num_features, dtype=dtype)
 
 
 def _is_given_an_example(layer: Norm) -> bool:
@@ -271,4 +260,4 @@ class BatchNorm(Norm):
         Ioffe & Szegedy, `Batch Normalization <https://arxiv.org/abs/1502.03167>`_, 2015.
     """
 
-    _factory = staticmethod(batch_norm)
+    factory = staticmethod(batch_norm)

@@ -1,6 +1,5 @@
 """Layers of NNX that are batch norm: Flax's, jaxbn's, those of linen in a bridge, and those that users register."""
 
-import copy
 import functools
 import inspect
 from collections.abc import Callable, Mapping
@@ -8,13 +7,12 @@ from typing import Any, TypeVar, cast
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from jaxbn._src.framework import registry as _registry
-from jaxbn._src.framework.layers import call_arguments
-from jaxbn._src.framework.method import Method, state_of
-from jaxbn._src.framework.registry import REGISTRY, Registered
+from jaxbn._src.framework.method import state_of
+from jaxbn._src.framework.norm_layer import ForeignLayer
+from jaxbn._src.framework.registry import REGISTRY, VARIABLES, Registered
 from jaxbn._src.methods.batch_norm import BatchNormState
 from jaxbn._src.methods.protocol import State
 from jaxbn._src.nnx.modules import Norm
@@ -22,8 +20,6 @@ from jaxbn._src.nnx.modules import Norm
 Class = TypeVar("Class", bound=type[nnx.Module])
 
 REGISTER = "jaxbn.nnx.register_batch_norm"
-_FLAX = {"mean": "mean", "var": "var", "scale": "scale", "bias": "bias"}
-_FIELDS = {"axis": "axis", "epsilon": "epsilon", "momentum": "momentum"}
 _OF_BRIDGE = {"rngs", "method", "mutable"}  # arguments of the call of a bridge that are not those of the module in it
 
 
@@ -79,14 +75,12 @@ def register_batch_norm(
         >>> model.mean[...], model.var[...]
         (Array([4.5], dtype=float32), Array([8.25], dtype=float32))
     """
-    names = {"mean": mean, "var": var, "scale": scale, "bias": bias}
-    fields = {"axis": axis, "epsilon": epsilon, "momentum": momentum}
-    REGISTRY.add(_registry.make(cls, nnx.Module, evaluation, names, fields))
+    names, fields = (mean, var, scale, bias), (axis, epsilon, momentum)
+    _registry.register(cls, nnx.Module, evaluation, names, fields)
     return cls
 
 
-for _cls in (nnx.BatchNorm, Norm, nn.BatchNorm):
-    REGISTRY.add(Registered(_cls, {"use_running_average": True}, _FLAX, _FIELDS))
+_registry.register_flax(nnx.BatchNorm, Norm, nn.BatchNorm)
 
 
 def known(module: Any) -> Registered | None:
@@ -122,27 +116,20 @@ def evaluates(module: Any, args: Any, kwargs: Any) -> bool | None:
     return cast(Registered, known(module)).evaluates(module, args, kwargs)
 
 
-class Adapted:
+class Adapted(ForeignLayer):
     """A layer of another class, in a call, with the attributes of Flax's layer."""
 
     def __init__(self, module: Any, registered: Registered, args: Any, kwargs: Mapping[str, Any]):
-        self.module, self.registered = module, registered
-        self.bridged = isinstance(module, nnx.bridge.ToNNX)
-        self.fields = module.to_nnx__module if self.bridged else module
-        kwargs = {name: value for name, value in kwargs.items() if not (self.bridged and name in _OF_BRIDGE)}
-        self.bound = registered.signature.bind_partial(*args, **kwargs)
-        self.axis, self.epsilon, self.momentum = (registered.field(self.fields, name) for name in _FIELDS)
-        self.axis_name = getattr(self.fields, "axis_name", None)
-        self.axis_index_groups = getattr(self.fields, "axis_index_groups", None)
-        self.use_fast_variance = getattr(self.fields, "use_fast_variance", True)
+        bridged = isinstance(module, nnx.bridge.ToNNX)
+        kwargs = {name: value for name, value in kwargs.items() if not (bridged and name in _OF_BRIDGE)}
+        fields = module.to_nnx__module if bridged else module
+        super().__init__(module, fields, registered, bridged, args, kwargs)
 
     def __getattr__(self, name: str) -> Any:
         """A variable, by the name that it has in Flax's layer, or a field."""
-        if name in ("registered", "fields"):  # of a copy that is not made yet
-            raise AttributeError(name)
-        if name in self.registered.names:
+        if name in VARIABLES:
             return getattr(self.module, self.registered.names[name], None)
-        return getattr(self.fields, name)
+        return super().__getattr__(name)
 
     @property
     def use_scale(self) -> bool:
@@ -161,11 +148,6 @@ class Adapted:
         return shape if len(shape) > 1 else shape[0]
 
     @property
-    def method(self) -> Method | None:
-        """The method of a layer of jaxbn that is in a bridge."""
-        return self.fields.made_by() if self.bridged and hasattr(self.fields, "made_by") else None
-
-    @property
     def state(self) -> State:
         """Its statistics."""
         if self.method is None:
@@ -173,24 +155,11 @@ class Adapted:
         held = {name: value[...] for name, value in vars(self.module).items() if isinstance(value, nnx.BatchStat)}
         return state_of(self.method(), held)
 
-    def arguments(self) -> tuple[jax.Array, Any, Any, dict[str, Any]]:
-        """As `call_arguments` gives them."""
-        given = self.bound.arguments
-        x = jnp.asarray(given[self.registered.input_name])
-        where = {"domain": given["domain"]} if self.method and given.get("domain") is not None else {}
-        return x, given.get("mask"), given.get("residual") if self.method else None, where
-
     def normalize(self, state: State, x: jax.Array, **arguments: Any) -> jax.Array:
-        """Through its own call in evaluation, on a stand-in that holds these statistics."""
-        bound = copy.copy(self.bound)
-        held = {name for name in arguments if arguments[name] is not None} & self.registered.signature.parameters.keys()
-        bound.arguments = self.bound.arguments | {name: arguments[name] for name in held}
-        bound.arguments[self.registered.input_name] = x
+        """Runs its own call in evaluation, on a stand-in that holds these statistics."""
         fields, flags = self.registered.split_evaluation(self._is_field)
-        bound.arguments = {n: value for n, value in bound.arguments.items() if n not in fields} | flags
-        leaves = {name: leaf for name, leaf in state._asdict().items() if leaf is not None}
-        stand_in = self._stand_in(fields, {self.registered.names.get(name, name): leaves[name] for name in leaves})
-        y: jax.Array = stand_in(*bound.args, **bound.kwargs)
+        bound = self.call_with(x, arguments, fields, flags)
+        y: jax.Array = self._stand_in(fields, self.own_names(state))(*bound.args, **bound.kwargs)
         return y
 
     def _is_field(self, name: str) -> bool:
@@ -308,8 +277,3 @@ def set_call(module: Any, call: Callable[..., Any], *members: tuple[str, Any]) -
 def set_class(module: Any, cls: type) -> None:
     """Gives the module another class; not as an attribute that NNX keeps account of, which would be left in graphs."""
     object.__setattr__(module, "__class__", cls)
-
-
-def call_arguments_of(layer: Any, args: Any, kwargs: Any) -> tuple[jax.Array, Any, Any, dict[str, Any]]:
-    """The arguments of the call of a layer: x, mask, residual, and the domain."""
-    return layer.arguments() if isinstance(layer, Adapted) else call_arguments(*args, **kwargs)

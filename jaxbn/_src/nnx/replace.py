@@ -8,9 +8,10 @@ from typing import Any, TypeVar, cast
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxbn._src.framework.layers import as_partial, carried
+from jaxbn._src.framework.conversion import as_partial, carried
+from jaxbn._src.framework.norm_layer import evaluating_method
 from jaxbn._src.framework.registry import Registered
-from jaxbn._src.nnx.capture import find_layers, select_layers, transform_of
+from jaxbn._src.nnx.capture import find_layers, select_layers
 from jaxbn._src.nnx.convert import convert_norms
 from jaxbn._src.nnx.modules import Norm
 from jaxbn._src.nnx.registry import Adapted, as_norm, has_plain_call, known, set_class, translation, with_call
@@ -96,7 +97,7 @@ def _metadata(variable: nnx.Param[Any] | None) -> dict[str, Any]:
 def _stacked(new: Any, old: Any) -> Any:
     """The layer with as many copies of its variables along leading axes as the old one has, as of `nnx.vmap`."""
     old = as_norm(old)
-    _, initial = transform_of(old).init(old.num_features)
+    _, initial = evaluating_method(old)().init(old.num_features)
     leading = old.mean.shape[: old.mean.ndim - initial.mean.ndim]
     for _, variable in nnx.to_flat_state(nnx.state(new)):
         variable.set_value(jnp.broadcast_to(variable[...], (*leading, *variable.shape)))

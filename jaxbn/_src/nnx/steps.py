@@ -8,15 +8,13 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.training import train_state
 
-from jaxbn._src.framework.layers import check_synchronized
-from jaxbn._src.framework.steps import Steps, arguments, gradients
+from jaxbn._src.framework.steps import Steps, arguments, check_synchronized, gradients
 from jaxbn._src.inference.frozen import Frozen
 from jaxbn._src.inference.pass_steps import pass_steps
 from jaxbn._src.nnx.backward import update_backward
 from jaxbn._src.nnx.capture import check_model, find_layers, is_frozen
 from jaxbn._src.nnx.framework import NNX
 from jaxbn._src.nnx.freeze import install_frozen
-from jaxbn._src.nnx.modules import Norm
 from jaxbn._src.nnx.registry import as_norm
 from jaxbn._src.numerics.collectives import AxisName
 from jaxbn._src.statistics.estimators import Estimator, check_estimator, pooled
@@ -93,8 +91,7 @@ def make_steps(
     training, evaluating = _mode_of(start_from, "train"), _mode_of(start_from, "eval")
     for path, layer in find_layers(model).items():
         if not is_frozen(layer):
-            averages = not isinstance(layer, Norm) or layer.momentum is not None
-            check_synchronized(path, averages, as_norm(layer).axis_name, axis_name)
+            check_synchronized(path, as_norm(layer), axis_name)
 
     def init(rng: jax.Array | None, batch: Any) -> TrainState:
         del batch  # of whose shapes linen makes the parameters

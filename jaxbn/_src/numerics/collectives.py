@@ -31,7 +31,7 @@ def count_blocks(x: jax.Array, rows: int) -> int:
     sharding = jax.typeof(x).sharding
     size = dict(zip(sharding.mesh.axis_names, sharding.mesh.axis_sizes, strict=True))
     types = dict(zip(sharding.mesh.axis_names, sharding.mesh.axis_types, strict=True))
-    explicit = math.prod(size[name] for name in _names(sharding.spec[rows]) if types[name] is AxisType.Explicit)
+    explicit = math.prod(size[name] for name in as_names(sharding.spec[rows]) if types[name] is AxisType.Explicit)
     automatic = math.prod(size[name] for name in size if types[name] is AxisType.Auto)
     return explicit * math.gcd(x.shape[rows] // explicit, automatic)
 
@@ -44,7 +44,7 @@ def cut(x: jax.Array, rows: int, blocks: int) -> jax.Array:
         return x.reshape(shape)
     sharding = jax.typeof(x).sharding
     spec = sharding.spec
-    devices = math.prod(sharding.mesh.shape[name] for name in _names(spec[rows]))
+    devices = math.prod(sharding.mesh.shape[name] for name in as_names(spec[rows]))
     if 1 < blocks and blocks % devices:
         raise ValueError(
             f"Rows that are spread over {devices} devices of an Explicit mesh axis cannot be cut into {blocks} pieces "
@@ -85,7 +85,7 @@ def gather(blocks: jax.Array, axis_name: AxisName | None, groups: Groups | None)
     blocks = _vary(blocks, axis_name)
     # Where a shard_map keeps track of what differs, the result must be known to be the same on all devices, or the
     # state could not leave with out_specs=P(). Elsewhere that type has a wrong derivative.
-    tracked = set(_names(axis_name)) <= varying(blocks)
+    tracked = set(as_names(axis_name)) <= varying(blocks)
     everywhere = lax.all_gather(blocks, axis_name, to="invarying" if tracked else "varying", tiled=True)
     if groups is not None:
         members = jnp.repeat(_members(axis_name, groups), len(blocks)).reshape(-1, *(1,) * (blocks.ndim - 1))
@@ -224,7 +224,7 @@ def varying(x: jax.Array) -> frozenset[str]:
 
 def axes_of(specs: Sequence[PartitionSpec]) -> frozenset[str]:
     """The axes over which the specs divide any array."""
-    return frozenset(name for spec in specs for entry in spec for name in _names(entry))
+    return frozenset(name for spec in specs for entry in spec for name in as_names(entry))
 
 
 def vary_like(x: jax.Array | None, like: jax.Array) -> jax.Array | None:
@@ -245,12 +245,12 @@ def match_cotangent(
     missing = varying(local) - varying(primal)
     if not missing:
         return local
-    if summed is not None and missing == set(_names(axis_name)) and not missing & varying(summed):
+    if summed is not None and missing == set(as_names(axis_name)) and not missing & varying(summed):
         return summed
     return lax.psum(local, tuple(sorted(missing)))
 
 
-def _names(entry: Any) -> tuple[str, ...]:
+def as_names(entry: Any) -> tuple[str, ...]:
     """Axis names in one entry of a PartitionSpec or in an `axis_name` argument."""
     if entry is None or entry is PartitionSpec.UNCONSTRAINED:
         return ()
@@ -272,8 +272,10 @@ def _replicate(blocks: jax.Array) -> jax.Array:
 
 def _vary(x: jax.Array, axis_name: AxisName) -> jax.Array:
     """Marks x as differing over the axis, as collectives want it, where a shard_map keeps track of that."""
-    in_manual_mesh = set(_names(axis_name)) <= set(jax.sharding.get_abstract_mesh().manual_axes)  # else it is a vmap's
-    missing = tuple(name for name in _names(axis_name) if name not in varying(x))
+    in_manual_mesh = set(as_names(axis_name)) <= set(
+        jax.sharding.get_abstract_mesh().manual_axes
+    )  # else it is a vmap's
+    missing = tuple(name for name in as_names(axis_name) if name not in varying(x))
     return lax.pcast(x, missing, to="varying") if missing and in_manual_mesh else x
 
 

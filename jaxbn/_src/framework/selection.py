@@ -1,0 +1,27 @@
+"""Layers chosen by their paths."""
+
+import re
+from collections.abc import Iterable, Sequence
+
+
+def select(paths: str | Sequence[str], known: Iterable[str]) -> list[str]:
+    """The layers at or below the paths; a ValueError for a path that leads to none. The path "" leads to all."""
+    known, chosen = list(known), []
+    for path in [paths] if isinstance(paths, str) else paths:
+        found = [layer for layer in known if is_at_or_below(layer, path)]
+        if not found:
+            raise ValueError(
+                f"No normalization layer is at {path!r} or below it; there are {', '.join(map(repr, known))}."
+            )
+        chosen += found
+    return list(dict.fromkeys(chosen))
+
+
+def is_at_or_below(layer: str, path: str) -> bool:
+    """Whether a path is that of a layer or of a module around it."""
+    return path in ("", layer) or layer.startswith(f"{path}/")
+
+
+def natural(path: str) -> list[tuple[int, int | str]]:
+    """Sorts numbers in names by value: BatchNorm_2 before BatchNorm_10, which is the order of Flax's own names."""
+    return [(0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"(\d+)", path)]
