@@ -95,7 +95,7 @@ def test_momentum_outside_its_range(momentum):
 @pytest.mark.parametrize("momentum", [0.01, 0.1, 0.4])
 def test_momentum_that_looks_like_pytorchs(momentum):
     for line in ("jaxbn.constant(momentum)", "jaxbn.batch_norm(momentum=momentum)"):
-        with pytest.warns(UserWarning, match=f"if this number comes from there, pass {1 - momentum:g}") as caught:
+        with pytest.warns(UserWarning, match=f"if this number comes from PyTorch, pass {1 - momentum:g}") as caught:
             exec(compile(line, "the_users_file.py", "exec"), {"jaxbn": jaxbn, "momentum": momentum})
         assert caught[0].filename == "the_users_file.py"  # one frame more or less is somebody else's line
 

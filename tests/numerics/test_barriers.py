@@ -1,4 +1,4 @@
-"""What is written for single compilers: it is there, nowhere else, and changes no number."""
+"""Optimization barriers and explicit rounding: present on the platforms they are for, absent elsewhere."""
 
 import jax
 import jax.numpy as jnp
@@ -27,45 +27,45 @@ def count_barriers(text):
     return text.count(f"stablehlo.{BARRIER}")
 
 
-def test_where_the_activation_was_cut_off_is_computed_privately_for_each_use():
+def test_each_use_of_the_sign_of_the_activation_has_a_barrier():
     assert count_barriers(program("cuda")) == 3
 
 
-def test_an_output_that_is_read_again_is_not_taken_for_what_it_was_computed_from():
+def test_a_saved_output_has_one_barrier():
     assert count_barriers(program("cuda", residual=True)) == 1
 
 
-def test_without_an_activation_there_is_nothing_to_hide():
+def test_without_an_activation_there_is_no_barrier():
     assert count_barriers(program("cuda", activation=None)) == 0
 
 
-def test_on_a_cpu_each_sum_reads_for_itself():
-    """As on CUDA, and the second sum of the statistics and that of dz (x - mean) in any case."""
+def test_barriers_on_a_cpu():
+    """Those of CUDA, plus one for the second sum of the statistics and one for the sum of dz (x - mean)."""
     assert count_barriers(program("cpu")) == 3 + 1
     assert count_barriers(program("cpu", activation=None)) == count_barriers(program("cpu", residual=True)) == 1 + 1
 
 
-def test_other_compilers_see_none_of_it():
+def test_other_platforms_have_no_barrier():
     text = program("tpu", jnp.bfloat16)
     assert BARRIER not in text
     # The shift of the statistics is rounded everywhere, in float32.
     assert text.count(ROUNDING) == program("tpu").count(ROUNDING)
 
 
-def test_outputs_in_half_precision_are_rounded_for_good():
+def test_outputs_in_half_precision_are_rounded_explicitly():
     count = lambda platform, dtype: program(platform, dtype, residual=True).count(ROUNDING)
     assert count("cuda", jnp.bfloat16) == count("tpu", jnp.bfloat16) + 1
     assert count("cuda", jnp.float32) == count("tpu", jnp.float32)
 
 
-def test_private_copies_are_what_they_are_copies_of():
+def test_a_barrier_returns_its_arguments():
     tree = {"a": jnp.arange(3.0), "b": None, "c": jnp.ones(())}
-    np.testing.assert_equal(jax.tree.map(np.asarray, barriers.private(tree, "cpu")), jax.tree.map(np.asarray, tree))
-    assert barriers.private(None, "cpu") is None
+    np.testing.assert_equal(jax.tree.map(np.asarray, barriers.barrier(tree, "cpu")), jax.tree.map(np.asarray, tree))
+    assert barriers.barrier(None, "cpu") is None
 
 
-def test_private_copies_are_differentiable_and_batchable():
-    double = lambda x: 2 * barriers.private((x, x), "cpu")[1]
+def test_a_barrier_is_differentiable_and_batchable():
+    double = lambda x: 2 * barriers.barrier((x, x), "cpu")[1]
     np.testing.assert_array_equal(jax.vmap(jax.grad(double))(jnp.arange(3.0)), [2, 2, 2])
     value, tangent = jax.jvp(jax.grad(lambda x: double(x) ** 2), (1.0,), (1.0,))
     assert (float(value), float(tangent)) == (8, 8)

@@ -1,11 +1,11 @@
-"""Moving averages of the statistics: how much of the old value stays, where it starts, and how that start is undone.
+"""Moving averages of the batch statistics: decay, initial values and debiasing.
 
-Every average here moves as `value <- decay * value + (1 - decay) * new`, and differs only in its decay. A debiased
-average keeps the debiased value itself: dividing a zero-started average by 1 - a^t is the same as moving with
+Every average is updated as `value <- decay * value + (1 - decay) * new`; they differ only in the decay. A debiased
+average stores the debiased value: dividing a zero-initialized average by 1 - a^t is the same as updating with
 
     decay_t = a (1 - a^(t-1)) / (1 - a^t),      decay_1 = 0
 
-so that the stored value can be used at any time, whatever it started from.
+so the stored value can be used at any step, and the initial value does not matter.
 """
 
 import abc
@@ -22,27 +22,28 @@ from jax.typing import ArrayLike
 from jaxbn._src import internals as _internals
 from jaxbn._src.numerics import dtypes as _dtypes
 
+# The initial running statistics, as in Flax: a layer that was never trained is the identity.
 INITIAL_MEAN = 0.0
 INITIAL_VAR = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Averaging(abc.ABC):
-    """How a running statistic moves; make one with `constant`, `scheduled`, `cumulative` or `horizon`.
+    """How a running statistic is updated; create one with `constant`, `scheduled`, `cumulative` or `horizon`.
 
-    `count` is what the average has seen so far, float32 `[]`: training steps, or samples for `horizon`.
+    `count`, float32 `[]`, is the number of training steps so far, or the number of samples for `horizon`.
     """
 
-    unbiased: bool = dataclasses.field(default=False, kw_only=True)  # whether of the unbiased variance, n / (n - 1)
+    unbiased: bool = dataclasses.field(default=False, kw_only=True)  # average the unbiased variance, n / (n - 1)
     counts: ClassVar[bool] = True  # whether the state holds a count
-    counts_samples: ClassVar[bool] = False  # whether that is one of samples
+    counts_samples: ClassVar[bool] = False  # whether the count is in samples
 
     @abc.abstractmethod
     def decay(self, count: jax.Array, samples: jax.Array) -> jax.Array:
-        """Weight of the old value when a batch of `samples` comes after `count`, in the dtype of these two."""
+        """Weight of the old value for a batch of `samples` that follows `count`, in the dtype of the arguments."""
 
     def advance(self, count: jax.Array, samples: jax.Array) -> jax.Array:
-        """The count after this batch. A float32 stays at 2^24 steps, and a schedule at its value there."""
+        """The count after this batch. Float32 saturates at 2^24 steps; a schedule then keeps its value."""
         del samples
         return count + 1
 
@@ -55,7 +56,7 @@ class _Constant(Averaging):
     def decay(self, count: jax.Array, samples: jax.Array) -> jax.Array:
         if isinstance(self.momentum, jax.Array):
             return self.momentum.astype(count.dtype)
-        # A number instead of an array is no operation of the program, and counts as an array in all that is done to it.
+        # A NumPy scalar adds no operation to the program, and has the methods of an array.
         number: jax.Array = count.dtype.type(self.momentum)
         return number
 
@@ -68,6 +69,7 @@ class _Debiased(Averaging):
         a = jnp.asarray(self.momentum, count.dtype)
         # 1 - a^t = -expm1(t log a) keeps its digits for a near 1; a = 0 gives log a = -inf, and decay 0.
         log_a = jnp.log(a)
+        # The inner `where` avoids 0 * -inf = NaN at step 0.
         before = jnp.where(count > 0, -jnp.expm1(count * jnp.where(count > 0, log_a, 0)), 0)
         return a * before / -jnp.expm1((count + 1) * log_a)
 
@@ -92,7 +94,7 @@ class _Horizon(Averaging):
     counts_samples: ClassVar[bool] = True
 
     def decay(self, count: jax.Array, samples: jax.Array) -> jax.Array:
-        # The debiased average in which a sample that is h samples old weighs exp(-h / samples).
+        # A debiased average in which a sample of age h (in samples) has weight exp(-h / samples).
         kept = jnp.exp(-samples / self.samples)
         seen = -jnp.expm1(-count / self.samples)
         return kept * seen / -jnp.expm1(-(count + samples) / self.samples)
@@ -102,16 +104,16 @@ class _Horizon(Averaging):
 
 
 def constant(momentum: ArrayLike = 0.99, *, debias: bool = False, unbiased: bool = False) -> Averaging:
-    """The exponential moving average; `batch_norm(momentum=0.9)` is short for `batch_norm(momentum=constant(0.9))`.
+    """Exponential moving average; `batch_norm(momentum=0.9)` is short for `batch_norm(momentum=constant(0.9))`.
 
     Args:
-        momentum: Weight of the OLD value, in [0, 1). PyTorch's momentum is one minus this. The average is float32, as
-            everywhere: it stops where its steps are below half a step of float32, which is up to 6e-8 |mean| / (1 -
-            momentum) from the right mean: 6 standard deviations for a mean of 1e5 of them and 0.999, where a pass
-            (`postproc`) is exact. `diagnose` tells.
-        debias: Undo the initial values 0 and 1 exactly, from the first step on; adds a `count` to the state. (It is
-            one count for all channels: a channel that a step leaves out, because it is masked altogether or not
-            finite, keeps a share of its initial value. So it is with `cumulative` and `horizon`.)
+        momentum: Weight of the OLD value, in [0, 1). PyTorch's momentum is one minus this. The average is float32: it
+            stops changing when an update is below half a float32 step, up to 6e-8 |mean| / (1 - momentum) from the
+            true mean. With momentum 0.999 and a mean of 1e5 standard deviations that is 6 standard deviations;
+            `diagnose` reports it, and a statistics pass (`postproc`) is exact.
+        debias: Remove the initial values 0 and 1 exactly, from the first step on; adds a `count` to the state. There
+            is one count for all channels, so a channel that a step skips (fully masked or not finite) keeps a share
+            of its initial value. The same holds for `cumulative` and `horizon`.
         unbiased: Average the unbiased variance, n / (n - 1) times that of a batch with n values per channel, as PyTorch
             does: its `momentum=0.1` is `constant(0.9, unbiased=True)`.
 
@@ -120,7 +122,7 @@ def constant(momentum: ArrayLike = 0.99, *, debias: bool = False, unbiased: bool
 
     Raises:
         ValueError: If `momentum` is outside [0, 1).
-        TypeError: If it is no real number.
+        TypeError: If `momentum` is not a real number.
 
     Example:
         >>> bn = jaxbn.batch_norm(momentum=jaxbn.constant(0.99, debias=True))
@@ -134,11 +136,11 @@ def constant(momentum: ArrayLike = 0.99, *, debias: bool = False, unbiased: bool
 
 
 def scheduled(schedule: Callable[[jax.Array], ArrayLike], *, unbiased: bool = False) -> Averaging:
-    """A moving average whose decay depends on the step; adds a `count` to the state.
+    """Moving average with a decay that depends on the step; adds a `count` to the state.
 
     Args:
-        schedule: Maps the number of steps so far, float32 `[]`, to the weight of the old value in [0, 1): any optax
-            schedule. Return 0 at step 0 to drop the initial values.
+        schedule: Maps the number of steps so far, float32 `[]`, to the weight of the old value in [0, 1). Any optax
+            schedule works. Return 0 at step 0 to drop the initial values.
         unbiased: Average the unbiased variance; see `constant`.
 
     Returns:
@@ -158,10 +160,10 @@ def scheduled(schedule: Callable[[jax.Array], ArrayLike], *, unbiased: bool = Fa
 
 
 def cumulative(*, unbiased: bool = False) -> Averaging:
-    """The plain average of all steps, each with equal weight: what PyTorch means by momentum=None.
+    """Plain average of all steps with equal weight, as PyTorch's `momentum=None`.
 
-    Its count is float32, as all counters of a state are, and stays at 2^24 steps: from there on the average learns
-    nothing more; earlier where means are large, see `constant`. A pass (`postproc`) has no such limit.
+    The count is float32, as are all counters in a state, and saturates at 2^24 steps; the average stops changing there,
+    or earlier if means are large (see `constant`). A statistics pass (`postproc`) has no such limit.
 
     Args:
         unbiased: Average the unbiased variance; see `constant`.
@@ -181,12 +183,12 @@ def cumulative(*, unbiased: bool = False) -> Averaging:
 
 
 def horizon(samples: float, *, unbiased: bool = False) -> Averaging:
-    """A debiased moving average that forgets by samples and not by steps, so that it survives a change of batch size.
+    """Debiased moving average that decays per sample instead of per step, so it does not depend on the batch size.
 
-    A sample that is h samples old weighs exp(-h / samples), whatever the batches and devices it came in.
+    A sample of age h (in samples) has weight exp(-h / samples), however the samples were batched and sharded.
 
     Args:
-        samples: Examples (rows, over all devices) after which the weight has fallen to 1/e; positive. 64 / (1 - 0.99)
+        samples: Examples (rows, over all devices) after which the weight has decayed to 1/e; positive. 64 / (1 - 0.99)
             = 6400 is about momentum 0.99 at batch size 64.
         unbiased: Average the unbiased variance; see `constant`.
 
@@ -208,7 +210,7 @@ def horizon(samples: float, *, unbiased: bool = False) -> Averaging:
 
 
 def as_averaging(momentum: "ArrayLike | Averaging | None") -> Averaging | None:
-    """What a `momentum=` argument means: a number is `constant`, None is no running average."""
+    """Converts a `momentum=` argument: a number means `constant`, None means no running average."""
     if momentum is None or isinstance(momentum, Averaging):
         return momentum
     if callable(momentum):
@@ -218,17 +220,18 @@ def as_averaging(momentum: "ArrayLike | Averaging | None") -> Averaging | None:
 
 
 def _check_momentum(momentum: ArrayLike, stacklevel: int) -> None:
-    """Raises outside [0, 1), and warns of values that look like PyTorch's. A traced number cannot be checked."""
+    """Raises outside [0, 1) and warns about values that look like PyTorch's. Traced numbers are not checked."""
     if _internals.is_tracer(momentum):
         return
     if isinstance(momentum, str) or np.ndim(momentum) or not np.isrealobj(momentum):
         raise TypeError(f"momentum={momentum!r} must be a number, None, or an average such as jaxbn.cumulative().")
-    number = float(momentum)  # type: ignore[arg-type]  # a real scalar, as was checked
+    number = float(momentum)  # type: ignore[arg-type]  # a real scalar, checked above
     if not 0 <= number < 1:
         raise ValueError(
             f"momentum={number:g} is outside [0, 1): it is the weight of the OLD value, 0.99 by default. For training "
             f"without running averages pass momentum=None; for the plain average of all steps jaxbn.cumulative()."
         )
+    # Such a number passes the check above, since it is below 1 in float64.
     if np.float32(number) == 1:
         raise ValueError(
             f"momentum={number!r} rounds to 1 in float32, and the averages would stay at their initial values. Give "
@@ -237,14 +240,14 @@ def _check_momentum(momentum: ArrayLike, stacklevel: int) -> None:
     if 0 < number < 0.5:
         warnings.warn(
             f"momentum={number:g} is the weight of the OLD value. PyTorch's momentum is the weight of the new one: if "
-            f"this number comes from there, pass {1 - number:g}.",
+            f"this number comes from PyTorch, pass {1 - number:g}.",
             stacklevel=stacklevel,
         )
 
 
 def update(value: jax.Array, new: jax.Array, decay: jax.Array, where: jax.Array) -> jax.Array:
-    """One step of the average where `where` is true; the dtype of the value stays, and no gradient flows."""
+    """Updates the average where `where` is true. Keeps the dtype of `value`; no gradient flows."""
     dtype = _dtypes.promote(value.dtype, new.dtype)
     decay = decay.astype(dtype)
-    moved = decay * value.astype(dtype) + (1 - decay) * new.astype(dtype)
-    return jax.lax.stop_gradient(jnp.where(where, moved.astype(value.dtype), value))
+    updated = decay * value.astype(dtype) + (1 - decay) * new.astype(dtype)
+    return jax.lax.stop_gradient(jnp.where(where, updated.astype(value.dtype), value))

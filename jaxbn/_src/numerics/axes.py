@@ -1,6 +1,6 @@
-"""Static shape work: which axes are features, which are reduced, and every error about shapes.
+"""Static handling of shapes: feature axes, reduced axes, and all errors about shapes.
 
-Nothing here looks at a value, so each check runs once, at trace time, and bad input raises before any state changed.
+No function here reads a value. Each check runs once, at trace time, and raises before any state changes.
 """
 
 import math
@@ -19,10 +19,10 @@ Axis = int | Sequence[int]
 
 
 class Axes(NamedTuple):
-    """The split of an array's axes, all non-negative and sorted.
+    """The feature axes and the reduced axes of an array, non-negative and sorted.
 
-    The first reduced axis holds the rows, which `devices.cut` cuts into blocks: the cut array has one axis more, the
-    blocks at `rows` and the rows of a block behind them.
+    The first reduced axis holds the rows. `collectives.cut` splits it into blocks: the cut array has one more axis,
+    with the blocks at `rows` and the rows of a block right after.
     """
 
     features: tuple[int, ...]  # kept: one statistic for each index
@@ -30,22 +30,22 @@ class Axes(NamedTuple):
 
     @property
     def rows(self) -> int:
-        """The axis along which a batch is cut over devices."""
+        """The axis along which a batch is divided among devices."""
         return self.reduced[0]
 
     @property
     def space_in_blocks(self) -> tuple[int, ...]:
-        """The reduced axes of a cut array but for the rows."""
+        """The reduced axes of a cut array, without the rows."""
         return tuple(a + 1 for a in self.reduced[1:])
 
     @property
     def reduced_in_blocks(self) -> tuple[int, ...]:
-        """The axes of a cut array that a sum over each block reduces."""
+        """The axes of a cut array that a sum per block reduces."""
         return (self.rows + 1, *self.space_in_blocks)
 
 
 def static(axis: Axis) -> int | tuple[int, ...]:
-    """The axis argument in a form that can be hashed."""
+    """The axis argument in a hashable form."""
     return tuple(map(operator.index, axis)) if isinstance(axis, Iterable) else operator.index(axis)
 
 
@@ -62,7 +62,7 @@ def split(ndim: int, axis: Axis) -> Axes:
 
 
 def with_rows(axes: Axes, *arrays: jax.Array) -> tuple[Axes, tuple[jax.Array, ...]]:
-    """Gives arrays of features alone an axis of one row; a batch that lies along an `axis_name` comes like this."""
+    """Adds an axis of one row to arrays that have only feature axes, as when the batch lies along an `axis_name`."""
     if axes.reduced:
         return axes, arrays
     return Axes(tuple(a + 1 for a in axes.features), (0,)), tuple(a[None] for a in arrays)
@@ -74,17 +74,17 @@ def feature_shape(shape: Sequence[int], axis: Axis) -> tuple[int, ...]:
 
 
 def values_per_channel(shape: Sequence[int], axis: Axis) -> int:
-    """How many values one statistic is computed from, before masks and on this device."""
+    """Number of values that one statistic is computed from, before masks and on this device."""
     return math.prod(shape[a] for a in split(len(shape), axis).reduced)
 
 
 def expand(stat: jax.Array, ndim: int, axes: Axes) -> jax.Array:
-    """Lays a per-channel array `[C]` out so that it broadcasts against the input."""
+    """Reshapes a per-channel array `[C]` so that it broadcasts against the input."""
     return jnp.expand_dims(stat, tuple(a for a in range(ndim) if a not in axes.features))
 
 
 def check_features(shape: Sequence[int], axis: Axis, expected: Sequence[int]) -> None:
-    """Raises a ValueError if the input does not have the features that the state was made for."""
+    """Raises a ValueError if the features of the input differ from those of the state."""
     found = feature_shape(shape, axis)
     if found != tuple(expected):
         raise ValueError(
@@ -98,24 +98,24 @@ def check_training_batch(shape: Sequence[int], axis: Axis, values: int, allow_si
     """Raises a ValueError if `values` per channel, over all devices, are too few to train on."""
     if values == 0:
         raise ValueError(
-            f"The input {tuple(shape)} holds no value to compute training statistics from. Leave empty batches out, or "
-            f"evaluate with the stored statistics (use_running_average=True, or .eval)."
+            f"The input {tuple(shape)} is empty, so there are no training statistics to compute. Skip empty batches, "
+            f"or evaluate with the running statistics (use_running_average=True, or .eval)."
         )
     if values == 1 and not allow_single_value:
         raise ValueError(
             f"The input {tuple(shape)} has one value per channel along axis={axis}: its variance is 0, every output "
             f"would be the bias and no gradient would flow. Use a larger batch, synchronize over devices with "
-            f"axis_name=, normalize with the stored statistics (use_running_average=True, or .eval), or pass "
-            f"allow_single_value=True if this is meant."
+            f"axis_name=, normalize with the running statistics (use_running_average=True, or .eval), or pass "
+            f"allow_single_value=True if this is intended."
         )
 
 
 def weights_like(mask: ArrayLike | None, x: jax.Array) -> jax.Array | None:
-    """The mask as float32 weights of the rank of x, constants; booleans are 0 or 1, what is not positive is 0.
+    """The mask as constant float32 weights of the rank of x: booleans become 0 or 1, negative weights become 0.
 
     Raises:
-        ValueError: If the mask does not broadcast to the input by NumPy's rules, or fits its leading axes as well.
-        TypeError: If it is complex.
+        ValueError: If the mask does not broadcast to the input, or if it fits the leading axes as well as the last.
+        TypeError: If the mask is complex.
     """
     if mask is None:
         return None
@@ -132,6 +132,7 @@ def weights_like(mask: ArrayLike | None, x: jax.Array) -> jax.Array | None:
             f"the last axis. Pass {fix}."
         )
     front, back = weights.shape + (1,) * (len(shape) - weights.ndim), (1,) * (len(shape) - weights.ndim) + weights.shape
+    # NumPy would align the mask at the last axis; users often mean rows. Where both fit, refuse to guess.
     if weights.size > 1 and front != back and weights.shape == shape[: weights.ndim]:
         raise ValueError(
             f"A mask of shape {weights.shape} fits the leading axes of the input {shape} as well as the last "
@@ -139,6 +140,6 @@ def weights_like(mask: ArrayLike | None, x: jax.Array) -> jax.Array | None:
             f"mask.reshape({back})."
         )
     if jnp.issubdtype(weights.dtype, jnp.complexfloating):
-        raise TypeError(f"A mask holds booleans or real weights, but this one is {weights.dtype}.")
+        raise TypeError(f"A mask must hold booleans or real weights, but this one is {weights.dtype}.")
     weights = weights.reshape(back).astype(jnp.float32)
     return _explicit_meshes.on_values(lax.stop_gradient(jnp.where(weights > 0, weights, 0)), x)

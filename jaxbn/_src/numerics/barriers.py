@@ -1,8 +1,8 @@
-"""What XLA must be told so that a normalization reads and writes no more than it has to.
+"""Optimization barriers that keep XLA from storing intermediate arrays that are cheaper to recompute.
 
-Nothing here changes a number, and all of it may be deleted without touching anything else: both functions may give
-back what they are given. It is for CUDA and for CPUs, each where it was seen to pay; elsewhere it compiles to nothing,
-as on TPU it would cost. The bytes that this saves are pinned by the tests behind the marker `compiled`.
+Nothing here changes a number: both functions could return their arguments and every result would stay the same. The
+barriers apply on CUDA and CPU, where measurements showed a gain; elsewhere they compile to no operation, since they
+would cost time on TPU. Tests with the marker `compiled` pin the saved bytes.
 """
 
 from typing import Any
@@ -14,22 +14,22 @@ from jax import lax
 from jaxbn._src import internals as _internals
 
 
-def private(tree: Any, *platforms: str) -> Any:
-    """The same arrays, as copies of which the compilers for these platforms do not know what they are equal to.
+def barrier(tree: Any, *platforms: str) -> Any:
+    """Returns the same arrays behind an optimization barrier on these platforms.
 
-    An elementwise expression that several kernels need is computed once and written to memory, if XLA sees that it is
-    the same one. Made from private per-channel arrays it is computed in each kernel from what that reads anyway. Equal
-    barriers are merged: two copies of a tuple must have its arrays in another order.
+    If several kernels need the same elementwise expression, XLA computes it once and writes it to memory. Behind
+    different barriers the expressions look different, so each kernel recomputes its own from arrays that it reads
+    anyway. XLA merges equal barriers: to get two of them for one tuple, pass its arrays in another order.
     """
     leaves, structure = jax.tree.flatten(tree)
     return jax.tree.unflatten(structure, _bind(leaves, platforms) if leaves else leaves)
 
 
 def rounded(y: jax.Array) -> jax.Array:
-    """An output in half precision that is rounded for good.
+    """Rounds a half-precision output so that XLA cannot remove the rounding.
 
-    XLA otherwise removes the rounding where the next residual is added in float32. It then keeps a sum of residuals in
-    float32, or computes it again from the outputs of all the blocks before.
+    Otherwise XLA removes it when the next residual is added in float32. It then keeps the sum of residuals in float32,
+    or recomputes it from the outputs of all earlier blocks.
     """
     if not jnp.issubdtype(y.dtype, jnp.floating) or jnp.finfo(y.dtype).bits > 16:
         return y
@@ -37,9 +37,9 @@ def rounded(y: jax.Array) -> jax.Array:
     return lax.platform_dependent(y, cuda=lambda y: lax.reduce_precision(y, **bits), default=lambda y: y)
 
 
-# The barrier as a JAX primitive: a conditional on the platform, for every copy, would take longer to trace and compile.
+# The barrier is a JAX primitive because a `platform_dependent` conditional for each one is slow to trace and compile.
 def _bind(leaves: Any, platforms: tuple[str, ...]) -> Any:
-    return _private_p.bind(*leaves, platforms=platforms)
+    return _barrier_p.bind(*leaves, platforms=platforms)
 
 
 def _batching(leaves: Any, dims: Any, *, platforms: tuple[str, ...]) -> Any:
@@ -47,14 +47,14 @@ def _batching(leaves: Any, dims: Any, *, platforms: tuple[str, ...]) -> Any:
 
 
 def _barrier_on(platform: str) -> Any:
-    def barrier(*leaves: jax.Array, platforms: tuple[str, ...]) -> Any:
+    def lower(*leaves: jax.Array, platforms: tuple[str, ...]) -> Any:
         return lax.optimization_barrier(leaves) if platform in platforms else list(leaves)
 
-    return barrier
+    return lower
 
 
-_private_p = _internals.identity_primitive(
-    "jaxbn_private", lambda *leaves, platforms: list(leaves), _batching, multiple=True
+_barrier_p = _internals.identity_primitive(
+    "jaxbn_barrier", lambda *leaves, platforms: list(leaves), _batching, multiple=True
 )
 for _platform in ("cpu", "cuda"):
-    _internals.lower_on(_platform, _private_p, _barrier_on(_platform))
+    _internals.lower_on(_platform, _barrier_p, _barrier_on(_platform))

@@ -1,9 +1,9 @@
-"""The devices in sight, and the only collectives of the library: one gather forward, one sum backward.
+"""Blocks of rows per device, and the library's only collectives: one gather forward, one sum backward.
 
-A batch may lie on several devices in two ways, which may be combined. Under `jit` on sharded arrays the mesh is part of
-the array's type and the compiler inserts the communication; the rows are then cut into one block for each device, so
-that everything up to the gather stays where it is. Under `shard_map`, `pmap` and `vmap` the devices are a named axis
-and the communication is written out.
+A batch can lie on several devices in two ways, which may be combined. Under `jit` with sharded arrays, the mesh is part
+of the array's type and the compiler inserts the communication. The rows are then cut into one block per device, so
+everything before the gather stays local. Under `shard_map`, `pmap` and `vmap` the devices are a named axis, and the
+communication is explicit.
 """
 
 import math
@@ -24,20 +24,21 @@ Groups = tuple[tuple[int, ...], ...]
 
 
 def count_blocks(x: jax.Array, rows: int) -> int:
-    """Into how many blocks of equal size the rows (axis `rows` of x) are cut: one for each device of the mesh in sight.
+    """Number of equal blocks that the rows (axis `rows` of x) are cut into: one for each device of the current mesh.
 
-    One where there is no mesh; fewer where its size does not divide the rows.
+    One if there is no mesh; fewer than the devices if their number does not divide the rows.
     """
     sharding = jax.typeof(x).sharding
     size = dict(zip(sharding.mesh.axis_names, sharding.mesh.axis_sizes, strict=True))
     types = dict(zip(sharding.mesh.axis_names, sharding.mesh.axis_types, strict=True))
     explicit = math.prod(size[name] for name in as_names(sharding.spec[rows]) if types[name] is AxisType.Explicit)
+    # Explicit axes shard the array axes that its type names. Auto axes may shard any; assume that they shard rows.
     automatic = math.prod(size[name] for name in size if types[name] is AxisType.Auto)
     return explicit * math.gcd(x.shape[rows] // explicit, automatic)
 
 
 def cut(x: jax.Array, rows: int, blocks: int) -> jax.Array:
-    """[.., N, ..] -> [.., blocks, N / blocks, ..] along axis `rows`, moving nothing; an axis of size 1 is kept."""
+    """[.., N, ..] -> [.., blocks, N / blocks, ..] along axis `rows`, without moving data; an axis of size 1 is kept."""
     blocks = blocks if x.shape[rows] > 1 else 1
     shape = (*x.shape[:rows], blocks, x.shape[rows] // blocks, *x.shape[rows + 1 :])
     if not _explicit_meshes.is_explicit(x):
@@ -47,23 +48,24 @@ def cut(x: jax.Array, rows: int, blocks: int) -> jax.Array:
     devices = math.prod(sharding.mesh.shape[name] for name in as_names(spec[rows]))
     if 1 < blocks and blocks % devices:
         raise ValueError(
-            f"Rows that are spread over {devices} devices of an Explicit mesh axis cannot be cut into {blocks} pieces "
+            f"Rows that are sharded over {devices} devices of an Explicit mesh axis cannot be cut into {blocks} pieces "
             f"there. Use a mesh whose axes are Auto, or shard_map."
         )
+    # A single block keeps the sharding on its rows; several blocks are sharded themselves.
     whole = (None, spec[rows]) if blocks == 1 else (spec[rows], None)
     spec = PartitionSpec(*spec[:rows], *whole, *spec[rows + 1 :])
     return lax.reshape(x, shape, out_sharding=NamedSharding(sharding.mesh, spec))
 
 
 def uncut(x: jax.Array, like: jax.Array) -> jax.Array:
-    """What was cut, in the shape of `like` again, moving nothing."""
+    """Reverses `cut`: returns an array of the shape of `like`, without moving data."""
     if not _explicit_meshes.is_explicit(like):
         return x.reshape(like.shape)
     return lax.reshape(x, like.shape, out_sharding=jax.typeof(like).sharding)
 
 
 def repeat(stat: jax.Array, position: int, x: jax.Array, axis: int) -> jax.Array:
-    """[C] once for each index along an axis of x, in the place `position`, and on the devices where these are."""
+    """Repeats [C] for each index along axis `axis` of x, as a new axis at `position`, sharded like that axis of x."""
     shape = (*stat.shape[:position], x.shape[axis], *stat.shape[position:])
     sharding, stat = jax.typeof(x).sharding, jnp.expand_dims(stat, position)
     if not _explicit_meshes.is_explicit(x):
@@ -74,17 +76,17 @@ def repeat(stat: jax.Array, position: int, x: jax.Array, axis: int) -> jax.Array
 
 
 def gather(blocks: jax.Array, axis_name: AxisName | None, groups: Groups | None) -> jax.Array:
-    """The rows [B, ...] of all devices as [P * B, ...], the same on each, in one all-gather.
+    """Gathers the rows [B, ...] of all devices to [P * B, ...], equal on each device, in one all-gather.
 
-    With groups, rows of the other groups are zeros: only `pmap` has collectives over groups, and this is right
+    With groups, the rows of other groups are zeros: collectives over groups exist under `pmap` only, but zeros work
     everywhere.
     """
     blocks = _replicate(blocks)
     if axis_name is None:
         return blocks
     blocks = _vary(blocks, axis_name)
-    # Where a shard_map keeps track of what differs, the result must be known to be the same on all devices, or the
-    # state could not leave with out_specs=P(). Elsewhere that type has a wrong derivative.
+    # If shard_map tracks varying axes, the result must have an invarying type, or the state could not be returned with
+    # out_specs=P(). Without tracking, that type would have a wrong derivative.
     tracked = set(as_names(axis_name)) <= varying(blocks)
     everywhere = lax.all_gather(blocks, axis_name, to="invarying" if tracked else "varying", tiled=True)
     if groups is not None:
@@ -94,30 +96,31 @@ def gather(blocks: jax.Array, axis_name: AxisName | None, groups: Groups | None)
 
 
 def total(partial: jax.Array, axis_name: AxisName | None, groups: Groups | None) -> jax.Array:
-    """The sum [...] of [B, ...] over blocks and devices, in one collective."""
+    """Sums [B, ...] over blocks and devices to [...], in one collective."""
     if axis_name is None:
         return partial.sum(0)
     if groups is not None:
+        # psum over groups exists under pmap only. The rows of other groups are zeros here, so a plain sum is right.
         return gather(partial.sum(0, keepdims=True), axis_name, groups).sum(0)
     return lax.psum(_vary(partial.sum(0), axis_name), axis_name)
 
 
 def group_size(axis_name: AxisName | None, groups: Groups | None) -> int:
-    """How many devices share their statistics."""
+    """Number of devices that share their statistics."""
     if axis_name is None:
         return 1
     return lax.axis_size(axis_name) if groups is None else len(groups[0])
 
 
 def neighbours(axis_name: AxisName | None, size: int) -> Groups | None:
-    """The devices of the axis in groups of `size` that lie next to each other; None where that is all of them."""
+    """Groups of `size` adjacent devices along the axis; None if one group holds all of them."""
     if axis_name is None or size == lax.axis_size(axis_name):
         return None
     return tuple(tuple(range(first, first + size)) for first in range(0, lax.axis_size(axis_name), size))
 
 
 def own_of_neighbours(tree: Any, axis_name: AxisName, size: int) -> Any:
-    """Of arrays [P / size, ...] with something for each group of neighbours that for the group of this device."""
+    """Selects from arrays [P / size, ...], which hold one entry per group of neighbours, the entry of this device."""
 
     def own(groups: jax.Array) -> jax.Array:
         if groups.shape[0] == 1:
@@ -128,17 +131,17 @@ def own_of_neighbours(tree: Any, axis_name: AxisName, size: int) -> Any:
 
 
 def mean_over(tree: Any, axis_name: AxisName | None) -> Any:
-    """The mean of each array over the devices of the axis; as it is where there is no axis."""
+    """The mean of each array over the devices of the axis; unchanged without an axis."""
     return tree if axis_name is None else lax.pmean(make_varying(tree, axis_name), axis_name)
 
 
 def make_varying(tree: Any, axis_name: AxisName | None) -> Any:
-    """Marks arrays as differing over the axis where a shard_map keeps track of that, so that gradients stay local."""
+    """Gives arrays a type that varies over the axis if a shard_map tracks that, so that gradients stay local."""
     return tree if axis_name is None else jax.tree.map(lambda leaf: _vary(leaf, axis_name), tree)
 
 
 def spread(batch: Any, mesh: Mesh) -> Any:
-    """The batch on the devices of a mesh, its rows divided among them; what does not divide is whole on each."""
+    """Puts a batch on a mesh with its rows sharded; replicates arrays whose rows do not divide by the devices."""
 
     def place(leaf: Any) -> jax.Array:
         divides = np.ndim(leaf) > 0 and np.shape(leaf)[0] % mesh.size == 0
@@ -148,16 +151,16 @@ def spread(batch: Any, mesh: Mesh) -> Any:
 
 
 def mesh_of(tree: Any) -> Mesh | None:
-    """The mesh over which an array of the tree is placed; None where none is, and while tracing."""
+    """The mesh on which the first sharded array of the tree lies; None if there is none, and while tracing."""
     for leaf in jax.tree.leaves(tree):
         if isinstance(leaf, jax.Array) and not _internals.is_tracer(leaf):
             if isinstance(leaf.sharding, NamedSharding) and leaf.sharding.mesh.size > 1:
-                return leaf.sharding.mesh  # type: ignore[return-value]  # not abstract, as the array is real
+                return leaf.sharding.mesh  # type: ignore[return-value]  # not abstract, since the array is concrete
     return None
 
 
 def is_split_by_index(x: jax.Array) -> bool:
-    """Whether an array has a leading axis with one index on each device, as those have that `pmap` returns."""
+    """Whether an array has a leading axis with one index per device, like the arrays that `pmap` returns."""
     sharding = x.sharding
     if not isinstance(sharding, NamedSharding) or x.ndim == 0:
         return False
@@ -166,9 +169,9 @@ def is_split_by_index(x: jax.Array) -> bool:
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:
-    """The arrays on all devices of a mesh; those that are spread over its devices already stay as they are.
+    """Replicates the arrays on all devices of a mesh; arrays that already lie on these devices stay as they are.
 
-    Where the mesh has devices of other processes, each of them gives its own array, which must be the same.
+    If the mesh spans several processes, each process passes its own copy, and all copies must be equal.
     """
     devices, everywhere = set(mesh.devices.flat), NamedSharding(mesh, PartitionSpec())
     mine = [device for device in mesh.devices.flat if device in everywhere.addressable_devices]
@@ -178,6 +181,7 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
             return leaf
         if everywhere.is_fully_addressable:
             return jax.device_put(leaf, everywhere)
+        # device_put cannot address devices of other processes: each process contributes its own copies.
         copies = [jax.device_put(leaf, device) for device in mine]
         return jax.make_array_from_single_device_arrays(copies[0].shape, everywhere, copies)
 
@@ -185,15 +189,16 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
 
 
 def pin(tree: Any, mesh: Mesh) -> Any:
-    """Inside `jit`: the arrays as they are, whole on all devices of a mesh, where the compiler might spread them."""
+    """Constrains arrays inside `jit` to stay replicated on a mesh, since the compiler might shard them."""
     everywhere = NamedSharding(mesh, PartitionSpec())
+    # Explicit axes need a reshard, Auto axes a constraint; a mesh may have both.
     if AxisType.Explicit in mesh.axis_types:
         tree = jax.sharding.reshard(tree, everywhere)
     return lax.with_sharding_constraint(tree, everywhere) if AxisType.Auto in mesh.axis_types else tree
 
 
 def is_bound(axis_name: AxisName) -> bool:
-    """Whether the axis exists here: a surrounding shard_map, pmap or vmap has it."""
+    """Whether a surrounding shard_map, pmap or vmap defines this axis."""
     try:
         lax.axis_index(axis_name)
     except NameError:
@@ -202,7 +207,7 @@ def is_bound(axis_name: AxisName) -> bool:
 
 
 def check_groups(axis_name: AxisName | None, groups: Any) -> Groups | None:
-    """`axis_index_groups` as tuples; a ValueError where they cannot be groups of one axis."""
+    """Converts `axis_index_groups` to tuples; raises a ValueError if they are not groups of one axis."""
     if groups is None:
         return None
     groups = tuple(tuple(int(index) for index in group) for group in groups)
@@ -218,17 +223,17 @@ def check_groups(axis_name: AxisName | None, groups: Any) -> Groups | None:
 
 
 def varying(x: jax.Array) -> frozenset[str]:
-    """The axes of a surrounding shard_map over which x may differ; none known with check_vma=False and under pmap."""
+    """The shard_map axes over which x may vary; empty with check_vma=False and under pmap, which do not track them."""
     return _internals.varying(x)
 
 
 def axes_of(specs: Sequence[PartitionSpec]) -> frozenset[str]:
-    """The axes over which the specs divide any array."""
+    """The axes over which the specs shard any array."""
     return frozenset(name for spec in specs for entry in spec for name in as_names(entry))
 
 
 def vary_like(x: jax.Array | None, like: jax.Array) -> jax.Array | None:
-    """Gives x a type that varies at least over the axes over which `like` does."""
+    """Gives x a type that varies at least over the axes of `like`."""
     missing = () if x is None else tuple(sorted(varying(like) - varying(x)))
     return lax.pcast(x, missing, to="varying") if missing else x
 
@@ -238,9 +243,9 @@ def match_cotangent(
 ) -> jax.Array:
     """The cotangent of `primal`, summed over the axes over which the primal does not vary.
 
-    Under shard_map with check_vma=True a replicated parameter wants the sum over devices; where that is the sum
-    `summed` over `axis_name` that the layer has made already, the parameters cost no collective of their own. Under
-    pmap and with check_vma=False the cotangent stays `local`, and the user reduces it as for any other parameter.
+    Under shard_map with check_vma=True, the cotangent of a replicated parameter is the sum over devices. If the layer
+    has already computed that sum (`summed`, over `axis_name`), the parameters need no collective of their own. Under
+    pmap and with check_vma=False the cotangent stays `local`, and you reduce it like that of any other parameter.
     """
     missing = varying(local) - varying(primal)
     if not missing:
@@ -258,29 +263,27 @@ def as_names(entry: Any) -> tuple[str, ...]:
 
 
 def _replicate(blocks: jax.Array) -> jax.Array:
-    """Makes the leading axis whole on every device of the mesh that `jit` shards over; features stay as they are."""
+    """Replicates the leading axis over the mesh that `jit` shards over; the feature axes stay as they are."""
     sharding = jax.typeof(blocks).sharding
     if blocks.shape[0] == 1 or not set(sharding.mesh.axis_types) & {AxisType.Auto, AxisType.Explicit}:
         return blocks
     if _explicit_meshes.is_explicit(blocks):
         return jax.sharding.reshard(blocks, NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec[1:])))
-    # Last, because vmap adds its axis to a constraint without moving the free axes behind a constrained one.
+    # The constrained axis goes last: vmap adds its axis to the spec without moving the free axes behind it.
     free = PartitionSpec(*[PartitionSpec.UNCONSTRAINED] * (blocks.ndim - 1), None)
     last = lax.with_sharding_constraint(jnp.moveaxis(blocks, 0, -1), NamedSharding(sharding.mesh, free))
     return jnp.moveaxis(last, -1, 0)
 
 
 def _vary(x: jax.Array, axis_name: AxisName) -> jax.Array:
-    """Marks x as differing over the axis, as collectives want it, where a shard_map keeps track of that."""
-    in_manual_mesh = set(as_names(axis_name)) <= set(
-        jax.sharding.get_abstract_mesh().manual_axes
-    )  # else it is a vmap's
+    """Gives x a type that varies over the axis, as collectives require, if a shard_map tracks that."""
+    in_manual_mesh = set(as_names(axis_name)) <= set(jax.sharding.get_abstract_mesh().manual_axes)  # else a vmap axis
     missing = tuple(name for name in as_names(axis_name) if name not in varying(x))
     return lax.pcast(x, missing, to="varying") if missing and in_manual_mesh else x
 
 
 def _members(axis_name: AxisName, groups: Groups) -> jax.Array:
-    """bool[P]: which devices along the axis are in the group of this one."""
+    """bool[P]: which devices along the axis are in the same group as this one."""
     group_of = np.empty(sum(map(len, groups)), np.int32)
     for number, group in enumerate(groups):
         group_of[list(group)] = number

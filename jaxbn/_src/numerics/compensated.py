@@ -1,7 +1,7 @@
-"""Sums of very many moments without drift: each float32 is kept as an unevaluated sum of two, hi + lo.
+"""Compensated sums of very many moments: each number is an unevaluated sum of two float32 values, hi + lo.
 
-Adding 1e5 batches to plain float32 moments drifts by 1e-4; here the rounding error of every addition is caught
-(Knuth's two-sum, The Art of Computer Programming 2, 4.2.2, Theorem B) and carried in lo, and the drift is gone.
+Adding 1e5 batches to plain float32 moments drifts by 1e-4. Here the rounding error of each addition is computed
+(Knuth's two-sum, The Art of Computer Programming 2, 4.2.2, Theorem B) and carried in lo, which removes the drift.
 """
 
 from typing import NamedTuple
@@ -13,29 +13,30 @@ from jaxbn._src.numerics.moments import Moments
 
 
 class Accumulator(NamedTuple):
-    """Moments of everything seen so far, as hi + lo in each number."""
+    """Moments of all values so far, each number as hi + lo."""
 
     hi: Moments
     lo: Moments
 
 
 def empty(like: Moments) -> Accumulator:
-    """Nothing seen yet, in the shapes and dtypes of `like`."""
+    """An empty accumulator with the shapes and dtypes of `like`."""
     zeros = jax.tree.map(jnp.zeros_like, like)
     return Accumulator(zeros, zeros)
 
 
 def single(moments: Moments) -> Accumulator:
-    """One part."""
+    """An accumulator of one part."""
     return Accumulator(moments, jax.tree.map(jnp.zeros_like, moments))
 
 
 def merge(a: Accumulator, b: Accumulator) -> Accumulator:
-    """The union of two disjoint sets of values, by Chan's update; either may be empty."""
+    """The union of two disjoint sets of values, by Chan's update; either set may be empty."""
     n = a.hi.count + b.hi.count
     share = b.hi.count / jnp.where(n > 0, n, 1)
     delta = (b.hi.mean - a.hi.mean) + (b.lo.mean - a.lo.mean)
     between = (delta * delta.conj()).real * (a.hi.count * share)
+    # `hi` is added by two-sum; `lo` and the small terms are below its last digit, so one plain sum of them is enough.
     m2 = _add(_add((a.hi.m2, a.lo.m2), b.hi.m2), b.lo.m2 + between)
     count = _add(_add((a.hi.count, a.lo.count), b.hi.count), b.lo.count)
     mean = _add((a.hi.mean, a.lo.mean), delta * share.astype(delta.dtype))
@@ -43,7 +44,7 @@ def merge(a: Accumulator, b: Accumulator) -> Accumulator:
 
 
 def total(acc: Accumulator) -> Moments:
-    """The moments, rounded once."""
+    """The moments as plain float32, rounded once."""
     return jax.tree.map(jnp.add, acc.hi, acc.lo)
 
 
@@ -57,5 +58,6 @@ def _add(pair: tuple[jax.Array, jax.Array], x: jax.Array) -> tuple[jax.Array, ja
 def _two_sum(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The rounded sum and its rounding error, exactly: s + error = a + b."""
     s = a + b
+    # No branch on |a| >= |b|, so this works for arrays.
     b_rounded = s - a
     return s, (a - (s - b_rounded)) + (b - b_rounded)

@@ -1,4 +1,4 @@
-"""Dtype rules: what is computed, stored and returned in which precision."""
+"""Dtype rules for computation, state and output."""
 
 import functools
 
@@ -9,23 +9,23 @@ from jax.typing import DTypeLike
 
 
 def promote(*dtypes: DTypeLike) -> np.dtype:
-    """JAX's promotion of dtypes, which also holds where the user has made promotion strict."""
+    """JAX's dtype promotion, available under strict promotion too."""
     with jax.numpy_dtype_promotion("standard"):
         return functools.reduce(jnp.promote_types, [jnp.dtype(d) for d in dtypes])
 
 
 def compute(x: jax.Array) -> np.dtype:
-    """Statistics and the normalization are computed in at least float32; float64 and complex stay."""
+    """Dtype of the computation: at least float32; float64 and complex stay."""
     return promote(x.dtype, jnp.float32)
 
 
 def statistics(x: jax.Array) -> np.dtype:
-    """Variances are real."""
+    """Dtype of variances and counts: the real part of `compute`."""
     return jnp.finfo(compute(x)).dtype
 
 
 def output(dtype: DTypeLike | None, *operands: jax.Array | None) -> np.dtype:
-    """Dtype of the result by Flax's rule: `dtype` if given, else what the operands promote to, at least a float."""
+    """Dtype of the output by Flax's rule: `dtype` if given, otherwise the promoted operands, at least a float."""
     if dtype is not None:
         return jnp.dtype(dtype)
     with jax.numpy_dtype_promotion("standard"):

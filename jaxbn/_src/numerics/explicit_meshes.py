@@ -1,8 +1,8 @@
-"""Meshes with Explicit axes, on which it is part of an array's type how it is spread over the devices.
+"""Support for meshes with Explicit axes, where the sharding is part of an array's type.
 
-There JAX computes nothing from arrays that are spread differently, and statistics that come from x may well be spread
-in another way than stored ones. These functions lay one like the other. Where no axis is Explicit the compiler sees to
-it, and nothing is added to the program.
+On such a mesh JAX refuses to combine arrays with different shardings, and the statistics of x are often sharded
+differently from the running statistics. These functions give one the sharding of the other. Without Explicit axes the
+compiler handles this, and the functions add no operation.
 """
 
 from collections.abc import Sequence
@@ -16,17 +16,18 @@ from jaxbn._src import internals as _internals
 
 
 def is_explicit(x: jax.Array) -> bool:
-    """Whether the type of x says where on an Explicit mesh it is."""
+    """Whether the sharding of x is part of its type (a mesh with Explicit axes)."""
     return any(kind is AxisType.Explicit for kind in jax.typeof(x).sharding.mesh.axis_types)
 
 
 def on_channels(tree: Any, x: jax.Array, axes: Sequence[int]) -> Any:
-    """The arrays [..., C] of a tree on the devices where x has its channels, its axes `axes`; counters stay."""
+    """Shards arrays [..., C] of a tree like the channel axes `axes` of x; arrays of lower rank (counters) stay."""
     if not is_explicit(x):
         return tree
     channels = [jax.typeof(x).sharding.spec[a] for a in axes]
 
     def place(leaf: jax.Array) -> jax.Array:
+        # Statistics per domain, [D, C], have a leading axis that stays replicated.
         leading = jnp.ndim(leaf) - len(channels)
         return leaf if leading < 0 else _lay(leaf, x, [*[None] * leading, *channels])
 
@@ -34,15 +35,15 @@ def on_channels(tree: Any, x: jax.Array, axes: Sequence[int]) -> Any:
 
 
 def on_values(array: jax.Array, x: jax.Array) -> jax.Array:
-    """An array with the axes of x, or the first of them, on the devices where x has these values; an axis may be 1."""
+    """Shards an array with the axes of x, or the leading ones, like x; axes of size 1 are replicated."""
     spec = jax.typeof(x).sharding.spec
     return _lay(array, x, [None if size == 1 else spec[a] for a, size in enumerate(array.shape)])
 
 
 def as_before(tree: Any, before: Any) -> Any:
-    """The arrays of a tree where those of the tree `before` were, so that a loop may carry them.
+    """Gives the arrays of a tree the shardings of the tree `before`, so that a loop can carry them.
 
-    What was on no mesh, and now is, is whole on each device.
+    An array that was on no mesh before is replicated.
     """
 
     def place(leaf: jax.Array, old: jax.Array) -> jax.Array:
@@ -52,12 +53,12 @@ def as_before(tree: Any, before: Any) -> Any:
 
 
 def whole(x: jax.Array) -> jax.Array:
-    """All of x on each device."""
+    """Replicates x on every device."""
     return _lay(x, x, [None] * x.ndim)
 
 
 def rows(table: jax.Array, ids: jax.Array, x: jax.Array) -> jax.Array:
-    """The rows `table[ids]`, on the devices where x has its first axis; NaN where an id is none."""
+    """The rows `table[ids]`, sharded like the first axis of x; NaN where an id is out of range."""
     on = jax.typeof(x).sharding
     spec = PartitionSpec(on.spec[0], *jax.typeof(table).sharding.spec[1:])
     where = NamedSharding(on.mesh, spec) if is_explicit(x) else None
@@ -65,7 +66,7 @@ def rows(table: jax.Array, ids: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def _lay(array: jax.Array, x: jax.Array, spec: Sequence[Any]) -> jax.Array:
-    """The array spread like this over the mesh of x, if that is an Explicit one."""
+    """Gives the array this spec on the mesh of x, if that mesh has Explicit axes."""
     if not is_explicit(x) or (is_explicit(array) and jax.typeof(array).sharding.spec == PartitionSpec(*spec)):
         return array
     mesh: Any = jax.typeof(x).sharding.mesh if _internals.is_tracer(x) else x.sharding.mesh  # type: ignore[attr-defined]

@@ -1,14 +1,14 @@
-"""Moments of a batch: count, mean and sum of squared deviations, exact however its rows were cut.
+"""Moments of a batch: count, mean and sum of squared deviations, exact for every division into blocks and devices.
 
 Everything here is a weighted sum that carries its count. A batch is cut into blocks, each block is summed about a shift
-taken from its own values, and the blocks of all devices are merged at once:
+close to its own values, and the blocks of all devices are merged at once:
 
     d = x - k_b;  s1, s2 = mean d, mean d^2                          in block b, of weight w_b = n_b / n
     e_b = (k_b - k_0) + s1_b;  mean = k_0 + sum w_b e_b;  var = sum w_b (s2_b - s1_b^2 + (e_b - sum w e)^2)
 
-E[x^2] - E[x]^2 loses all digits of the variance once mean / std reaches 1e3; about a shift near the data nothing is
-lost (Chan, Golub & LeVeque, Algorithms for Computing the Sample Variance, 1983). A shift taken from the data needs no
-state, and is right from a cold start.
+E[x^2] - E[x]^2 loses all digits of the variance once mean / std reaches 1e3; about a shift near the data no digits are
+lost (Chan, Golub & LeVeque, Algorithms for Computing the Sample Variance, 1983). The shift comes from the batch, so it
+needs no state and is right from the first step on.
 """
 
 import functools
@@ -32,8 +32,8 @@ from jaxbn._src.numerics import shift as _shift
 class Moments(NamedTuple):
     """Count, mean and sum of squared deviations from the mean of weighted values, per channel.
 
-    All three have the shape of the features, so that a mask may differ from channel to channel. A count of 0 says that
-    nothing was seen; mean and m2 are 0 then. Moments of parts are put together with :func:`merge` and :func:`pool`.
+    All three have the shape of the features, so a mask may differ between channels. A count of 0 means that there were
+    no values; mean and m2 are then 0. Combine moments of parts with :func:`merge` and :func:`pool`.
 
     Example:
         >>> m = jaxbn.batch_moments(jnp.array([[1.0], [3.0]]))
@@ -53,7 +53,7 @@ class Moments(NamedTuple):
 
 
 class _Block(NamedTuple):
-    """Means about a shift of the values of each block, [B, C]."""
+    """Moments of each block about its shift, [B, C]."""
 
     count: jax.Array  # type: ignore[assignment]  # hides tuple.count
     shift: jax.Array  # k: any value near the data
@@ -70,28 +70,28 @@ def batch_moments(
     axis_index_groups: _collectives.Groups | None = None,
     use_fast_variance: bool = True,
 ) -> Moments:
-    """Moments of one batch over all axes but the features, and over devices.
+    """Moments of one batch over all axes except the features, and over devices.
 
-    The result does not depend on how the rows are spread over devices, and costs one all-gather where they are. For
-    arrays sharded under `jit` nothing needs to be named; under `shard_map`, `pmap` and `vmap` name the axis.
+    The result does not depend on how the rows are sharded; sharded rows cost one all-gather. Arrays that are sharded
+    under `jit` need no argument; under `shard_map`, `pmap` and `vmap` pass `axis_name`.
 
     Args:
         x: Values `[..., C]`, of any dtype; half precision and integers are summed in float32.
         axis: Feature axis, or several; the rest is reduced.
-        mask: Booleans or real weights of the values, broadcastable to `x`. What stands where the weight is 0 has no
-            influence, even if it is NaN.
+        mask: Booleans or real weights of the values, broadcastable to `x`. Values of weight 0 have no influence, even
+            if they are NaN.
         axis_name: Axis or axes of the surrounding `shard_map`, `pmap` or `vmap` to reduce over.
         axis_index_groups: Groups of devices along `axis_name` that are reduced separately.
-        use_fast_variance: Shift by the mean of a block's first sample (or as many as make 16 values), which reads `x`
-            once. False shifts by the mean of the block, which reads it twice, as masks always do: their first sample
-            may be padding. Only where the first samples are hundreds of standard deviations away from the rest do the
-            two differ: at distance k, by about 1e-7 k^2.
+        use_fast_variance: Shift by the mean of the first sample of a block (or as many samples as give 16 values),
+            which reads `x` once. False shifts by the mean of the block, which reads `x` twice; so do masks, since the
+            first sample may be padding. The results differ by about 1e-7 k^2 if the first samples are k standard
+            deviations from the rest, which matters only for k in the hundreds.
 
     Returns:
         `Moments` in float32 (float64 and complex stay), each in the shape of the features.
 
     Raises:
-        ValueError: If `axis` does not fit `x`, the mask does not broadcast, or the groups are not groups.
+        ValueError: If `axis` does not fit `x`, the mask does not broadcast, or the groups are invalid.
         TypeError: If the mask is complex.
 
     Example:
@@ -116,9 +116,9 @@ def neighbour_moments(
     size: int,
     use_fast_variance: bool,
 ) -> Moments:
-    """Moments of each group of `size` neighbouring devices, [P / size, C], all of them on all devices.
+    """Moments of each group of `size` neighbouring devices, [P / size, C], equal on all devices.
 
-    As `batch_moments` otherwise; in one all-gather.
+    Otherwise like `batch_moments`; one all-gather.
     """
     everywhere = _collectives.gather(_stacked_blocks(x, axis, mask, use_fast_variance), axis_name, None)
     groups = _collectives.group_size(axis_name, None) // size
@@ -126,9 +126,9 @@ def neighbour_moments(
 
 
 def example_moments(x: jax.Array, *, axis: _axes.Axis = -1, mask: jax.Array | None = None) -> Moments:
-    """Moments over the examples, which lie along the leading axis, of the mean of each; every example counts once.
+    """Moments of the per-example means (examples lie along the leading axis); every example has weight 1.
 
-    Values of one example depend on each other, examples need not: by this their independence can be judged.
+    Values within an example depend on each other, but examples should not: these moments test their independence.
     """
     given = _axes.weights_like(mask, x)
     weights = jnp.ones(x.shape, jnp.float32) if given is None else jnp.broadcast_to(given, x.shape)
@@ -140,14 +140,14 @@ def example_moments(x: jax.Array, *, axis: _axes.Axis = -1, mask: jax.Array | No
 
 
 def merge(a: Moments, b: Moments) -> Moments:
-    """Moments of the union of two sets of values; either may be empty. Differentiable, as `pool` and `merge_over` are.
+    """Moments of the union of two sets of values; either may be empty. Differentiable, like `pool` and `merge_over`.
 
-    For a few parts: each merge rounds to float32, and a chain of a million loses 0.3 %. Stack the parts for `pool`, or
-    accumulate many with the estimator `jaxbn.pooled()`, whose sums are compensated (4e-8).
+    For a few parts only: each merge rounds to float32, and a chain of a million loses 0.3 %. Stack many parts for
+    `pool`, or accumulate them with the estimator `jaxbn.pooled()`, which uses compensated sums (error 4e-8).
 
     Args:
         a: Moments of one set.
-        b: Moments of the other, of the same shape.
+        b: Moments of the other set, of the same shape.
 
     Returns:
         `Moments` of that shape.
@@ -163,11 +163,11 @@ def merge(a: Moments, b: Moments) -> Moments:
 def pool(parts: Moments) -> Moments:
     """Moments of the union of many sets of values; any may be empty.
 
-    Exact but for the rounding of the given means, which is worth about 1e-7 * |mean| / std in the relative error of the
-    variance.
+    Exact except for the rounding of the given means, which causes a relative error of the variance of about
+    1e-7 * |mean| / std.
 
     Args:
-        parts: `Moments` of the sets, stacked along a leading axis `[K, ..., C]`, as `vmap` gives them.
+        parts: `Moments` of the sets, stacked along a leading axis `[K, ..., C]`, as `vmap` returns them.
 
     Returns:
         `Moments` of shape `[..., C]`.
@@ -183,12 +183,12 @@ def pool(parts: Moments) -> Moments:
 def merge_over(
     moments: Moments, axis_name: _collectives.AxisName, axis_index_groups: Sequence[Sequence[int]] | None = None
 ) -> Moments:
-    """Moments of the union over the devices of a named axis, in one collective; empty devices are legal.
+    """Moments of the union over the devices of a named axis, in one collective; devices may be empty.
 
     Args:
-        moments: `Moments` of what this device holds.
+        moments: `Moments` of the values on this device.
         axis_name: Axis of the surrounding `shard_map`, `pmap` or `vmap`.
-        axis_index_groups: Groups of devices along the axis, each of which is merged by itself.
+        axis_index_groups: Groups of devices along the axis, which are merged separately.
 
     Returns:
         `Moments` of the same shape, the same on all devices.
@@ -206,24 +206,24 @@ def merge_over(
 def gather(
     parts: Moments, axis_name: _collectives.AxisName | None = None, axis_index_groups: _collectives.Groups | None = None
 ) -> Moments:
-    """The moments [K, ..., C] of parts, of all devices, [P * K, ..., C], in one collective."""
+    """Gathers moments [K, ..., C] of parts from all devices to [P * K, ..., C], in one collective."""
     stacked = jnp.stack([part.astype(parts.mean.dtype) for part in parts], 1)
     everywhere = _collectives.gather(stacked, axis_name, axis_index_groups)
     return Moments(everywhere[:, 0].real, everywhere[:, 1], everywhere[:, 2].real)
 
 
 def bessel(count: jax.Array) -> jax.Array:
-    """The factor n / (n - 1), and 1 where one value or less has been seen: its variance is 0 anyway."""
+    """The factor n / (n - 1), and 1 if there is at most one value, since its variance is 0."""
     return jnp.where(count > 1, count / jnp.where(count > 1, count - 1, 1), 1)
 
 
 def is_whole(x: jax.Array, axes: _axes.Axes) -> bool:
-    """Whether x holds rows that are one block, so that there is nothing to merge."""
+    """Whether x has rows and they form one block, so no merge is needed."""
     return x.size > 0 and axes.reduced != () and _collectives.count_blocks(x, axes.rows) == 1
 
 
 def sum_in_blocks(axes: _axes.Axes, *values: jax.Array) -> jax.Array:
-    """The sums of arrays of one shape over the rows of each block, stacked: [B, len(values), C]."""
+    """Sums of arrays of one shape over the rows of each block, stacked: [B, len(values), C]."""
     axes, values = _axes.with_rows(axes, *values)
     blocks = _collectives.count_blocks(values[0], axes.rows)
     sums = (_collectives.cut(v, axes.rows, blocks).sum(axes.reduced_in_blocks, keepdims=True) for v in values)
@@ -231,7 +231,7 @@ def sum_in_blocks(axes: _axes.Axes, *values: jax.Array) -> jax.Array:
 
 
 def _stacked_blocks(x: ArrayLike, axis: _axes.Axis, mask: ArrayLike | None, fast: bool) -> jax.Array:
-    """The means of each block as one array, [B, 4, C]."""
+    """The moments of each block as one array, [B, 4, C], so that one collective can gather them."""
     x = jnp.asarray(x)
     weights = _axes.weights_like(mask, x)
     axes, arrays = _axes.with_rows(_axes.split(x.ndim, axis), *((x,) if weights is None else (x, weights)))
@@ -240,19 +240,19 @@ def _stacked_blocks(x: ArrayLike, axis: _axes.Axis, mask: ArrayLike | None, fast
 
 
 def merge_stacked(stacked: jax.Array) -> Moments:
-    """The moments of all blocks, given as `_stacked_blocks` gives them."""
+    """Merges the blocks that `_stacked_blocks` returns."""
     count, shift, first, second = (stacked[:, i] for i in range(4))
     return _merge_blocks(_Block(count.real, shift, first, second.real))
 
 
 def _blocks_to_front(sums: jax.Array, axes: _axes.Axes) -> jax.Array:
-    """Sums over each block, reduced axes kept, from the layout of the cut array to [B, C]."""
+    """Moves sums per block, with reduced axes kept, from the layout of the cut array to [B, C]."""
     return jnp.moveaxis(sums.squeeze(axes.reduced_in_blocks), sum(a < axes.rows for a in axes.features), 0)
 
 
-@functools.partial(jax.jit, static_argnames=("axes", "fast"))  # one program outside jit, as at init
+@functools.partial(jax.jit, static_argnames=("axes", "fast"))  # one program even outside jit, as at init
 def _moments_of_whole(x: jax.Array, axes: _axes.Axes, fast: bool) -> Moments:
-    """The first formula at the top, where there is one block: most programs are of this kind, and this one is short."""
+    """The first formula at the top for a single block: the common case, with a shorter program."""
     dtype, values = _dtypes.compute(x), math.prod(x.shape[a] for a in axes.reduced)
 
     def mean(x: jax.Array) -> jax.Array:
@@ -265,25 +265,25 @@ def _moments_of_whole(x: jax.Array, axes: _axes.Axes, fast: bool) -> Moments:
         return x.astype(dtype) - _axes.expand(shift, x.ndim, axes)
 
     first = mean(centred(shift))
-    squares = _abs_sq(centred(_barriers.private(shift, "cpu"))).sum(axes.reduced)
+    squares = _abs_sq(centred(_barriers.barrier(shift, "cpu"))).sum(axes.reduced)
     m2 = jnp.maximum(squares - values * _abs_sq(first), 0)
     return Moments(jnp.full_like(m2, values), shift + first, m2)
 
 
-@functools.partial(jax.jit, static_argnames=("axes", "fast"))  # one program where there is no jit outside, as at init
+@functools.partial(jax.jit, static_argnames=("axes", "fast"))  # one program even outside jit, as at init
 def _block_means(axes: _axes.Axes, fast: bool, x: jax.Array, weights: jax.Array | None = None) -> _Block:
-    """Count, shift and means about the shift of each block of rows, [B, C]."""
+    """Count, shift and means about the shift for each block of rows, [B, C]."""
     blocks, dtype = _collectives.count_blocks(x, axes.rows), _dtypes.compute(x)
     x = _collectives.cut(x, axes.rows, blocks)
     if weights is not None:
         weights = _collectives.cut(weights, axes.rows, blocks)
-        x = jnp.where(weights > 0, x, jnp.zeros((), x.dtype))  # first of all: what is masked may be NaN
+        x = jnp.where(weights > 0, x, jnp.zeros((), x.dtype))  # before any arithmetic: masked values may be NaN
 
     def total(values: jax.Array) -> jax.Array:
         return values.sum(axes.reduced_in_blocks, keepdims=True)
 
     values = math.prod(x.shape[a] for a in axes.reduced_in_blocks)
-    if weights is None:  # as a number: float32 could not count beyond 2^24 one by one
+    if weights is None:  # a static number: a float32 sum of ones stops at 2^24
         count = jnp.full_like(total(x), values, jnp.float32)
     else:
         count = total(_explicit_meshes.on_values(jnp.ones_like(x, jnp.float32) * weights, x))
@@ -303,10 +303,10 @@ def _block_means(axes: _axes.Axes, fast: bool, x: jax.Array, weights: jax.Array 
 
 @jax.jit
 def _merge_blocks(block: _Block) -> Moments:
-    """The moments of all blocks together: the second formula at the top, relative to the first block that holds any."""
+    """Merges all blocks: the second formula at the top, relative to the first block that has values."""
     present, total = block.count > 0, block.count.sum(0, keepdims=True)
     weight = block.count / jnp.where(total > 0, total, 1)
-    # Selected and not indexed, which an Explicit mesh could not do over channels that are spread.
+    # Select instead of index: on an Explicit mesh with sharded channels, indexing is not possible.
     first = lax.broadcasted_iota(jnp.int32, present.shape, 0) == lax.argmax(present, 0, jnp.int32)[None]
     reference = lax.select(first, block.shift, jnp.zeros_like(block.shift)).sum(0, keepdims=True)
     offset = jnp.where(present, (block.shift - reference) + block.first, 0)

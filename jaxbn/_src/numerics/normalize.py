@@ -1,16 +1,16 @@
 """The affine normalization y = activation((x - mean) * (scale / s) + bias + residual), and its derivative.
 
-`normalize` is given the statistics (evaluation, frozen layers). `batch_normalize` measures x itself and
+`normalize` takes the statistics as arguments (evaluation, frozen layers). `batch_normalize` computes them from x and
 differentiates through that: with z = (x - mean) / s, dz = dL / d(pre-activation), weights w of total n,
 
     dx = scale / s * (dz - w / n * (sum dz + z sum dz z));   dscale = sum dz z;   dbias = sum dz      (sums over all)
 
-The sums run over all positions, masked ones too (their outputs depend on the moments); only the weighted positions pay
-the correction. Saved for the backward pass are x, mean and 1/s, and the output where there is a residual; all else is
-recomputed, as reading memory is what a normalization costs: `jaxbn.checkpoint_policies` knows them by name. One
-collective serves all the sums.
+The sums run over all positions, including masked ones (their outputs depend on the moments); the correction applies to
+weighted positions only. The backward pass saves x, mean and 1/s, and the output if there is a residual. It recomputes
+the rest, since reading memory dominates the cost of a normalization; `jaxbn.checkpoint_policies` selects the saved
+arrays by name. All sums share one collective.
 
-A method may put constants behind z, `activation((z r + d) * scale + bias + residual)`: for the derivative of x they are
+A method may add constants after z, `activation((z r + d) * scale + bias + residual)`: for the derivative of x they are
 part of the scale, r scale, and dscale = sum dz (z r + d).
 """
 
@@ -32,28 +32,28 @@ from jaxbn._src.numerics import moments as _moments
 from jaxbn._src.numerics import segments as _segments
 from jaxbn._src.numerics.operands import Activation, Measure, Operands, Spec, Stored
 
-_Constants = tuple[jax.Array, jax.Array] | None  # r and d, where there are any
-_Sums = Any  # an array for each value, or all of them stacked
+_Constants = tuple[jax.Array, jax.Array] | None  # r and d, if the method has them
+_Sums = Any  # one array per value, or all of them stacked
 _Statistics = TypeVar("_Statistics")
 
-# Activations whose derivative shows in the sign of their output: (at the output 0, below 0); above it is 1.
+# Activations whose derivative follows from the sign of their output: (at output 0, below 0); above 0 it is 1.
 _SLOPES: dict[Activation, tuple[float, float]] = {jax.nn.relu: (0.0, 0.0), jax.nn.leaky_relu: (1.0, 0.01)}
 
 
-# Whether `eval` is given statistics of the data that it normalizes, as capture and adapt give it, and not stored ones.
-# A context, so that it reaches the functions of every method, however they are composed; compiled programs know of it.
+# True if `eval` receives statistics of the very data that it normalizes (capture and adapt), not running statistics.
+# A context reaches the functions of every method, however they are composed, and is part of the jit cache key.
 statistics_of_input = jax.make_user_context(False)
 
 
 def as_constants(statistics: _Statistics) -> _Statistics:
-    """Statistics as `eval` takes them: no gradient flows into stored ones; those of the input depend on it."""
+    """Statistics for `eval`: running statistics get no gradient; statistics of the input depend on the input."""
     return statistics if statistics_of_input.value else lax.stop_gradient(statistics)
 
 
 def normalize(
     spec: Spec, operands: Operands, mean: jax.Array, var: jax.Array, constants: _Constants = None
 ) -> jax.Array:
-    """Normalizes with the statistics `mean` and `var` `[C]`; all derivatives are JAX's own, in either mode."""
+    """Normalizes with the statistics `mean` and `var` `[C]`; derivatives in both modes are JAX's own."""
     return _forward(spec, operands, mean, lax.rsqrt(var + spec.epsilon), constants)
 
 
@@ -67,13 +67,13 @@ def batch_normalize(
     limits: Any = None,
     autodiff: bool = False,
 ) -> tuple[jax.Array, Any]:
-    """Normalizes with the moments of x, as `measure(x, mask=weights)` finds them, and differentiates through them.
+    """Normalizes with the moments of x, computed by `measure(x, mask=weights)`, and differentiates through them.
 
-    Beside the result they come out, as constants.
+    Returns the output, and the moments as constants.
 
-    Channels of count 0 are normalized with the stored `mean` and `var`, as constants. With `autodiff` the derivatives
-    are JAX's own, in either mode; else the rule of this file, in reverse mode. It covers the measuring, so that nothing
-    of that is kept, and as it is made of differentiable functions, derivatives of higher order are right too.
+    Channels of count 0 are normalized with the running `mean` and `var`, as constants. With `autodiff` the derivatives
+    are JAX's own, in both modes; otherwise the reverse-mode rule of this file applies. The rule includes the moments,
+    so none of their intermediates are saved. It consists of differentiable functions, so higher derivatives are right.
     """
     epsilon = jnp.asarray(spec.epsilon, _dtypes.statistics(operands.x))  # an operand, as it may be traced
     stored = Stored(mean, var, epsilon, limits)
@@ -90,7 +90,7 @@ def batch_normalize(
 def _forward(
     spec: Spec, operands: Operands, mean: jax.Array, inverse: jax.Array, constants: _Constants = None
 ) -> jax.Array:
-    """Flax's order of operations, so that results agree to the last bit."""
+    """Applies Flax's order of operations, so that results agree to the last bit."""
     x, residual, weights = operands.x, operands.residual, operands.weights
     scale, bias = _affine(operands, constants)
     lay_out = _layout(spec, operands)
@@ -101,7 +101,7 @@ def _forward(
     if residual is not None:
         y = y + residual.astype(y.dtype)
     dtype = _dtypes.output(spec.dtype, x, operands.scale, operands.bias, residual)
-    if spec.activation in _SLOPES:  # before the rounding, which for ReLU changes no bit
+    if spec.activation in _SLOPES:  # before rounding: for ReLU the order changes no bit, and it fuses
         y = spec.activation(y).astype(dtype)
     else:
         y = y.astype(dtype) if spec.activation is None else spec.activation(y.astype(dtype))
@@ -112,11 +112,12 @@ def _forward(
 def _measure_and_normalize(
     spec: Spec, measure: Measure, operands: Operands, stored: Stored
 ) -> tuple[tuple[jax.Array, _moments.Moments], tuple[Any, ...]]:
-    """The result; and mean, 1/s, how many values they are of, and the constants behind."""
+    """The output and moments; and mean, 1/s, their counts and the constants of the method."""
     given = {} if operands.members is None else {"members": operands.members}
     moments = measure(operands.x, mask=operands.weights, **given)
     mean, var, count = moments.mean, moments.var, moments.count
-    if operands.weights is not None or operands.members is not None:  # else everything has been seen
+    if operands.weights is not None or operands.members is not None:  # otherwise every channel has values
+        # Channels without values use the running statistics; a count of 1 keeps their gradient finite.
         seen = count > 0
         mean = jnp.where(seen, mean, stored.mean.astype(mean.dtype))
         var = jnp.where(seen, var, stored.var.astype(var.dtype))
@@ -143,8 +144,8 @@ def _save(
     (y, moments), statistics = _measure_and_normalize(spec, measure, operands, stored)
     if operands.residual is None:
         return (y, moments), (operands, *statistics, None)
-    # Of the residual only the dtype is needed from here on. The output is kept in its place: it tells where the
-    # activation was cut off, which could not be computed again without the residual.
+    # The backward pass needs only the dtype of the residual. The output is saved instead: its sign gives the derivative
+    # of the activation, which could not be recomputed without the residual.
     operands = operands._replace(residual=jnp.zeros((), operands.residual.dtype))
     y = _policies.name_output(y)
     return (y, moments), (operands, *statistics, None if spec.activation is None else y)
@@ -159,22 +160,25 @@ def _backward(
     lay_out = _layout(spec, operands)
     scale_of_z, offset = _affine(operands, constants)
     multiplier = _multiplier(inverse, scale_of_z)
-    # An output that was kept is read; else where the activation was cut off is computed again, privately for each use.
+    # A saved output is read. Otherwise each use recomputes the sign of the pre-activation behind a barrier of its own.
     kept = y is not None or spec.activation is None
-    cut_off = (None, None) if kept else (lay_out(offset), _zero_of_its_own(x, cotangents[0]))
+    cut_off = (None, None) if kept else (lay_out(offset), _distinct_zero(x, cotangents[0]))
     vectors = _Vectors(lay_out(mean), lay_out(multiplier), *cut_off)
-    differentiate = functools.partial(_differentiate, spec, operands, _barriers.private(y, "cuda"), cotangents[0])
+    differentiate = functools.partial(_differentiate, spec, operands, _barriers.barrier(y, "cuda"), cotangents[0])
 
-    def private(tree: Any) -> Any:
-        return tree if kept else _barriers.private(tree, "cpu", "cuda")
+    def barrier(tree: Any) -> Any:
+        return tree if kept else _barriers.barrier(tree, "cpu", "cuda")
 
-    dz, _ = differentiate(private(vectors))
-    turned = _barriers.private(vectors[::-1], "cpu", *(() if kept else ("cuda",)))
+    # Both sums need dz. Behind separate barriers, each recomputes it from x and dy instead of reading it from memory.
+    dz, _ = differentiate(barrier(vectors))
+    # The reversed order makes this a second barrier: XLA merges equal ones.
+    turned = _barriers.barrier(vectors[::-1], "cpu", *(() if kept else ("cuda",)))
     dz_again, centred = differentiate(_Vectors(*turned[::-1]))
 
     local, (sum_dz, sum_dzx) = _sum(spec, operands, dz, dz_again * centred)
+    # One reduction and one collective for both sums; dx below needs their totals, dscale and dbias the local parts too.
     slopes = lay_out(sum_dz / count), lay_out(sum_dzx / count * jnp.square(inverse))
-    vectors, slopes = private((vectors, slopes))
+    vectors, slopes = barrier((vectors, slopes))
     dz, centred = differentiate(vectors)
     correction = slopes[0] + centred * slopes[1]
     if weights is not None:
@@ -196,10 +200,10 @@ def _backward(
 
 
 class _Vectors(NamedTuple):
-    """What the cotangent of the pre-activation is computed from, besides whole arrays."""
+    """The small arrays from which the cotangent of the pre-activation is computed."""
 
-    mean: jax.Array  # [..., C], laid out to broadcast against x
-    multiplier: jax.Array  # like this the other two
+    mean: jax.Array  # [..., C], broadcastable to x
+    multiplier: jax.Array  # of the same shape, and so is the offset
     offset: jax.Array | None
     zero: jax.Array | None  # []
 
@@ -207,11 +211,11 @@ class _Vectors(NamedTuple):
 def _differentiate(
     spec: Spec, operands: Operands, y: jax.Array | None, dy: jax.Array, vectors: _Vectors
 ) -> tuple[jax.Array, jax.Array]:
-    """The cotangent of the pre-activation, dz, and x - mean; y is the output where it was kept."""
+    """The cotangent dz of the pre-activation, and x - mean; y is the output if it was saved."""
     x, weights = operands.x, operands.weights
     centred = _centre(x, vectors.mean, weights)
     if y is not None:
-        # In the dtype of dy: so it leaves as the derivative of the residual, and from there it can be read again.
+        # In the dtype of dy: this array is also the derivative of the residual, so XLA can read it again.
         dz = _cut_off(spec.activation, y, dy).astype(centred.dtype)
     else:
         dz = dy.astype(centred.dtype)
@@ -222,10 +226,10 @@ def _differentiate(
     return (dz if weights is None else jnp.where(_usable(x, weights), dz, 0)), centred
 
 
-def _zero_of_its_own(x: jax.Array, dy: jax.Array) -> jax.Array | None:
-    """The 0 at which an activation is cut off, where equal zeros of other layers may be about.
+def _distinct_zero(x: jax.Array, dy: jax.Array) -> jax.Array | None:
+    """The threshold 0 of an activation, as a constant that differs from the zeros of other layers.
 
-    XLA takes equal constants together even if they are as large as x, and then writes, keeps and reads zeros.
+    XLA merges equal constants even if they are as large as x, and would then write, keep and read zeros.
     """
     return jnp.zeros((), dy.dtype) if dy.dtype == _dtypes.compute(x) else None
 
@@ -234,7 +238,7 @@ _batch_normalize.defvjp(_save, _backward)
 
 
 def _layout(spec: Spec, operands: Operands) -> Callable[[Any], Any]:
-    """Per-channel arrays in the dtype of the computation, laid out to broadcast against x; None stays."""
+    """A function that makes per-channel arrays broadcastable to x, in the dtype of the computation; None stays None."""
     x, members = operands.x, operands.members
     axes, dtype = _axes.split(x.ndim, spec.axis), _dtypes.compute(x)
 
@@ -247,7 +251,7 @@ def _layout(spec: Spec, operands: Operands) -> Callable[[Any], Any]:
 
 
 def _sum(spec: Spec, operands: Operands, *values: jax.Array) -> tuple[_Sums, _Sums]:
-    """The sums [C] of arrays of the shape of x over the rows: of this device, and of all of them."""
+    """Sums [C] over the rows of arrays of the shape of x: on this device, and over all devices."""
     axes = _axes.split(operands.x.ndim, spec.axis)
     if spec.axis_name is None and operands.members is None and _moments.is_whole(operands.x, axes):
         sums = [v.sum(axes.reduced) for v in values]
@@ -260,24 +264,24 @@ def _sum(spec: Spec, operands: Operands, *values: jax.Array) -> tuple[_Sums, _Su
 
 
 def _centre(x: jax.Array, mean: jax.Array, weights: jax.Array | None) -> jax.Array:
-    """The input less its mean, and 0 for what is not usable."""
+    """The input minus its mean, and 0 at unusable positions."""
     centred = x.astype(mean.dtype) - mean
     return centred if weights is None else jnp.where(_usable(x, weights), centred, 0)
 
 
 def _usable(x: jax.Array, weights: jax.Array) -> jax.Array:
-    """False for padding that is NaN or infinite: its output is the bias, a constant, so that it harms nothing."""
+    """False for padding that is NaN or infinite. Its output is the constant bias, so it does no harm."""
     return (weights > 0) | jnp.isfinite(x)
 
 
 def without_padding(x: jax.Array, mask: ArrayLike | None) -> jax.Array:
-    """The input with 0 for padding that is NaN or infinite: by way of the statistics it would reach all gradients."""
+    """Replaces NaN and infinite padding in the input by 0; it would reach all gradients through the statistics."""
     weights = _axes.weights_like(mask, x)
     return x if weights is None else jnp.where(_usable(x, weights), x, jnp.zeros((), x.dtype))
 
 
 def _affine(operands: Operands, constants: _Constants) -> tuple[jax.Array | None, jax.Array | None]:
-    """The map of z: scale and bias, or with constants those of (z r + d) * scale + bias."""
+    """The affine map of z: scale and bias, or the combined ones of (z r + d) * scale + bias."""
     scale, bias = operands.scale, operands.bias
     if constants is None:
         return scale, bias
@@ -294,7 +298,7 @@ def _multiplier(inverse: jax.Array, scale: jax.Array | None) -> jax.Array:
 
 
 def _cut_off(activation: Activation | None, y: jax.Array, dy: jax.Array, zero: Any = None) -> jax.Array:
-    """The cotangent before an activation from that behind it, by the sign of y, which is either side of it."""
-    at_zero, below = _SLOPES[activation]  # type: ignore[index]  # without one nothing is cut off
+    """The cotangent before an activation from that after it. The sign of y may be that of its input or its output."""
+    at_zero, below = _SLOPES[activation]  # type: ignore[index]  # callers have an activation
     zero = jnp.zeros((), y.dtype) if zero is None else zero
     return jnp.where(y >= zero if at_zero else y > zero, dy, dy * below if below else zero.astype(dy.dtype))

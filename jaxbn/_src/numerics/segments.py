@@ -1,7 +1,7 @@
-"""Moments of each domain of a batch: sums over segments of its rows, each about a shift of its own.
+"""Moments of each domain of a batch: segment sums over the rows, each about its own shift.
 
-Which example belongs to which domain is given as `members`, bool[N, D]; an example that belongs to none counts for
-nothing. Space is summed first, so that what is done for each domain is done on one value per example and channel.
+`members`, bool[N, D], says which example belongs to which domain; an example without a domain has no influence. The
+spatial axes are summed first, so that the work per domain is one value per example and channel.
 """
 
 from typing import Any
@@ -27,12 +27,13 @@ def domain_moments(
     axis_name: _collectives.AxisName | None = None,
     axis_index_groups: _collectives.Groups | None = None,
 ) -> _moments.Moments:
-    """Moments [D, C] over the rows of each domain, over devices, in one collective; as `batch_moments` otherwise."""
+    """Moments [D, C] over the rows of each domain and over devices, in one collective; otherwise `batch_moments`."""
     axes, dtype = _axes.split(x.ndim, axis), _dtypes.compute(x)
     blocks, weights = _collectives.count_blocks(x, axes.rows), _axes.weights_like(mask, x)
     weights = jnp.ones((1,) * x.ndim, jnp.float32) if weights is None else weights
+    # One block per device, so that all sums before the gather are local.
     x, weights, members = (_collectives.cut(array, 0, blocks) for array in (x, weights, members))
-    x = jnp.where(weights > 0, x, jnp.zeros((), x.dtype)).astype(dtype)  # what is masked may be NaN
+    x = jnp.where(weights > 0, x, jnp.zeros((), x.dtype)).astype(dtype)  # masked values may be NaN
     count = _collect(axes, members, _explicit_meshes.on_values(jnp.ones_like(x, jnp.float32) * weights, x))
     divisor = jnp.where(count > 0, count, 1).astype(dtype)
 
@@ -47,25 +48,26 @@ def domain_moments(
 
 
 def lay_out(stat: jax.Array, members: jax.Array, axes: _axes.Axes) -> jax.Array:
-    """The row [C] of `stat` [D, C] of each example, laid out to broadcast against the input; 0 for those of none."""
+    """For each example its row [C] of `stat` [D, C], broadcastable to the input; 0 for examples without a domain."""
     return jnp.expand_dims(_select(members, stat[None]), axes.reduced[1:])
 
 
 def sum_in_blocks(axes: _axes.Axes, members: jax.Array, *values: jax.Array) -> jax.Array:
-    """The sums of arrays of one shape over the rows of each block and domain, stacked: [B, len(values), D, C]."""
+    """Sums of arrays of one shape over the rows of each block and domain, stacked: [B, len(values), D, C]."""
     blocks = _collectives.count_blocks(values[0], axes.rows)
     members = _collectives.cut(members, 0, blocks)
     return jnp.stack([_collect(axes, members, _collectives.cut(v, 0, blocks)) for v in values], 1)
 
 
 def _collect(axes: _axes.Axes, members: jax.Array, values: jax.Array) -> jax.Array:
-    """Sums over the rows of each domain, [B, D, C], of a cut array; NaN of one domain does not reach the others."""
+    """Sums a cut array over the rows of each domain, to [B, D, C]; NaN in one domain does not reach the others."""
     of_examples = values.sum(axes.space_in_blocks)[:, :, None]
+    # Select instead of multiply: 0 * NaN would spread a NaN to every domain.
     return jnp.where(_behind(members, of_examples.ndim), of_examples, 0).sum(1)
 
 
 def _select(members: jax.Array, stat: jax.Array) -> jax.Array:
-    """The row of `stat` [..., 1, D, C] of each example, [..., N, C]; a gather would not stay on its device."""
+    """For each example its row of `stat` [..., 1, D, C], as [..., N, C]; a gather would not stay on the device."""
     return jnp.where(_behind(members, stat.ndim), stat, 0).sum(members.ndim - 1)
 
 

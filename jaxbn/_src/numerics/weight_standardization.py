@@ -1,4 +1,4 @@
-"""Maps of the kernels of dense layers and convolutions, for what is normalized behind them."""
+"""Centered kernels and weight standardization, for dense layers and convolutions before a normalization."""
 
 import jax
 import jax.numpy as jnp
@@ -11,15 +11,15 @@ from jaxbn._src.numerics import moments as _moments
 
 
 def centralize_kernel(kernel: ArrayLike, feature_axis: _axes.Axis = -1) -> jax.Array:
-    r"""The kernel less its mean for each output feature: inputs of equal mean then give outputs of mean 0.
+    r"""Subtracts the mean of the kernel for each output feature; inputs of equal mean then give outputs of mean 0.
 
-    For the layers before `moving_average_batch_norm`, which takes no mean away itself, all convolutions of a network;
-    leave out their bias. It is computed in every call, and the gradient goes through it. `jaxbn.linen.map_kernel` and
-    `jaxbn.nnx.map_kernel` make it an option of Flax's layers.
+    `moving_average_batch_norm` does not subtract the mean: use centered kernels in all convolutions of such a network,
+    without bias. The mean is computed in every call, and gradients flow through it. `jaxbn.linen.map_kernel` and
+    `jaxbn.nnx.map_kernel` apply this function inside Flax's layers.
 
     Args:
-        kernel: `[..., in, out]`, of any rank, as Flax has kernels of dense layers and convolutions.
-        feature_axis: Axis of the output features, or several; the mean is over the rest.
+        kernel: `[..., in, out]`, of any rank, as in Flax's dense layers and convolutions.
+        feature_axis: Axis of the output features, or several; the mean is over the other axes.
 
     Returns:
         An array of the same shape and dtype; the mean is computed in at least float32.
@@ -37,11 +37,11 @@ def centralize_kernel(kernel: ArrayLike, feature_axis: _axes.Axis = -1) -> jax.A
 
 
 def standardize_kernel(kernel: ArrayLike, feature_axis: _axes.Axis = -1, *, epsilon: float = 1e-5) -> jax.Array:
-    r"""The kernel with mean 0 and variance 1 for each output feature: weight standardization.
+    r"""Weight standardization: scales the kernel to mean 0 and variance 1 for each output feature.
 
     .. math:: \hat{w} = \frac{w - \bar{w}}{\sqrt{s^2 + \epsilon}}, \qquad s^2 = \sum (w - \bar{w})^2 / (n - 1)
 
-    For small batches, with group normalization or with batch normalization behind it.
+    For small batches, followed by group normalization or batch normalization.
 
     Args:
         kernel: As in `centralize_kernel`.
@@ -62,6 +62,7 @@ def standardize_kernel(kernel: ArrayLike, feature_axis: _axes.Axis = -1, *, epsi
     kernel = jnp.asarray(kernel)
     centred = _centred(kernel, feature_axis)
     reduced = _axes.split(kernel.ndim, feature_axis).reduced
+    # Bessel's factor is 1 for n = 1, so a kernel with one weight per output gives zeros and no NaN.
     n = jnp.asarray(_axes.values_per_channel(kernel.shape, feature_axis), centred.dtype)
     var = jnp.square(centred).mean(reduced, keepdims=True) * _moments.bessel(n)
     return (centred * lax.rsqrt(var + epsilon)).astype(kernel.dtype)
