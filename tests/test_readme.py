@@ -249,7 +249,7 @@ ERRORS = {
         ValueError,
         [lambda: jaxbn.linen.diagnose(EVALUATION.apply, variables(), [X])],
     ),
-    "The folded model differs from the one given": (ValueError, [lambda: fold(X * jnp.nan)]),
+    "The folded model was rejected": (ValueError, [lambda: fold(X * jnp.nan)]),
     "stop_when needs standard errors": (
         ValueError,
         [lambda: postproc([X], stop_when=0.1, estimator=jaxbn.moving_average())],
@@ -258,7 +258,7 @@ ERRORS = {
         ValueError,
         [lambda: jaxbn.linen.postproc(EVALUATION.apply, params_alone(), [X])],
     ),
-    "Nothing has estimated the statistics of": (ValueError, [lambda: jaxbn.linen.freeze(variables())]),
+    "were never estimated: they are the initial values": (ValueError, [lambda: jaxbn.linen.freeze(variables())]),
     "are not those that the report is about": (
         ValueError,
         [lambda: jaxbn.linen.freeze(variables(), jaxbn.linen.postproc(EVALUATION.apply, variables(), [X])[1])],

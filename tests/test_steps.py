@@ -436,7 +436,7 @@ def test_method_two_is_the_pass_of_postproc(host, kind, estimator):
 def test_without_running_averages_the_statistics_come_from_a_pass(host):
     steps, batches, state, acc = trained(host, momentum=None)
     assert (statistics_of(state)["norm_0"]["mean"] == 0).all()
-    with pytest.raises(ValueError, match="Nothing has estimated the statistics of 'norm_0'"):
+    with pytest.raises(ValueError, match="The statistics of 'norm_0' were never estimated"):
         steps.finalize(state)
     population = pooled_in_float64(params_of(state), [batch["x"] for batch in batches])
     assert_same_statistics(statistics_of(steps.finalize(state, acc)[0]), population, 2e-6)
@@ -445,7 +445,7 @@ def test_without_running_averages_the_statistics_come_from_a_pass(host):
 @every_host
 def test_finalize_refuses_what_are_no_statistics(host):
     steps, batches, state, acc = trained(host)
-    with pytest.raises(ValueError, match="Nothing has estimated the statistics of 'norm_0'.*[Tt]rain"):
+    with pytest.raises(ValueError, match="The statistics of 'norm_0' were never estimated.*[Tt]rain"):
         steps.finalize(steps.init(KEY, batches[0]))
     with pytest.raises(ValueError, match="has seen no batch: call postproc_step"):
         steps.finalize(state, steps.start(state, batches[0]))
@@ -525,10 +525,10 @@ def test_eval_step_takes_a_frozen_network_alone(host):
     steps, batches, state, _ = trained(host)
     frozen, _ = steps.finalize(state)
     for other in (state, frozen.variables, None):
-        with pytest.raises(TypeError, match="A jaxbn.Frozen is wanted, made by"):
+        with pytest.raises(TypeError, match="Expected a jaxbn.Frozen, made by"):
             steps.eval_step(other, batches[0])
     elsewhere = host.steps(host.net(epsilon=1e-3))
-    with pytest.raises(ValueError, match="'norm_.' was frozen with epsilon=1e-05, and the model has epsilon=0.001"):
+    with pytest.raises(ValueError, match="'norm_.' was frozen with epsilon=1e-05, but the model has epsilon=0.001"):
         elsewhere.eval_step(frozen, batches[0])
 
 

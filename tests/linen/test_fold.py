@@ -106,10 +106,10 @@ def test_layers_take_what_is_before_them_unless_they_pad():
     stays = {path: layer.reason for path, layer in report.layers.items() if not layer.folded}
     assert rows_of(report) == {f"norm_{name}": name for name in LAYERS_BEFORE} | dict.fromkeys(stays)
     for name, reason in {
-        "padded": "'padded' pads its input with zeros, which the shift would not reach",
-        "left": "'left' pads its input with zeros, which the shift would not reach",
+        "padded": "'padded' pads its input with zeros, to which the shift does not apply",
+        "left": "'left' pads its input with zeros, to which the shift does not apply",
         "up": "'up' is transposed",
-        "total": "'total' sums over an axis of its input that its kernel does not have",
+        "total": "'total' sums over an axis of its input that is not in its kernel",
     }.items():
         assert reason in stays.pop(f"norm_{name}")
     assert not stays
@@ -143,7 +143,7 @@ def test_every_method_is_folded_and_keeps_its_activation_and_residual():
         if case.factory is jaxbn.domain_batch_norm:
             assert layer == (False, None, "its statistics depend on the domain of each example")
         elif residual:
-            assert not layer.folded and f"the output of 'dense_{i}' goes into `rev` too" in layer.reason
+            assert not layer.folded and f"the output of 'dense_{i}' also goes into `rev`" in layer.reason
         else:
             assert layer.into == f"dense_{i}"
 
@@ -160,7 +160,7 @@ class Standardized(nn.Conv):
 
 
 def squashed_batch_norm(*, momentum=0.99, epsilon=1e-5):
-    """A method whose evaluation is no affine map."""
+    """A method whose evaluation is not an affine map."""
     base = jaxbn.batch_norm(momentum=momentum, epsilon=epsilon)
     return base._replace(eval=lambda *args, **kwargs: jnp.tanh(base.eval(*args, **kwargs)))
 
@@ -215,21 +215,21 @@ class Stays(nn.Module):
 
 
 REASONS = {
-    "used_elsewhere": "the output of 'dense_used' goes into `reduce_sum` too; its output is that of the model",
+    "used_elsewhere": "the output of 'dense_used' also goes into `reduce_sum`; its output is the output of the model",
     "reshaped": "its input is made by `reshape`",
     "activation": "its input is made by an activation (tanh)",
     "shared_layer": "'dense_shared' is called 2 times",
     "twice": "it is called 2 times",
-    "relu_behind": "its input is made by `add`; its output goes into an activation (relu), not straight into a layer",
+    "relu_behind": "its input is made by `add`; its output goes into an activation (relu), not directly into a layer",
     "activation_inside": "its own activation or residual comes before the next layer",
-    "wrong_axis": "it normalizes along axes (0,), the features of 'dense_wrong_axis' are (1,)",
-    "output": "its input is that of the model, or a constant; its output is that of the model",
+    "wrong_axis": "its features are along axes (0,), those of 'dense_wrong_axis' along (1,)",
+    "output": "its input is the input of the model, or a constant; its output is the output of the model",
     "subclass": "'standardized' is a Standardized, which fold does not know",
     "own_product": "'dense_own' computes with a dot_general of its own",
-    "tied/norm": "the variables of 'tied/dense' are used elsewhere too",
-    "squashed": "its evaluation is no affine map of its input",
-    "mapped_1": "'dense_mapped_1' computes with something else than the variables that it is given",
-    "mapped_2": "'dense_mapped_2' computes with something else than the variables that it is given",
+    "tied/norm": "the variables of 'tied/dense' are also used elsewhere",
+    "squashed": "its evaluation is not an affine map of its input",
+    "mapped_1": "'dense_mapped_1' computes with other values than its variables",
+    "mapped_2": "'dense_mapped_2' computes with other values than its variables",
     "trains": "it normalizes with the statistics of its batch",
 }
 
@@ -271,7 +271,7 @@ def test_transformations_are_seen_through_or_refused():
     call, variables, folded, new, report = fold(Transformed(), x)
     assert set(report.folded) == {"jit/norm", "remat/norm"}
     for name in ("vmap", "scan", "cond"):
-        assert report.layers[f"{name}/norm"].reason == f"it runs inside `{name}`, into which fold does not see"
+        assert report.layers[f"{name}/norm"].reason == f"it runs inside `{name}`, which fold cannot trace"
     # A program that was compiled for one of the two is not taken for the other.
     before = jax.jit(call)(variables, x)
     np.testing.assert_allclose(jax.jit(folded)(new, x), before, rtol=1e-5)
@@ -521,7 +521,7 @@ def test_what_differs_by_more_than_the_tolerance_is_refused():
     variables["params"]["layers_0"]["bias"] += 1e7
     variables["batch_stats"]["layers_1"]["mean"] += 1e7
     before = jax.tree.map(np.copy, variables)
-    with pytest.raises(ValueError, match="give tolerance= if the difference is fine"):
+    with pytest.raises(ValueError, match="pass a larger tolerance= if the difference is acceptable"):
         jaxbn.linen.fold(net.apply, variables, x)
     chex.assert_trees_all_equal(variables, before)
     folded, new, report = jaxbn.linen.fold(net.apply, variables, x, tolerance=10)
@@ -538,9 +538,9 @@ def test_the_report_is_a_table_and_a_dict():
     assert str(report).splitlines() == [
         "1 of 2 normalization layers folded; outputs on the example differ by 1.2e-7",
         "layer     folded  where to, or why not",
-        "layers_1  yes     behind 'layers_0'",
-        "layers_3  no      its input is made by an activation (relu); its output is that",
-        "                  of the model",
+        "layers_1  yes     into 'layers_0' before it",
+        "layers_3  no      its input is made by an activation (relu); its output is the",
+        "                  output of the model",
     ]
     assert report.to_dict() == {
         "layers": {path: layer._asdict() for path, layer in report.layers.items()}, "error": 1.25e-7, "tolerance": 1e-4,

@@ -221,17 +221,17 @@ class Stays(nnx.Module):
 
 
 REASONS = {
-    "elsewhere": "the output of 'linear_elsewhere' goes into `reduce_sum` too",
+    "elsewhere": "the output of 'linear_elsewhere' also goes into `reduce_sum`",
     "behind_relu": "its input is made by an activation (relu)",
-    "before_relu": "its output goes into an activation (relu), not straight into a layer",
+    "before_relu": "its output goes into an activation (relu), not directly into a layer",
     "shared": "'linear_shared' is called 2 times",
     "twice": "it is called 2 times",
     "trains": "it normalizes with the statistics of its batch",
-    "tied": "the variables of 'linear_tied' are used elsewhere too",
-    "variable": "the variables of 'linear_variable' are used elsewhere too",
+    "tied": "the variables of 'linear_tied' are also used elsewhere",
+    "variable": "the variables of 'linear_variable' are also used elsewhere",
     "activated": "its own activation or residual comes before the next layer",
     "subclass": "'standardized' is a Standardized, which fold does not know",
-    "mapped": "'weight_norm/layer_instance' computes with something else than the variables that it is given",
+    "mapped": "'weight_norm/layer_instance' computes with other values than its variables",
     "centred": "it is a Centred, whose call is its own",
     "product": "'linear_product' computes with a dot_general of its own",
 }
@@ -276,7 +276,7 @@ def test_transformations_are_seen_through_or_refused():
     folded, report = fold(model, x)
     assert set(report.folded) == {"jit/norm", "remat/norm"}
     for name in ("vmap", "scan"):
-        assert report.layers[f"{name}/norm"].reason == f"it runs inside `{name}`, into which fold does not see"
+        assert report.layers[f"{name}/norm"].reason == f"it runs inside `{name}`, which fold cannot trace"
     assert_same_outputs(lambda model, x: model(x), model, nnx.jit(lambda model, x: model(x)), folded, x)
 
 
@@ -299,5 +299,5 @@ def test_a_frozen_network_is_folded_in_a_model_and_shared_modules_stay_shared():
         jaxbn.nnx.fold(folded, x, call=call)
     model.layers[1].mean[...] += 1e7
     model.layers[0].bias[...] += 1e7
-    with pytest.raises(ValueError, match="give tolerance= if the difference is fine"):
+    with pytest.raises(ValueError, match="pass a larger tolerance= if the difference is acceptable"):
         jaxbn.nnx.fold(model, x, call=call)

@@ -390,7 +390,7 @@ def test_what_is_no_array_of_numbers_is_refused_by_name(leaf, shown, path):
 
 def test_only_frozen_networks_are_saved(path):
     for given in (tiny().variables, None, nnx.BatchNorm(2, rngs=nnx.Rngs(0))):
-        with pytest.raises(TypeError, match="A jaxbn.Frozen is wanted"):
+        with pytest.raises(TypeError, match="Expected a jaxbn.Frozen"):
             jaxbn.serving.save(path, given)
     assert not list(path.parent.iterdir())
 

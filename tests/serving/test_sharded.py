@@ -176,7 +176,7 @@ def test_other_folders_and_models(saved, tmp_path):
 
 
 def test_what_is_no_network_changes_nothing(saved):
-    with pytest.raises(TypeError, match="A jaxbn.Frozen is wanted"):
+    with pytest.raises(TypeError, match="Expected a jaxbn.Frozen"):
         jaxbn.serving.save_sharded(saved, network().variables)
     with pytest.raises(TypeError, match="'rate' is <class 'float'>"):
         jaxbn.serving.save_sharded(saved, jaxbn.Frozen({"rate": 0.5}, INFO))
@@ -246,7 +246,7 @@ def test_two_processes_save_and_load_what_is_spread_over_both(shared):
 
 
 FAILURES = {
-    "one has no network": ("RuntimeError: Process 1 failed: TypeError: A jaxbn.Frozen", "TypeError: A jaxbn.Frozen is"),
+    "one has no network": ("RuntimeError: Process 1 failed: TypeError: Expected a jaxbn", "TypeError: Expected a jaxbn"),
     "one has another folder": (
         "RuntimeError: Process 1 failed: ValueError: Process 1 does",
         "ValueError: Process 1 do",

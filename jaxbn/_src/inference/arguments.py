@@ -1,4 +1,4 @@
-"""What to say of something that stands where variables or a model belong."""
+"""Errors for a wrong argument in the place of variables or of a model."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,7 +7,7 @@ from jaxbn._src.inference.frozen import Frozen
 
 
 def not_variables(given: Any) -> TypeError:
-    """What is wrong with something that stands where a linen model's variables belong."""
+    """Returns the error for an argument that is not the variables of a linen model."""
     if isinstance(given, Frozen):
         fix = "Pass frozen.variables."
     elif hasattr(given, "batch_stats") and hasattr(given, "params"):
@@ -18,19 +18,19 @@ def not_variables(given: Any) -> TypeError:
             'pass {"params": state.params, "batch_stats": state.batch_stats}.'
         )
     elif hasattr(given, "apply") and hasattr(given, "init"):
-        fix = "Pass what net.init(...) returned or training made of it; the module itself belongs in `call`: net.apply."
+        fix = "Pass the variables that net.init(...) or training returned; the module belongs in `call`: net.apply."
     elif callable(given):
         fix = "The order is (call, variables, batches); for an NNX model use jaxbn.nnx."
     else:
-        fix = "Pass all that net.init(...) returned."
+        fix = "Pass all variables that net.init(...) returned."
     return TypeError(
-        f"A {_named(given)} was given where the variables of a linen model belong, which are a dict such as "
+        f"Got a {_named(given)} instead of the variables of a linen model, a dict such as "
         f'{{"params": ..., "batch_stats": ...}}. {fix}'
     )
 
 
 def not_a_model(given: Any) -> TypeError:
-    """What is wrong with something that stands where an NNX model belongs."""
+    """Returns the error for an argument that is not an NNX model."""
     if isinstance(given, Frozen):
         fix = "Put it into a model with jaxbn.nnx.install_frozen(model, frozen)."
     elif isinstance(given, type):
@@ -38,10 +38,10 @@ def not_a_model(given: Any) -> TypeError:
     elif hasattr(given, "apply") and hasattr(given, "init"):
         fix = "For a linen module and its variables use jaxbn.linen."
     elif isinstance(given, Mapping):
-        fix = "For the variables of a linen model use jaxbn.linen; for a state of NNX pass nnx.merge(graphdef, state)."
+        fix = "For the variables of a linen model use jaxbn.linen; for an NNX state pass nnx.merge(graphdef, state)."
     else:
-        fix = "Pass an nnx.Module; of what nnx.split returned, nnx.merge(graphdef, state)."
-    return TypeError(f"A {_named(given)} was given where an NNX model belongs. {fix}")
+        fix = "Pass an nnx.Module, such as nnx.merge(graphdef, state)."
+    return TypeError(f"Got a {_named(given)} instead of an NNX model. {fix}")
 
 
 def _named(given: Any) -> str:

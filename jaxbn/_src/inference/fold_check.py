@@ -1,4 +1,4 @@
-"""Whether a folded model still gives what it gave, on an example."""
+"""Checks on an example that a folded model has the outputs of the original."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -11,8 +11,8 @@ from jaxbn._src.inference.fold_plan import Layer, Norm, Plan
 from jaxbn._src.inference.fold_report import FoldReport
 from jaxbn._src.tracing.harvest import over_arrays
 
-# How far outputs may differ, relative to the largest: float32 in a deep network, and a few times the rounding of one
-# value for the short dtypes, in which every layer rounds its output.
+# Allowed difference of the outputs, relative to the largest: the error of float32 in a deep network, and a few rounding
+# steps of the short dtypes, in which each layer rounds its output.
 _TOLERANCES = {"float64": 1e-9, "float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
 
 
@@ -24,14 +24,14 @@ def checked_report(
     before: tuple[Any, ...],
     after: tuple[Any, ...],
 ) -> FoldReport:
-    """What was folded, if outputs are still what they were.
+    """Returns the report if folding did not change the outputs.
 
     Args:
-        plan: What was folded.
-        norms: The normalizations.
-        layers: The linear layers.
-        tolerance: How far outputs may differ; None: what the least precise of the dtypes at hand allows.
-        before: A function, and the arguments with which it runs the model as it was.
+        plan: The plan that was carried out.
+        norms: The normalizations, by path.
+        layers: The linear layers, by path.
+        tolerance: Allowed difference of the outputs. None: that of the least precise dtype in the model.
+        before: A function, and the arguments with which it runs the original model.
         after: The same for the folded model.
 
     Returns:
@@ -44,16 +44,16 @@ def checked_report(
     error = _difference(_run(*before), _run(*after)) if plan.folds else 0.0
     if not error <= tolerance:  # NaN too
         raise ValueError(
-            f"The folded model differs from the one given by {error:.2g} of its largest output on the example, and "
-            f"tolerance={tolerance:g}; nothing was folded. Means that are large next to their standard deviations do "
-            f"this, or an example on which outputs are not finite, or a call that is random: look at it in float32, "
-            f"and give tolerance= if the difference is fine."
+            f"The folded model was rejected: its outputs on the example differ by {error:.2g} of the largest output, "
+            f"which is more than tolerance={tolerance:g}. Possible causes are means that are large compared with their "
+            f"standard deviations, outputs that are not finite, or a random call. Check the model in float32, and pass "
+            f"a larger tolerance= if the difference is acceptable."
         )
     return FoldReport(plan.layers, error, tolerance)
 
 
 def _tolerance_of(plan: Plan, norms: Mapping[str, Norm], layers: Mapping[str, Layer]) -> float:
-    """What the least precise of the dtypes at hand allows."""
+    """The tolerance of the least precise dtype in the model."""
     found = [_TOLERANCES["float64"]]
     for one in plan.folds:
         dtypes = (*norms[one.norm].dtypes, layers[one.layer].weights.kernel.dtype)
@@ -62,7 +62,7 @@ def _tolerance_of(plan: Plan, norms: Mapping[str, Norm], layers: Mapping[str, La
 
 
 def _difference(expected: Any, found: Any) -> float:
-    """The largest difference of two trees of outputs, relative to the largest value of each array of the first."""
+    """The largest difference of two trees of outputs, each array relative to its largest value in the first."""
     worst = 0.0
     for old, new in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
         if jnp.issubdtype(old.dtype, jnp.inexact) and old.size:
@@ -78,5 +78,5 @@ def _nan_as_inf(error: float) -> float:
 
 
 def _run(call: Callable[..., Any], *arguments: Any) -> Any:
-    """The arrays that a call gives, compiled; other outputs are left out."""
+    """Compiles and runs a call; outputs that are not arrays are left out."""
     return jax.jit(lambda inputs: over_arrays(call(*inputs())))(over_arrays(arguments))

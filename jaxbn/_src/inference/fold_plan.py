@@ -1,8 +1,8 @@
-"""Which normalizations disappear into a linear layer, and why the others do not, read off the program of the model.
+"""Decides which normalizations are folded into a linear layer, by the dataflow of the traced model.
 
-A host tags what its normalizations and linear layers are given and give back. A normalization is folded into the layer
-before it if it uses that layer's output, and nobody else does; else into the layer behind it if that one uses its
-output, and nobody else does. Every doubt is a reason not to fold.
+A framework tags the inputs and outputs of its normalizations and linear layers. A normalization is folded into the
+layer before it if it is the only user of the output of that layer. Otherwise it is folded into the layer after it if
+that layer is the only user of its output. It is left unfolded, with the reason, if folding might change the result.
 """
 
 import dataclasses
@@ -26,47 +26,47 @@ DOMAINS = "its statistics depend on the domain of each example"
 
 
 class Tag(NamedTuple):
-    """What a tagged value is."""
+    """The tag of a value."""
 
     path: str
-    role: str  # "input", "output", or "variable": what it holds
-    own: bool = True  # False: of a layer of this path that does not belong to the variables that were given
+    role: str  # "input", "output" or "variable"
+    own: bool = True  # False: the layer has this path, but does not use the variables that were given
 
 
 class Norm(NamedTuple):
-    """A normalization, as the model calls it."""
+    """A call of a normalization."""
 
     transform: NormTransform  # without activation and dtype
-    params: Any  # of the method
+    params: Any  # parameters of the method
     state: State
     axis: Any
-    ndim: int  # of its input
+    ndim: int  # rank of its input
     dtypes: tuple[np.dtype, np.dtype]  # of its input and its output
     bare: bool  # without activation and residual
-    refusal: str | None = None  # why the call cannot be folded, whatever is beside it
+    refusal: str | None = None  # reason why this call cannot be folded into any layer
 
 
 class Layer(NamedTuple):
-    """A linear layer, as the model calls it."""
+    """A call of a linear layer."""
 
     linear: _fold_arithmetic.Linear | None
     weights: _fold_arithmetic.Weights
-    refusal: str | None = None  # why nothing can be folded into it
-    map_kernel: Callable[[jax.Array], jax.Array] | None = None  # with what it computes in the place of its kernel
+    refusal: str | None = None  # reason why no normalization can be folded into it
+    map_kernel: Callable[[jax.Array], jax.Array] | None = None  # maps the parameter to the kernel that the layer uses
 
 
 class Fold(NamedTuple):
-    """One decision: this normalization goes into this layer."""
+    """The decision to fold a normalization into a layer."""
 
     norm: str
     layer: str
-    behind: bool  # the normalization is behind the layer
+    behind: bool  # whether the normalization comes after the layer
     affine: _fold_arithmetic.Affine
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What is to be folded, in the order of the program, and what is said of each normalization."""
+    """The normalizations to fold, in the order of the program, and the result for each normalization."""
 
     folds: tuple[Fold, ...]
     layers: dict[str, LayerFold]
@@ -85,8 +85,8 @@ def make_plan(
         flow: The program.
         norms: The normalizations that it calls, by path.
         layers: The linear layers that it calls, by path.
-        values: The inputs of the program that are variables of a layer, by its path; None: of others too.
-        paths: Of all normalizations that the model has.
+        values: By path of a layer, the inputs of the program that are its variables; None: shared with other layers.
+        paths: Paths of all normalizations of the model.
 
     Returns:
         The plan; its `layers` are in the order of the program, and those that it does not reach are last.
@@ -98,7 +98,7 @@ def make_plan(
 
 
 def fold_weights(plan: Plan, layers: Mapping[str, Layer]) -> dict[str, _fold_arithmetic.Weights]:
-    """The new kernel and bias of each layer into which something is folded."""
+    """Returns the new kernel and bias of each layer into which a normalization is folded."""
 
     def compute(
         weights: dict[str, _fold_arithmetic.Weights], maps: list[tuple[jax.Array, jax.Array]]
@@ -120,10 +120,12 @@ def fold_weights(plan: Plan, layers: Mapping[str, Layer]) -> dict[str, _fold_ari
 
 
 class _No(Exception):
-    """A reason not to fold."""
+    """Raised with the reason not to fold."""
 
 
 class _Planner:
+    """Decides normalization by normalization; later decisions depend on earlier ones."""
+
     def __init__(
         self,
         flow: _dataflow.Flow,
@@ -136,7 +138,7 @@ class _Planner:
         self._hidden = {one.tag.path: one.inside for one in flow.unreadable if isinstance(one.tag, Tag)}
 
     def decide(self, path: str) -> LayerFold:
-        """Folds a normalization, if that changes nothing."""
+        """Plans to fold a normalization if this does not change the result."""
         reasons = []
         for find, behind in ((self._layer_before, True), (self._layer_behind, False)):
             try:
@@ -146,40 +148,40 @@ class _Planner:
                 reasons.append(str(reason))
             else:
                 self.folds.append(Fold(path, layer, behind, affine))
-                return LayerFold(True, layer, f"{'behind' if behind else 'before'} {_name(layer)}")
+                return LayerFold(True, layer, f"into {_name(layer)} {'before' if behind else 'after'} it")
         return LayerFold(False, None, "; ".join(dict.fromkeys(reasons)))
 
     def _check_alone(self, path: str) -> None:
-        """A layer must run once, where it can be followed, and its variables must serve nothing else."""
+        """Checks that a layer runs once, outside of opaque calls, and that nothing else uses its variables."""
         name = "it" if path in self.norms or path not in self.layers else _name(path)
         if hidden := self._hidden.get(path):
-            raise _No(f"{name} runs inside `{hidden}`, into which fold does not see")
+            raise _No(f"{name} runs inside `{hidden}`, which fold cannot trace")
         calls = len(self.flow.tagged(Tag(path, "output")))
         if self.flow.tagged(Tag(path, "output", own=False)):
-            raise _No(f"another network, with variables of its own, has a layer of the path of {name}")
+            raise _No(f"another network, with other variables, has a layer with the path of {name}")
         if calls == 0:
-            raise _No("the call does not reach it as a layer that fold knows, or its output is not used")
+            raise _No("the call does not reach it, its output is not used, or fold does not support its class")
         if calls > 1:
             raise _No(f"{name} is called {calls} times")
         values = self.values.get(path, ())
         if not self.flow.given.get(Tag(path, "variable"), {None}) <= set(values):
-            raise _No(f"{name} computes with something else than the variables that it is given")
+            raise _No(f"{name} computes with other values than its variables")
         if not all(value is not None and self.flow.leaves_by(value, Tag(path, "output")) for value in values):
-            raise _No(f"the variables of {name} are used elsewhere too")
+            raise _No(f"the variables of {name} are also used elsewhere")
 
     def _affine(self, path: str) -> _fold_arithmetic.Affine:
-        """What a normalization does to each channel, if it may be folded at all."""
+        """The affine map of a normalization that may be folded."""
         self._check_alone(path)
         if refusal := self.norms[path].refusal:
             raise _No(refusal)
         affine, is_one = self._affines[path]
         if not is_one:
-            raise _No("its evaluation is no affine map of its input")
+            raise _No("its evaluation is not an affine map of its input")
         return affine
 
     @functools.cached_property
     def _affines(self) -> dict[str, tuple[_fold_arithmetic.Affine, bool]]:
-        """Of all normalizations that can be followed, in one program."""
+        """The affine maps of all normalizations that can be traced, computed in one program."""
         norms, axes = {}, {}
         for path, norm in self.norms.items():
             if norm.refusal is None and path not in self._hidden:
@@ -202,27 +204,27 @@ class _Planner:
         }
 
     def _layer_before(self, path: str, affine: _fold_arithmetic.Affine) -> str:
-        """The layer whose output the normalization is given, and it alone."""
+        """Returns the layer whose output is used by the normalization only."""
         value = self._given(path)
         while True:
             maker, uses = self.flow.makers.get(value), self.flow.uses(value)
             if maker is None:
-                raise _No("its input is that of the model, or a constant")
+                raise _No("its input is the input of the model, or a constant")
             if not isinstance(maker.tag, Tag):
                 raise _No(f"its input is made by {_what(maker)}")
             before = maker.tag.path
             if len(uses) > 1:
                 others = [node for node in uses if node.tag != Tag(path, "input")]
-                raise _No(f"the output of {_name(before)} goes into {_what(others[0])} too")
+                raise _No(f"the output of {_name(before)} also goes into {_what(others[0])}")
             if before in self.layers:
                 self._check_layer(before, affine, behind=True)
                 return before
             if not (self.norms[before].bare and any(one.norm == before and one.behind for one in self.folds)):
                 raise _No(f"its input is made by the normalization {_name(before)}")
-            path, value = before, self._given(before)  # which is gone
+            path, value = before, self._given(before)  # this one is already folded
 
     def _layer_behind(self, path: str, affine: _fold_arithmetic.Affine) -> str:
-        """The layer that is given the normalization's output, and nobody else is."""
+        """Returns the layer that is the only user of the output of the normalization."""
         if not self.norms[path].bare:
             raise _No("its own activation or residual comes before the next layer")
         (output,) = self.flow.tagged(Tag(path, "output"))
@@ -231,9 +233,9 @@ class _Planner:
             raise _No(f"its output is used {len(uses)} times")
         behind = uses[0].tag
         if not uses[0].inputs:
-            raise _No("its output is that of the model")
+            raise _No("its output is the output of the model")
         if not isinstance(behind, Tag):
-            raise _No(f"its output goes into {_what(uses[0])}, not straight into a layer")
+            raise _No(f"its output goes into {_what(uses[0])}, not directly into a layer")
         if behind.path not in self.layers:
             raise _No(f"its output goes into {_name(behind.path)}")
         self._check_layer(behind.path, affine, behind=False)
@@ -251,7 +253,7 @@ class _Planner:
         linear = layer.linear
         features = linear.outputs if behind else linear.inputs
         if not set(affine.axes) <= set(features):
-            raise _No(f"it normalizes along axes {affine.axes}, the features of {_name(path)} are {tuple(features)}")
+            raise _No(f"its features are along axes {affine.axes}, those of {_name(path)} along {tuple(features)}")
         if not behind and linear.uneven and np.any(np.asarray(affine.shift)):
             raise _No(f"{_name(path)} {linear.uneven}")
 
@@ -261,7 +263,7 @@ def _name(path: str) -> str:
 
 
 def _what(node: _dataflow.Node) -> str:
-    """An equation in words."""
+    """Describes an equation."""
     if isinstance(node.tag, Tag):
         return repr(node.tag.path)
     if node.label in _ACTIVATIONS:
@@ -269,7 +271,7 @@ def _what(node: _dataflow.Node) -> str:
     return f"`{node.label}`" if " " not in node.label else node.label
 
 
-# Of jax.nn, and the primitives that others are.
+# Names of jax.nn, and the primitives of the others.
 _ACTIVATIONS = set(
     "relu relu6 sigmoid softplus sparse_plus soft_sign silu swish log_sigmoid leaky_relu hard_sigmoid hard_silu "
     "hard_swish hard_tanh tanh elu celu selu gelu glu squareplus mish logistic max".split()

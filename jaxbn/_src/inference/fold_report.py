@@ -1,4 +1,4 @@
-"""What `fold` did with every normalization of a model."""
+"""The report of `fold`: the result for each normalization layer of a model."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -7,36 +7,36 @@ from jaxbn._src.display.tables import Column, paragraph, short, table
 
 
 class LayerFold(NamedTuple):
-    """What became of one normalization layer."""
+    """The result for one normalization layer."""
 
     folded: bool
     into: str | None  # the path of the layer into which it was folded
-    reason: str  # where it went, or why it stays
+    reason: str  # where it was folded to, or why it was not folded
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class FoldReport:
-    """What `fold` did. Prints as a table with a line for each normalization layer.
+    """The result of `fold`. `print` shows a table with a row for each normalization layer.
 
     Example:
-        >>> layers = {"norm": jaxbn.LayerFold(True, "conv", "behind 'conv'")}
+        >>> layers = {"norm": jaxbn.LayerFold(True, "conv", "into 'conv' before it")}
         >>> print(jaxbn.FoldReport(layers, error=2.5e-7, tolerance=1e-4))
         1 of 1 normalization layers folded; outputs on the example differ by 2.5e-7
         layer  folded  where to, or why not
-        norm   yes     behind 'conv'
+        norm   yes     into 'conv' before it
     """
 
     layers: dict[str, LayerFold]
-    error: float  # the largest difference of outputs on the example, relative to the largest of them
+    error: float  # largest difference of the outputs on the example, relative to the largest output
     tolerance: float
 
     @property
     def folded(self) -> tuple[str, ...]:
-        """The layers that are gone."""
+        """The layers that were folded."""
         return tuple(path for path, layer in self.layers.items() if layer.folded)
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it as dicts, numbers, strings and None, for `json.dumps`."""
+        """Returns dicts, numbers, strings and None, for `json.dumps`."""
         layers = {path: layer._asdict() for path, layer in self.layers.items()}
         return {"layers": layers, "error": self.error, "tolerance": self.tolerance}
 

@@ -1,6 +1,6 @@
-"""The frozen network: parameters and statistics that nothing moves any more, and what is known of where they come from.
+"""The frozen network: parameters and fixed statistics, with information on the origin of the statistics.
 
-It is what training and postproc end in, and what is evaluated, saved and served.
+It is the result of training and of a statistics pass, and you evaluate, save and serve it.
 """
 
 import dataclasses
@@ -23,45 +23,45 @@ from jaxbn._src.statistics.pass_report import Report
 RUNNING = "running averages"
 AS_GIVEN = "as given"
 
-# Distributions whose versions are recorded.
+# Packages whose versions are recorded.
 _VERSIONS = ("jaxbn", "jax", "flax")
 _HINT = "build the model with the arguments with which it was frozen."
 
 
 class LayerInfo(NamedTuple):
-    """How one layer normalizes, and where its statistics come from."""
+    """The method of one layer, and the origin of its statistics."""
 
-    method: str | None  # such as "batch_norm"; None: nobody saw the layer at work
+    method: str | None  # such as "batch_norm"; None: unknown
     epsilon: float | None
-    estimator: str  # that of a pass; "running averages"; or "as given", of statistics that were found as they are
-    rows: float | None  # values per channel that a pass saw
+    estimator: str  # the name of the estimator of a pass; "running averages"; or "as given" if unknown
+    rows: float | None  # values per channel in the pass; None: unknown
 
 
 class Info(NamedTuple):
-    """What is known of a frozen network; static, hashable."""
+    """Information on a frozen network; static and hashable."""
 
     layers: tuple[tuple[str, LayerInfo], ...]  # by path
-    versions: tuple[tuple[str, str], ...]  # of the packages that made it
+    versions: tuple[tuple[str, str], ...]  # of the packages that made the network
 
     def layer(self, path: str) -> LayerInfo:
-        """The information on the layer at this path."""
+        """Returns the information on the layer at this path."""
         return dict(self.layers)[path]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)  # comparing arrays gives no truth value
 class Frozen:
-    """A network to evaluate: its variables, and what is known of its statistics. A pytree; `info` is static.
+    """A network to evaluate: its variables, and information on its statistics. A pytree; `info` is static.
 
-    Make one with `jaxbn.linen.freeze`, `jaxbn.nnx.freeze` or the `finalize` of `make_steps`. No training step takes it.
-    Gradients flow through its evaluation to inputs and parameters, and in jaxbn's layers none to the statistics.
+    Make one with `jaxbn.linen.freeze`, `jaxbn.nnx.freeze` or the `finalize` of `make_steps`. Training steps do not
+    accept it. Gradients flow to inputs and parameters; with jaxbn's layers, the statistics have no gradient.
     """
 
     variables: dict[str, Any]  # nested dicts of arrays: Flax's collections (linen), or the variables by path (NNX)
     info: Info = dataclasses.field(metadata={"static": True})
 
     def __post_init__(self) -> None:
-        """NumPy arrays, which whoever holds them may write to, are copied."""
+        """Copies NumPy arrays, because their owner may write to them."""
         if any(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(self.variables)):
             copies = jax.tree.map(lambda leaf: leaf.copy() if isinstance(leaf, np.ndarray) else leaf, self.variables)
             object.__setattr__(self, "variables", copies)
@@ -95,25 +95,25 @@ def make_info(
     kinds: Mapping[str, LayerKind] | None = None,
     otherwise: str = AS_GIVEN,
 ) -> Info:
-    """Checks that the statistics may be frozen, and says where they come from.
+    """Checks that the statistics may be frozen, and returns the information on them.
 
     Args:
         states: The statistics of each layer, by path.
-        report: Of the pass that made them.
-        kinds: What the layers do, where the report does not say.
-        otherwise: The estimator of layers that the report does not know.
+        report: The report of the pass that estimated them.
+        kinds: The method and epsilon of layers that are not in the report.
+        otherwise: The estimator of layers that are not in the report.
 
     Returns:
         The information on all layers.
 
     Raises:
-        ValueError: If nothing ever estimated the statistics of a layer, if they are not finite, or if the report is
-            not about them.
+        ValueError: If the statistics of a layer were never estimated or are not finite, or if the report is about other
+            statistics.
     """
-    kinds, states = kinds or {}, here(states)  # they may be spread over processes
+    kinds, states = kinds or {}, here(states)  # arrays may be spread over processes
     if report is not None and set(report.layers) != set(states):
         raise ValueError(
-            f"The report is about the layers {sorted(report.layers)}, the variables hold {sorted(states)}."
+            f"The report is about the layers {sorted(report.layers)}, but the variables hold {sorted(states)}."
         )
     paths = in_order(states, report.layers if report else kinds)
     layers = ((path, _layer_info(path, states[path], report, kinds.get(path), otherwise)) for path in paths)
@@ -121,47 +121,47 @@ def make_info(
 
 
 def versions() -> tuple[tuple[str, str], ...]:
-    """The packages that make a network, and which they are."""
+    """Returns the recorded packages and their versions."""
     return tuple((name, _version(name)) for name in _VERSIONS)
 
 
 def is_initial(state: State) -> np.ndarray:
-    """Which statistics are still those of the initialization."""
+    """Returns which channels still have the initial statistics."""
     return (np.asarray(state.mean) == INITIAL_MEAN) & (np.asarray(state.var) == INITIAL_VAR)
 
 
 def copied(tree: Any) -> Any:
-    """The tree with memory of its own: a step reuses that of the state it is given, and NumPy arrays are written to."""
+    """Copies the arrays of a tree: a step may donate those of its state, and NumPy arrays may be written to."""
     return jax.tree.map(lambda leaf: leaf.copy() if isinstance(leaf, jax.Array | np.ndarray) else leaf, tree)
 
 
 def check_frozen(frozen: Any) -> None:
-    """Raises a TypeError for anything but a frozen network, which is all that may be evaluated, saved and served."""
+    """Raises a TypeError if the argument is not a frozen network."""
     if not isinstance(frozen, Frozen):
-        raise TypeError(f"A jaxbn.Frozen is wanted, made by freeze() or by steps.finalize(); given: {type(frozen)}.")
+        raise TypeError(f"Expected a jaxbn.Frozen, made by freeze() or by steps.finalize(); got {type(frozen)}.")
     check_unstacked(frozen.variables)
 
 
 def check_kinds(frozen: Frozen, kinds: Mapping[str, LayerKind]) -> None:
-    """Raises a ValueError if a layer of the model does something else than the one that was frozen."""
+    """Raises a ValueError if a layer of the model has another method or epsilon than the frozen one."""
     known = dict(frozen.info.layers)
-    for path in sorted(kinds.keys() & known.keys()):  # others are of a teacher, say, that the model holds
+    for path in sorted(kinds.keys() & known.keys()):  # the model may hold other layers, such as those of a teacher
         for name in LayerKind._fields:
             old, new = getattr(known[path], name), getattr(kinds[path], name)
             if old is not None and new is not None and old != new:
                 raise ValueError(
-                    f"{_name(path)} was frozen with {name}={old!r}, and the model has {name}={new!r}; {_HINT}"
+                    f"{_name(path)} was frozen with {name}={old!r}, but the model has {name}={new!r}; {_HINT}"
                 )
 
 
 def shapes_by_path(tree: Any) -> dict[str, tuple[int, ...]]:
-    """The shape of every array, by its path; lists and tuples may hold some."""
+    """Returns the shape of each array by path; the tree may hold lists and tuples."""
     leaves = jax.tree.leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape for path, leaf in leaves}
 
 
 def check_shapes(given: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> None:
-    """Raises a ValueError that names the first leaf in which a frozen network, as given, does not fit a model."""
+    """Raises a ValueError that names the first leaf of a frozen network that does not fit a model."""
     for path in sorted(given.keys() | wanted.keys()):
         frozen, model = given.get(path, "missing"), wanted.get(path, "missing")
         if frozen != model:
@@ -193,7 +193,7 @@ def _versions(info: Info) -> str:
 def _version(package: str) -> str:
     try:
         return metadata.version(package)
-    except metadata.PackageNotFoundError:  # run from its sources
+    except metadata.PackageNotFoundError:  # run from the source tree
         return "unknown"
 
 
@@ -205,20 +205,20 @@ def _layer_info(path: str, state: State, report: Report | None, kind: LayerKind 
     name = _name(path)
     mean, var = np.asarray(state.mean), np.asarray(state.var)
     if not (np.isfinite(mean).all() and np.isfinite(var).all() and (var >= 0).all()):
-        raise ValueError(f"The statistics of {name} are not finite, or a variance is negative; nothing was frozen.")
+        raise ValueError(f"The statistics of {name} are not finite, or a variance is negative.")
     change = None if report is None else report.layers[path]
     reached = False if change is None else change.reached
     if (is_initial(state) & ~np.asarray(reached)).any():
         raise ValueError(
-            f"Nothing has estimated the statistics of {name}: they are those of its initialization. Train with "
-            f"running averages (momentum=0.99), or estimate them with postproc on a call that reaches this layer."
+            f"The statistics of {name} were never estimated: they are the initial values. Train with running averages "
+            f"(momentum=0.99), or estimate them with postproc on a call that reaches this layer."
         )
     if report is None or change is None or change.count == 0:
         return LayerInfo(kind and kind.method, kind and kind.epsilon, otherwise, None)
     if not (np.array_equal(mean, change.new_mean) and np.array_equal(var, change.new_var)):
         raise ValueError(
-            f"The statistics of {name} are not those that the report is about. Freeze what the pass returned beside "
-            f"the report, not what went into it."
+            f"The statistics of {name} are not those that the report is about. Freeze the variables or model that the "
+            f"pass returned together with the report, not the ones that you passed to it."
         )
     kind = kind or change.kind
     return LayerInfo(kind and kind.method, kind and kind.epsilon, report.estimator, change.count)

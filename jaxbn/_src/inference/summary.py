@@ -1,4 +1,4 @@
-"""What is normalized in a model, how, and by what its statistics were estimated, as a table."""
+"""A table of the normalization layers of a model: methods, parameters, and origin of the statistics."""
 
 from collections.abc import Iterable, Mapping
 
@@ -21,16 +21,16 @@ def tabulate(
     info: Info | None = None,
     kinds: Mapping[str, LayerKind] | None = None,
 ) -> str:
-    """The table.
+    """Returns the table as text.
 
     Args:
         states: The statistics of each layer, by path.
         params: The paths of all learned parameters.
-        info: What is known of a frozen network.
-        kinds: What the layers do, where there is no `info`.
+        info: The information in a frozen network.
+        kinds: The method and epsilon of the layers, if there is no `info`.
 
     Returns:
-        Text, with a line per layer.
+        A table with a row for each layer.
     """
     params, kinds = set(params), kinds or {}
     known = dict(info.layers) if info else {}
@@ -44,7 +44,7 @@ def tabulate(
 
 
 def _beside(layer: str, params: Iterable[str]) -> list[str]:
-    """The names of the parameters of a layer: scale and bias, and then what its method learns besides."""
+    """The names of the parameters of a layer: scale and bias, then those of its method."""
     split = [param.rpartition("/") for param in params]
     names = sorted(name for path, _, name in split if path == layer)
     return sorted(names, key=lambda name: AFFINE.index(name) if name in AFFINE else len(AFFINE))
@@ -53,7 +53,7 @@ def _beside(layer: str, params: Iterable[str]) -> list[str]:
 def _cells(
     state: State, path: str, known: Mapping[str, LayerInfo], kinds: Mapping[str, LayerKind]
 ) -> tuple[str, str, str, str]:
-    """Method, epsilon, statistics and rows; a dash stands for what is not known."""
+    """Method, epsilon, statistics and rows; a dash means unknown."""
     info = known.get(path)
     kind = info or kinds.get(path)
     statistics = info.estimator if info else "initial values" if is_initial(state).all() else AS_GIVEN

@@ -68,7 +68,7 @@ def fold(
         >>> model = nnx.Sequential(conv, jaxbn.nnx.BatchNorm(4, activation=jax.nn.relu, rngs=rngs))
         >>> folded, report = jaxbn.nnx.fold(model, jnp.ones((1, 8, 8, 3)))
         >>> report.layers["layers/1"]
-        LayerFold(folded=True, into='layers/0', reason="behind 'layers/0'")
+        LayerFold(folded=True, into='layers/0', reason="into 'layers/0' before it")
         >>> jax.tree.map(jnp.shape, nnx.to_pure_dict(nnx.state(folded)))
         {'layers': {0: {'bias': (4,), 'kernel': (3, 3, 3, 4)}}}
     """
