@@ -10,8 +10,11 @@ import sys
 import tomllib
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
 from cases import CASES
+from flax import nnx
 
 import jaxbn
 import jaxbn.linen
@@ -168,6 +171,18 @@ def test_public_names_live_in_the_public_packages():
         named = {name: value for name, value in vars(package).items() if name[0] != "_" and callable(value)}
         assert named and {value.__module__ for value in named.values()} == {package.__name__}
         assert all(pickle.loads(pickle.dumps(value)) is value for value in named.values())
+
+
+def test_pickles_name_no_private_module():
+    """Pickles of users can be read after a private module was renamed."""
+    x = jnp.array([[1.0, 2.0], [3.0, 6.0]])
+    layer, model = jaxbn.linen.BatchNorm(use_running_average=True), jaxbn.nnx.BatchNorm(2, rngs=nnx.Rngs(0))
+    frozen = jaxbn.linen.freeze(*jaxbn.linen.postproc(layer.apply, layer.init(jax.random.key(0), x), [x]))
+    states = [case.factory(**case.arguments).init(2) for case in CASES]
+    pickled = [pickle.dumps(value) for value in (layer, model, frozen, states)]
+    assert not [data for data in pickled if b"jaxbn" not in data or b"jaxbn._src" in data]
+    again = [pickle.loads(data) for data in pickled]
+    assert again[0] == layer and type(again[1]) is jaxbn.nnx.BatchNorm and again[2].info == frozen.info
 
 
 def test_one_import_is_enough():
