@@ -246,7 +246,10 @@ def test_two_processes_save_and_load_what_is_spread_over_both(shared):
 
 
 FAILURES = {
-    "one has no network": ("RuntimeError: Process 1 failed: TypeError: Expected a jaxbn", "TypeError: Expected a jaxbn"),
+    "one has no network": (
+        "RuntimeError: Process 1 failed: TypeError: Expected a jaxbn",
+        "TypeError: Expected a jaxbn",
+    ),
     "one has another folder": (
         "RuntimeError: Process 1 failed: ValueError: Process 1 does",
         "ValueError: Process 1 do",
