@@ -9,7 +9,7 @@ import pytest
 from jax import lax
 from jax.experimental.xla_metadata import set_xla_metadata
 from jax.sharding import PartitionSpec as P
-from marked import (
+from sown import (
     CHANNELS,
     DEPTH,
     ENSEMBLE,
@@ -38,7 +38,7 @@ from jaxbn._src.numerics.moments import Moments, merge, pool
 from jaxbn._src.tracing import harvest as _harvest
 from jaxbn._src.tracing.harvest import harvest
 from jaxbn._src.tracing.records import Record, collect
-from jaxbn._src.tracing.sow import mark
+from jaxbn._src.tracing.sow import sow
 
 
 @pytest.mark.sample(every=2)
@@ -337,10 +337,10 @@ def test_cast_index_is_refused():
         harvest(normed)(inputs(), jnp.asarray(FLAT_INDEX).astype(jnp.bfloat16))
 
 
-# What has no mark is not touched
+# Programs without layers are not changed
 
 
-def unmarked(x):
+def without_layers(x):
     x = jax.jit(lambda x: x * 2)(x)
     x = jax.checkpoint(jnp.sin)(x)
     x, ys = lax.scan(lambda x, y: (jnp.cos(x + y), x), x, x[None])
@@ -356,16 +356,16 @@ def unmarked(x):
     return {"x": tripled(x), "ys": (ys, None, lax.stop_gradient(ys))}
 
 
-def test_unmarked_program_is_the_same_program():
+def test_a_program_without_layers_stays_the_same():
     x = inputs()
-    y, records = harvest(unmarked)(x)
+    y, records = harvest(without_layers)(x)
     assert records == []
-    jax.tree.map(np.testing.assert_array_equal, y, unmarked(x))
-    before, after = (jax.make_jaxpr(fun)(x) for fun in (unmarked, lambda x: harvest(unmarked)(x)[0]))
+    jax.tree.map(np.testing.assert_array_equal, y, without_layers(x))
+    before, after = (jax.make_jaxpr(fun)(x) for fun in (without_layers, lambda x: harvest(without_layers)(x)[0]))
     for name in ("jit", "remat2", "scan", "cond", "while", "custom_jvp_call", "custom_vjp_call", "custom_vmap_call"):
         assert name in primitive_names(before)
     assert [eqn.primitive.name for eqn in before.eqns] == [eqn.primitive.name for eqn in after.eqns]
-    lowered = [jax.jit(fun).lower(x) for fun in (unmarked, lambda x: harvest(unmarked)(x)[0])]
+    lowered = [jax.jit(fun).lower(x) for fun in (without_layers, lambda x: harvest(without_layers)(x)[0])]
     assert all("scope/tanh" in low.as_text(debug_info=True) for low in lowered)
     assert instructions(lowered[0]) == instructions(lowered[1])
 
@@ -503,12 +503,12 @@ def test_jit_of_harvest_traces_once():
     assert records[0].layer == FLAT and isinstance(records[0], Record)
 
 
-# The mark itself
+# The `sow` primitive
 
 
 def test_mark_is_the_identity():
     x, index = inputs(), jnp.asarray(FLAT_INDEX)
-    tagged = partial(mark, index=index, moments=moments_of(x), layer=FLAT)
+    tagged = partial(sow, index=index, moments=moments_of(x), layer=FLAT)
     np.testing.assert_array_equal(tagged(x), x)
     np.testing.assert_array_equal(jax.jit(tagged)(x), x)
     np.testing.assert_array_equal(jax.grad(lambda x: (tagged(x) * x).sum())(x), 2 * x)
@@ -519,7 +519,7 @@ def test_mark_is_the_identity():
 
 def test_the_derivative_of_a_mark_does_not_know_of_its_moments():
     def loss(x, index):
-        return mark(jnp.ones(()), index, moments_of(x), layer=FLAT) * 3
+        return sow(jnp.ones(()), index, moments_of(x), layer=FLAT) * 3
 
     np.testing.assert_array_equal(jax.grad(loss)(inputs(), jnp.asarray(FLAT_INDEX)), np.zeros(FULL))
 
@@ -548,13 +548,13 @@ def test_moments_come_out_with_their_derivative(name):
 
 def test_mark_compiles_to_nothing():
     x, index = inputs(), jnp.asarray(FLAT_INDEX)
-    marked, bare = (instructions(jax.jit(fun).lower(x, index)) for fun in (normed, lambda x, index: jnp.tanh(x)))
-    assert {op for op in marked if op[1] != "parameter"} == {op for op in bare if op[1] != "parameter"}
+    with_sow, bare = (instructions(jax.jit(fun).lower(x, index)) for fun in (normed, lambda x, index: jnp.tanh(x)))
+    assert {op for op in with_sow if op[1] != "parameter"} == {op for op in bare if op[1] != "parameter"}
 
 
 def test_scalar_moments_are_broadcast():
     ones = Moments(*(jnp.asarray(v, jnp.float32) for v in (4, 1, 0)))
-    _, records = harvest(lambda x, index: mark(x, index, ones, layer=FLAT))(inputs(), jnp.asarray(FLAT_INDEX))
+    _, records = harvest(lambda x, index: sow(x, index, ones, layer=FLAT))(inputs(), jnp.asarray(FLAT_INDEX))
     assert_moments(collect(records)[FLAT], Moments(np.full(3, 4), np.ones(3), np.zeros(3)))
 
 
@@ -589,7 +589,7 @@ def test_far_from_zero(name):
     def program(x, index):  # moments as core/moments.py takes them: deviations about the data
         shift = x[:1]
         near = moments_of(x - shift)
-        return mark(x, index, near._replace(mean=near.mean + shift[0]), layer=FLAT)
+        return sow(x, index, near._replace(mean=near.mean + shift[0]), layer=FLAT)
 
     wrapped = {"plain": program, "jit": jax.jit(program), "remat": jax.checkpoint(program)}[name]
     for whole in (True, False):
@@ -608,7 +608,7 @@ def test_many_turns_far_from_zero():
         def body(i, total):
             part, shift = x[i], x[i, :1]
             near = moments_of(part - shift)
-            return total + mark(part, index, near._replace(mean=near.mean + shift[0]), layer=FLAT).sum()
+            return total + sow(part, index, near._replace(mean=near.mean + shift[0]), layer=FLAT).sum()
 
         return lax.fori_loop(0, turns, body, jnp.zeros(()))
 
@@ -638,7 +638,7 @@ def test_collect_keeps_layers_apart_and_flat():
     x = inputs((ROWS, 2, 3))
 
     def program(x, a, b):
-        y = mark(x, b, Moments(jnp.ones(()), x[0], jnp.zeros(())), layer=other)
+        y = sow(x, b, Moments(jnp.ones(()), x[0], jnp.zeros(())), layer=other)
         return normed(y[:, 0], a)
 
     _, records = harvest(program)(x, whole[FLAT], whole[other])

@@ -10,7 +10,8 @@ import pytest
 from jax import lax
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from marked import (
+from meshes import AXIS, DEVICES, mesh
+from sown import (
     CHANNELS,
     DEPTH,
     ENSEMBLE,
@@ -35,13 +36,12 @@ from marked import (
     stacked,
     until,
 )
-from meshes import AXIS, DEVICES, mesh
 
 from jaxbn._src import internals as _internals
 from jaxbn._src.numerics.moments import Moments, batch_moments, merge_over
 from jaxbn._src.tracing.harvest import harvest
 from jaxbn._src.tracing.records import collect
-from jaxbn._src.tracing.sow import mark
+from jaxbn._src.tracing.sow import sow
 
 AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
 DIVIDED, WHOLE = P(AXIS), P()
@@ -75,7 +75,7 @@ def in_a_row(x, length):
     return [(FLAT_INDEX, layer_input) for layer_input in chain(x, length)[:length]]
 
 
-# Marks under other transformations inside
+# `sow` under other transformations inside
 
 INSIDE = [
     "plain", "twice", "nested_jit", "remat", "custom_jvp", "custom_vjp", "custom_vmap", "scan",
@@ -118,7 +118,7 @@ def test_devices_that_see_nothing_and_devices_that_see_little(check_vma):
     valid[: 3 * ROWS] = False
 
     def layer(x, index):
-        return mark(x, index, batch_moments(x[..., 0], mask=x[..., 1]), layer=FLAT)
+        return sow(x, index, batch_moments(x[..., 0], mask=x[..., 1]), layer=FLAT)
 
     _, records = jax.jit(harvest(sharded(layer, check_vma)))(jnp.stack([x, valid.astype(np.float32)], -1), INDEX)
     calls = [(FLAT_INDEX[c : c + 1], np.asarray(x)[valid[:, c], c : c + 1]) for c in range(CHANNELS)]
@@ -320,7 +320,7 @@ def test_meshes_without_jit(kinds):
 
 @every_check
 def test_mesh_that_is_set(check_vma):
-    """Specs from the arrays, and a mark of the same layer outside."""
+    """Specs inferred from the arrays, and a `sow` of the same layer outside."""
     on = jax.make_mesh((DEVICES,), (AXIS,), axis_types=(EXPLICIT,))
     devices = jax.shard_map(normed, out_specs=P(AXIS), check_vma=check_vma)
     x, index = placed(inputs(ALL), DIVIDED, on)
@@ -446,7 +446,7 @@ def test_records_are_whole_on_every_device(transform, check_vma):
 
 def synchronized(x, index, layer):
     moments = batch_moments(x)
-    return mark(jnp.tanh(x - merge_over(moments, AXIS).mean[None]), index, moments, layer=layer)
+    return sow(jnp.tanh(x - merge_over(moments, AXIS).mean[None]), index, moments, layer=layer)
 
 
 @pytest.mark.parametrize("layer", [normed, synchronized])
@@ -479,7 +479,7 @@ def test_an_index_that_goes_in_whole_comes_out_with_the_record(check_vma):
 
 
 def test_an_index_that_was_changed_inside_is_not_mistaken_for_it():
-    """One mark as it came, one backwards; and one of another argument of the same shape."""
+    """One index unchanged, one reversed, and one that is another argument of the same shape."""
     backwards = INDEX[::-1]
 
     def program(x, index, other):
@@ -497,7 +497,7 @@ def test_an_index_that_was_changed_inside_is_not_mistaken_for_it():
 def test_far_from_zero():
     """Means in float32: the variance stays within (5e-4 / 1e-2)^2."""
     x = jnp.asarray(np.random.default_rng(2).normal(1e4, 1e-2, (512, CHANNELS)), jnp.float32)
-    program = sharded(lambda x, i: mark(x, i, batch_moments(x), layer=FLAT))
+    program = sharded(lambda x, i: sow(x, i, batch_moments(x), layer=FLAT))
     got = collect(jax.jit(harvest(program))(x, INDEX)[1])[FLAT]
     expected = oracle([(FLAT_INDEX, np.asarray(x))], FLAT.size)
     np.testing.assert_allclose(got.mean, expected.mean, rtol=1e-7)

@@ -136,12 +136,12 @@ def marked(
 
     An input whose leading axis is not that of the examples has none; nor have statistics of domains.
     """
-    y = _sow.mark(y, index, moments, layer=dataclasses.replace(layer, examples=None))
+    y = _sow.sow(y, index, moments, layer=dataclasses.replace(layer, examples=None))
     if layer.examples is None or x.shape[:1] != (layer.examples,) or 0 in _axes.split(x.ndim, axis).features:
         return y
     if index.shape != _axes.feature_shape(x.shape, axis):
         return y
-    return _sow.mark(y, index, _moments.example_moments(x, axis=axis, mask=mask), layer=layer)
+    return _sow.sow(y, index, _moments.example_moments(x, axis=axis, mask=mask), layer=layer)
 
 
 def count_examples(batch: Any) -> int | None:

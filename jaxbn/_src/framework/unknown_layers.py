@@ -30,7 +30,7 @@ class Touched:
         for position, leaf in enumerate(leaves):
             if _internals.is_array_of_jax(leaf):
                 nothing = Moments(*(jnp.zeros((), jnp.float32) for _ in Moments._fields))
-                leaves[position] = _sow.mark(jnp.asarray(leaf), index, nothing, layer=self)
+                leaves[position] = _sow.sow(jnp.asarray(leaf), index, nothing, layer=self)
                 break
         return jax.tree.unflatten(structure, leaves)
 

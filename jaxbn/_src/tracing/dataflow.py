@@ -1,8 +1,8 @@
-"""Who makes the values of a traced program, and who uses them.
+"""Dataflow of a traced program: which equation computes each value, and which equations use it.
 
-A `tag` in the program is an identity with a name: it says that a value is what a layer was given, or gave back.
-`follow` inlines what is only a call (jit, checkpoint, custom derivatives), leaves out what nothing depends on, and says
-of every value by which equation it was made and by which it is used. Nothing is computed.
+A `tag` is a named identity in the program that marks a value as the input or output of a layer. `follow` inlines calls
+(jit, checkpoint, custom derivatives), removes dead code, and maps every value to its producer and its users. It only
+reads the program and computes no values.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ Value = int  # a value of the program, by number
 
 
 def tag(x: jax.Array, name: Hashable) -> jax.Array:
-    """Gives back `x`, which has this name for `follow`; it compiles to nothing."""
+    """Returns `x` and names it for `follow`; compiles to no operation."""
     return tag_p.bind(x, name=name, mapped=False)
 
 
@@ -31,7 +31,7 @@ tag_p = _internals.identity_primitive("jaxbn_tag", lambda x, **_: x, _tag_batchi
 class Node(NamedTuple):
     """An equation after inlining."""
 
-    label: str  # what it is called in messages: a function of jax.nn that it is part of, or its primitive
+    label: str  # its name in messages: the function of jax.nn that it is part of, or its primitive
     inputs: tuple[Value, ...]  # literals are left out
     outputs: tuple[Value, ...]
     tag: Hashable = None
@@ -42,32 +42,33 @@ class Unreadable(NamedTuple):
     """A tag that cannot be followed."""
 
     tag: Hashable
-    inside: str  # the transformation or loop that it lies in
+    inside: str  # the transformation or loop around it
 
 
 @dataclasses.dataclass(frozen=True)
 class Flow:
-    """What `follow` found."""
+    """The result of `follow`."""
 
     inputs: tuple[Value, ...]  # of the program
     outputs: frozenset[Value]
-    nodes: tuple[Node, ...]  # those that an output depends on, in order
+    nodes: tuple[Node, ...]  # in order, without dead code
     unreadable: tuple[Unreadable, ...]
-    given: dict[Hashable, set[Value | None]]  # what tags are given, those too that nothing depends on; None: literals
+    given: dict[Hashable, set[Value | None]]  # the values that each tag receives, dead tags included; None: a literal
     makers: dict[Value, Node]
     users: dict[Value, list[Node]]
 
     def tagged(self, name: Hashable) -> list[Node]:
-        """The tags of this name that can be followed."""
+        """The nodes with this tag."""
         return [node for node in self.nodes if node.tag == name]
 
     def uses(self, value: Value) -> list[Node]:
-        """The equations that use a value; to be an output of the program is one more use, of no equation."""
+        """The users of a value; an output of the program counts as one more use."""
         return [*self.users.get(value, ()), *[_OUTPUT] * (value in self.outputs)]
 
     def leaves_by(self, value: Value, name: Hashable) -> bool:
-        """Whether a value acts on the outputs of the program, and on the world, through the tag `name` alone."""
+        """Whether a value reaches the outputs and side effects of the program only through the tag `name`."""
         seen, waiting = {value}, [value]
+        # Forward reachability that stops at the tag.
         while waiting:
             current = waiting.pop()
             if current in self.outputs:
@@ -87,7 +88,7 @@ _OUTPUT = Node("the outputs of the model", (), ())
 
 
 def follow(program: _internals.Program) -> Flow:
-    """Reads a program with tags."""
+    """Reads the dataflow of a program with tags."""
     reader = _Reader()
     inputs = [reader.new() for _ in program.invars]
     outputs = {value for value in reader.read(program, inputs, None) if value is not None}
@@ -102,7 +103,7 @@ def follow(program: _internals.Program) -> Flow:
 
 
 class _Reader:
-    """Walks a program from the beginning to the end, into every call, and numbers its values."""
+    """Walks through a program and all its calls in order, and numbers the values."""
 
     def __init__(self) -> None:
         self.nodes: list[Node] = []
@@ -117,7 +118,7 @@ class _Reader:
     def read(
         self, program: _internals.Program, inputs: Sequence[Value | None], function: str | None
     ) -> list[Value | None]:
-        """The outputs of a program called with these inputs; None stands for a literal."""
+        """Reads a program that is called with these inputs, and returns its outputs; None stands for a literal."""
         values: dict[Any, Value | None] = dict(zip(program.invars, inputs, strict=True))
         values |= {var: self.new() for var in program.constvars}
 
@@ -127,6 +128,7 @@ class _Reader:
         for eqn in program.eqns:
             given = [value_of(atom) for atom in eqn.invars]
             if (called := _internals.called_program(eqn)) is not None:
+                # Messages name the user's call, such as jax.nn.gelu, and not the primitives that it consists of.
                 name = _internals.name_of_function(eqn)
                 made = self.read(called, given, name if hasattr(jax.nn, name) else function)
             elif eqn.primitive.name in _internals.IDENTITIES:
@@ -137,9 +139,10 @@ class _Reader:
         return [value_of(atom) for atom in program.outvars]
 
     def _add(self, eqn: Any, given: Sequence[Value | None], function: str | None) -> list[Value | None]:
-        """Keeps an equation that is no call; its outputs."""
+        """Adds an equation that is not a call, and returns its outputs."""
         name, label = eqn.params["name"] if eqn.primitive is tag_p else None, eqn.primitive.name
         if name is not None and eqn.params["mapped"]:
+            # Under vmap the value has a lane axis that the dataflow does not show.
             self.unreadable.append(Unreadable(name, "vmap"))
             name = None
         if name is not None:
@@ -152,7 +155,7 @@ class _Reader:
 
 
 def _tags_in(eqn: Any) -> Iterator[Hashable]:
-    """The tags in the programs that an equation holds, however deep."""
+    """The tags in the inner programs of an equation, at any depth."""
     for program in _internals.inner_programs(eqn):
         for inner in program.eqns:
             if inner.primitive is tag_p:
@@ -161,7 +164,7 @@ def _tags_in(eqn: Any) -> Iterator[Hashable]:
 
 
 def _needed(nodes: Sequence[Node], outputs: set[Value]) -> list[Node]:
-    """The nodes on which an output or an effect depends."""
+    """Removes dead code: keeps the nodes on which an output or an effect depends."""
     wanted, kept = set(outputs), []
     for node in reversed(nodes):
         if node.has_effects or wanted.intersection(node.outputs):

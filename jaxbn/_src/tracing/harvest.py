@@ -1,15 +1,16 @@
-"""The transformation that brings the moments of the marks in a program out of it.
+"""The transformation that returns the sown moments of a program.
 
-`harvest(fun)` traces `fun` to a jaxpr and evaluates that. An equation without a mark inside is bound again untouched;
-one with a mark inside has a rule, by which the moments become outputs: stacked by scan, zero where cond took another
-branch, pooled in the carry of while and over the devices of shard_map, which pmap is too. So nothing leaks and nothing
-is written.
+`harvest(fun)` traces `fun` to a jaxpr and evaluates it. An equation that sows no moments is bound again unchanged. For
+each equation that contains a `sow`, a rule turns the moments into outputs: scan stacks them, cond gives zeros for the
+branches not taken, while pools them in its carry, and shard_map (and so pmap) pools them over devices. The
+transformation is pure: no side effects, no leaked tracers.
 
-Counts are multiples (mean and variance stay right) where JAX itself rewrites `fun` before it is seen here: a second
-derivative of checkpoint, or a gradient of a scan whose layer sees only constants of the scan. So they are where the
-devices of a shard_map saw the same, but nothing says so: what `lax.all_gather` gives is typed as varying; and with
-check_vma=False, as in pmap, an axis counts as varying if an in_spec or an operation inside names it. And `vmap` of a
-cond or while whose predicate differs per lane runs every branch on every lane: put that `vmap` around the call instead.
+Counts are too large by a factor (mean and variance stay right) where JAX rewrites `fun` before `harvest` sees it: in a
+second derivative of checkpoint, and in a gradient of a scan in which a layer sees only constants of the scan. The same
+happens if the devices of a shard_map saw equal values but their type does not say so: the result of `lax.all_gather` is
+typed as varying, and with check_vma=False, as in pmap, an axis counts as varying if an in_spec or an inner operation
+names it. `vmap` of a cond or while whose predicate differs between lanes runs every branch on every lane; apply that
+`vmap` around `harvest` instead.
 """
 
 import dataclasses
@@ -30,20 +31,20 @@ from jaxbn._src.tracing.records import Record, by_layer, collect, pool, pool_by_
 
 _Output = TypeVar("_Output")
 
-# What a rule and the evaluator return: the values of the equation's outputs, and the marks met on the way.
+# The result of a rule and of the evaluator: the outputs of the equation, and the records of the sown moments.
 _Result = tuple[list[Any], list[Record]]
 
 
 def harvest(fun: Callable[..., _Output]) -> Callable[..., tuple[_Output, list[Record]]]:
-    """`fun(*args) -> out` becomes `(out, records)`, with one record for every mark that the program met.
+    """Transforms `fun(*args) -> out` into a function that returns `(out, records)`, one record for each executed `sow`.
 
-    The result may be called anywhere, within jit, vmap, pmap and shard_map too: the records are then those of one lane
-    or device. Where `fun` itself runs a pmap or shard_map, they are those of all its devices. It is traced at each
-    call, so wrap it in `jax.jit` to call it repeatedly. jit and checkpoint around a mark are inlined. Arguments and
-    outputs may be any pytrees; leaves that are no arrays pass through untraced.
+    You may call the result anywhere, including inside jit, vmap, pmap and shard_map: the records are then those of one
+    lane or device. If `fun` itself runs a pmap or shard_map, the records cover all its devices. Each call traces `fun`,
+    so wrap the result in `jax.jit` to call it repeatedly. jit and checkpoint around a `sow` are inlined. Arguments and
+    outputs may be any pytrees; leaves that are not arrays are passed through untraced.
 
     Raises:
-        NotImplementedError: When called, if a mark lies inside an operation for which there is no rule.
+        NotImplementedError: When called, if a `sow` lies inside an operation that has no rule.
     """
 
     def harvested(*args: Any) -> tuple[_Output, list[Record]]:
@@ -57,11 +58,11 @@ def harvest(fun: Callable[..., _Output]) -> Callable[..., tuple[_Output, list[Re
 
 
 def over_arrays(tree: Any) -> Any:
-    """The tree as a `Partial` of its arrays: a pytree that keeps other leaves (numbers, strings) out of the trace."""
+    """Wraps a tree as a `Partial` of its arrays, which keeps other leaves (numbers, strings) out of the trace."""
     leaves, structure = jax.tree.flatten(tree)
     positions = [i for i, leaf in enumerate(leaves) if _internals.is_array_of_jax(leaf)]
     others = dict(enumerate(leaves))
-    arrays = [jnp.asarray(others.pop(i)) for i in positions]  # the same object, if it is a jax.Array already
+    arrays = [jnp.asarray(others.pop(i)) for i in positions]  # a jax.Array stays the same object
 
     def rebuild(*arrays: Any) -> Any:
         by_position = others | dict(zip(positions, arrays, strict=True))
@@ -70,15 +71,13 @@ def over_arrays(tree: Any) -> Any:
     return jax.tree_util.Partial(rebuild, *arrays)
 
 
-def _marked(eqn: _internals.Equation) -> bool:
-    """Whether the equation is a mark, or holds one in its programs, however deep."""
-    return eqn.primitive is _sow.mark_p or any(
-        _marked(e) for inner in _internals.inner_programs(eqn) for e in inner.eqns
-    )
+def _sows(eqn: _internals.Equation) -> bool:
+    """Whether the equation is a `sow`, or contains one in its inner programs, at any depth."""
+    return eqn.primitive is _sow.sow_p or any(_sows(e) for inner in _internals.inner_programs(eqn) for e in inner.eqns)
 
 
 def _evaluate(program: _internals.Program, args: Sequence[Any]) -> _Result:
-    """Runs a program, equation by equation, and collects the records of its marks on the way."""
+    """Runs a program equation by equation and collects the records of its sown moments."""
     consts = _internals.constants(program)
     values = dict(zip((*program.constvars, *program.invars), (*consts, *args), strict=True))
     records: list[Record] = []
@@ -91,16 +90,17 @@ def _evaluate(program: _internals.Program, args: Sequence[Any]) -> _Result:
         outputs, new = _apply(eqn, [read(atom) for atom in eqn.invars])
         values.update(zip(eqn.outvars, outputs, strict=True))
         records += new
-        for atom in (*eqn.invars, *eqn.outvars):  # outside jit the values are real: free each after its last use
+        # Outside jit the values are concrete arrays: free each one after its last use.
+        for atom in (*eqn.invars, *eqn.outvars):
             if not isinstance(atom, _internals.Literal) and last_use[atom] == position:
                 values.pop(atom, None)
-    # A literal is a NumPy or Python number, which as an output of the program has to be an array.
+    # A literal is a NumPy or Python number, but outputs of the program must be arrays.
     results = [jnp.asarray(a.val) if isinstance(a, _internals.Literal) else values[a] for a in program.outvars]
     return results, records
 
 
 def _last_use(program: _internals.Program) -> dict[Any, int]:
-    """Position of the last equation that mentions a variable; the outputs are mentioned once more, at the end."""
+    """Position of the last equation that uses each variable; outputs of the program are used once more at the end."""
     mentions = [*((*eqn.invars, *eqn.outvars) for eqn in program.eqns), program.outvars]
     return {
         a: position for position, atoms in enumerate(mentions) for a in atoms if not isinstance(a, _internals.Literal)
@@ -108,27 +108,29 @@ def _last_use(program: _internals.Program) -> dict[Any, int]:
 
 
 def _apply(eqn: _internals.Equation, values: list[Any]) -> _Result:
-    """Runs one equation under the scope names and the configuration that it was traced with."""
+    """Runs one equation with the scope names and the configuration under which it was traced."""
     with _internals.as_traced(eqn):
-        if not _marked(eqn):
+        if not _sows(eqn):
             return _internals.bind(eqn, values), []
         if (program := _internals.called_program(eqn)) is not None:
             outputs, records = _evaluate(program, values)
+            # Inlining loses a custom derivative of the call; attach it to the outputs again.
             if _internals.has_own_derivative(eqn):
                 outputs = _differentiated_as(partial(_internals.bind, eqn), values, outputs)
+            # A recomputation of checkpoint sees the same values a second time.
             return outputs, [] if _internals.is_recomputation(eqn) else records
         if (name := eqn.primitive.name) not in _RULES:
             raise NotImplementedError(
-                f"a marked layer runs inside `{name}` ({_internals.place_of(eqn)}), for which jaxbn has no rule in JAX "
-                f"{jax.__version__}: its moments cannot be taken out. Capture inside `{name}` instead of around it, or "
-                f"move the layer out of it."
+                f"a normalization layer runs inside `{name}` ({_internals.place_of(eqn)}), for which jaxbn has no rule "
+                f"in JAX {jax.__version__}, so its moments cannot be returned. Capture inside `{name}` instead of "
+                f"around it, or move the layer out of it."
             )
         return _RULES[name](eqn, values)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _differentiated_as(fun: Callable[[list[Any]], list[Any]], values: list[Any], outputs: list[Any]) -> list[Any]:
-    """Gives back the outputs, whose derivative is that of `fun(values)`: a custom one, of a call that was inlined."""
+    """Returns the outputs, with the derivative of `fun(values)`: the custom derivative of a call that was inlined."""
     return outputs
 
 
@@ -138,7 +140,7 @@ def _derivative_of_call(fun: Any, primals: Any, tangents: Any) -> tuple[list[Any
     return outputs, jax.jvp(fun, (values,), (of_values,))[1]
 
 
-# The rules: the outputs of an equation with a mark inside, and the records of its marks.
+# The rules: each returns the outputs of an equation that contains a `sow`, and the records of its moments.
 def _record(eqn: _internals.Equation, values: list[Any]) -> _Result:
     y, index, *parts = values
     return [y], [Record(eqn.params["layer"], index, _moments.Moments(*parts))]
@@ -157,29 +159,29 @@ def _scan(eqn: _internals.Equation, values: list[Any]) -> _Result:
     return [*carry, *ys], records
 
 
-def _nothing_of(fun: Callable[[Any], _Result], args: list[Any]) -> list[Record]:
-    """The records of `fun` with zeros for values, of the same type (within shard_map: that varies over devices too)."""
+def _zero_records(fun: Callable[[Any], _Result], args: list[Any]) -> list[Record]:
+    """Records like those of `fun`, but of zeros. Zeros keep the type, which in shard_map includes the varying axes."""
     return jax.tree.map(jnp.zeros_like, jax.eval_shape(lambda args: fun(args)[1], args))
 
 
 def _cond(eqn: _internals.Equation, values: list[Any]) -> _Result:
-    """Each branch returns the records of all: its own, and nothing for the others. Also lax.switch."""
+    """Each branch returns the records of all branches: its own, and zeros for the others. Also covers lax.switch."""
     branches, (which, *operands) = _internals.branches_of(eqn), values
-    nothing = [_nothing_of(partial(_evaluate, program), operands) for program in branches]
+    zeros = [_zero_records(partial(_evaluate, program), operands) for program in branches]
 
     def branch(position: int, *args: Any) -> Any:
         outputs, own = _evaluate(branches[position], args)
-        return outputs, [*nothing[:position], own, *nothing[position + 1 :]]
+        return outputs, [*zeros[:position], own, *zeros[position + 1 :]]
 
     outputs, records = lax.switch(which, [partial(branch, position) for position in range(len(branches))], *operands)
     return outputs, [record for group in records for record in group]
 
 
 def _while(eqn: _internals.Equation, values: list[Any]) -> _Result:
-    """How often it runs is not known, so nothing can be stacked: one record per layer, pooled from turn to turn."""
+    """Pools the records of each layer over the iterations: their number is unknown, so they cannot be stacked."""
     loop = _internals.while_of(eqn)
-    if any(map(_marked, loop.condition.eqns)):
-        raise NotImplementedError("a marked layer runs in the condition of `while`; move it into the body.")
+    if any(map(_sows, loop.condition.eqns)):
+        raise NotImplementedError("a normalization layer runs in the condition of `while`; move it into the body.")
     cond_consts, values = values[: loop.condition_constants], values[loop.condition_constants :]
     body_consts, init = values[: loop.body_constants], values[loop.body_constants :]
 
@@ -193,29 +195,31 @@ def _while(eqn: _internals.Equation, values: list[Any]) -> _Result:
         pairs = zip(state[1], new, strict=True)
         return outputs, [dataclasses.replace(b, moments=_moments.merge(a.moments, b.moments)) for a, b in pairs]
 
-    def goes_on(state: Any) -> Any:
+    def condition(state: Any) -> Any:
         return _evaluate(loop.condition, [*cond_consts, *state[0]])[0][0]
 
-    return lax.while_loop(goes_on, body, (init, _nothing_of(turn, init)))
+    return lax.while_loop(condition, body, (init, _zero_records(turn, init)))
 
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class _Argument:
-    """Stands for an index that went into a shard_map whole, so that the very same array comes out with the record."""
+    """Stands for an index that entered a shard_map unsharded, so that the record returns that very array."""
 
     position: int
 
 
 def _shard_map(eqn: _internals.Equation, values: list[Any]) -> _Result:
-    """One record per layer, pooled over the devices that have seen different values, and so the same on all of them."""
+    """Returns one record per layer, pooled over the devices that saw different values, so equal on all of them."""
     program, mesh, in_specs, out_specs, check_vma, manual = _internals.shard_map_of(eqn)
     axes = [axis for axis in mesh.axis_names if axis in manual]
     unchecked: frozenset[str] = frozenset() if check_vma else _collectives.axes_of(in_specs) | _strings_in(program)
+    # Without vma types, assume that a value varies over every axis that the specs or the inner operations name.
     whole = [position for position, spec in enumerate(in_specs) if not _collectives.axes_of([spec])]
 
     def pooled(layer: Any, group: list[Record], args: Sequence[Any]) -> Record:
         known = [position for position in whole if all(record.index is args[position] for record in group)]
+        # A replicated index is passed around the shard_map: `collect` then recognizes it and needs no scatter.
         index: Any = _Argument(known[0]) if known else jnp.arange(layer.size, dtype=jnp.int32)
         moments = pool(group) if known else pool_by_index(group, layer.size)
         differing = unchecked.union(*map(_collectives.varying, moments))
@@ -234,18 +238,18 @@ def _shard_map(eqn: _internals.Equation, values: list[Any]) -> _Result:
         shard, mesh=mesh, in_specs=tuple(in_specs), out_specs=(list(out_specs), PartitionSpec()),
         axis_names={*axes, *mesh.manual_axes}, check_vma=check_vma,
     )  # fmt: skip
-    outputs, records = jax.jit(mapped)(*values)  # outside jit, JAX can do less with a shard_map, and is slow
+    outputs, records = jax.jit(mapped)(*values)  # outside jit, a shard_map is slow and supports fewer operations
     return outputs, [restored(record) for record in records]
 
 
 def _strings_in(program: _internals.Program) -> set[str]:
-    """All strings among the parameters of the equations, however deep: each axis that one of them uses is there."""
+    """All strings in the parameters of the equations, at any depth; they include each axis name that is used."""
     own = {leaf for eqn in program.eqns for leaf in jax.tree.leaves(eqn.params) if isinstance(leaf, str)}
     return own.union(*(_strings_in(inner) for eqn in program.eqns for inner in _internals.inner_programs(eqn)))
 
 
 _RULES: dict[str, Callable[[_internals.Equation, list[Any]], _Result]] = {
-    _sow.mark_p.name: _record,
+    _sow.sow_p.name: _record,
     _internals.SCAN: _scan,
     _internals.COND: _cond,
     _internals.WHILE: _while,

@@ -1,4 +1,4 @@
-"""What `harvest` brings out of a program: a record for each mark that it met, and the moments of layers out of them."""
+"""Records, the output of `harvest`: one for each executed `sow`; and the moments of each layer computed from them."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,20 +14,20 @@ from jaxbn._src.tracing import sow as _sow
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """One mark, or a stack of them; a pytree with a static layer, so that jit, scan and the like may return it."""
+    """One `sow`, or a stack of them; a pytree with a static layer, so jit, scan and so on can return it."""
 
     layer: _sow.Layer = dataclasses.field(metadata={"static": True})
-    index: jax.Array  # i32[..., C]: flat positions in the layer; of no matter where the count is 0
+    index: jax.Array  # i32[..., C]: flat positions in the layer; arbitrary where the count is 0
     moments: _moments.Moments  # f32[..., C] each
 
 
 def collect(records: Iterable[Record], whole: Mapping[Any, jax.Array] | None = None) -> dict[Any, _moments.Moments]:
-    """Exact pooled moments, flat `[layer.size]`, of each layer that has a record; 0 at positions that have none.
+    """Exact pooled moments, flat `[layer.size]`, of each layer with a record; 0 at positions without one.
 
     Args:
-        records: What :func:`harvest` returned.
-        whole: The index `arange(size)`, of any shape, that went into the program for each layer. A mark that carries
-            this very array met no transformation on its way, so its moments are in place and need no scatter.
+        records: The records that :func:`harvest` returned.
+        whole: The index `arange(size)`, of any shape, that entered the program for each layer. If a record has this
+            very array, no transformation changed it on its way, so the moments are in place and need no scatter.
     """
     pooled = {}
     for layer, group in by_layer(records).items():
@@ -45,18 +45,20 @@ def by_layer(records: Iterable[Record]) -> dict[Any, list[Record]]:
 
 
 def by_call(records: Sequence[Record], size: int) -> _moments.Moments | None:
-    """The moments of each call of a layer, `[K, size]`, in the order of the calls; None if there is one.
+    """The moments of each call of a layer, `[K, size]`, in the order of the calls; None if there is only one call.
 
-    Calls that are pooled already, in a while or over the devices of a shard_map, are one. `K` is the average number of
-    calls of a position, which is that of every position but where a program calls parts of a stacked layer.
+    Calls whose moments are already pooled, by a while loop or over the devices of a shard_map, count as one. `K` is the
+    average number of calls per position; the number differs between positions only if a program calls parts of a
+    stacked layer.
     """
     index, *parts = _columns(records)
     calls = index.size // size if size else 0
     if calls < 2:
         return None
+    # Sort by position, stably; the rank within equal positions is then the number of the call.
     order = jnp.argsort(index, stable=True)
     ordered = index[order]
-    call = jnp.arange(index.size) - jnp.searchsorted(ordered, ordered)  # the first of equal positions has call 0
+    call = jnp.arange(index.size) - jnp.searchsorted(ordered, ordered)
     place = call * size + ordered
 
     def placed(values: jax.Array) -> jax.Array:
@@ -72,13 +74,13 @@ def _columns(records: Sequence[Record]) -> list[jax.Array]:
 
 
 def pool(records: Sequence[Record]) -> _moments.Moments:
-    """The moments of records that have one and the same index."""
+    """The pooled moments of records that all have the same index."""
     parts = [record.moments for record in records]
     return parts[0] if len(parts) == 1 else _moments.pool(jax.tree.map(lambda *part: jnp.stack(part), *parts))
 
 
 def pool_by_index(records: Sequence[Record], size: int) -> _moments.Moments:
-    """What `moments.pool` computes, with the sum over parts replaced by a sum over equal positions."""
+    """Computes `moments.pool`, but sums over equal positions instead of over parts."""
     index, count, mean, m2 = _columns(records)
 
     def total(values: jax.Array) -> jax.Array:
@@ -86,7 +88,7 @@ def pool_by_index(records: Sequence[Record], size: int) -> _moments.Moments:
 
     count_total = total(count)
     weight = (count / jnp.where(count_total > 0, count_total, 1)[index]).astype(mean.dtype)
-    # Once more about a first estimate: deviations from a mean rounded at 1e4 would swamp a deviation of 1e-2.
+    # Sum about a first estimate of the mean: at a mean of 1e4, its rounding error would swamp a deviation of 1e-2.
     origin = total(weight * mean)
     offset = mean - origin[index]
     correction = total(weight * offset)

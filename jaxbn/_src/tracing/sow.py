@@ -1,8 +1,8 @@
-"""A mark in a traced program: the identity on a layer's output, with which the layer's moments ride along.
+"""`sow`: an identity on a layer's output that carries the layer's moments through a traced program to `harvest`.
 
-The `index` beside the moments says which flat positions of the layer they hold. It entered the program beside the
-layer's statistics, so whatever was done to those on the way in (sliced by scan, stacked by vmap, shared, permuted) was
-done to the index too, and nobody has to guess. `harvest` brings the marked moments out.
+The `index` says which flat positions of the layer the moments belong to. It enters the program as a variable next to
+the layer's statistics. Every transformation of the statistics on the way in (sliced by scan, stacked by vmap, shared,
+permuted) therefore applies to the index too, and the positions need not be inferred.
 """
 
 from collections.abc import Sequence
@@ -17,19 +17,19 @@ from jaxbn._src.numerics import moments as _moments
 
 
 class Layer(Protocol):
-    """What a mark belongs to: static, hashable, equal to itself in every trace, of `size` flat positions."""
+    """The layer that sows: static, hashable, equal to itself in every trace, with `size` flat positions."""
 
     @property
     def size(self) -> int: ...
 
 
-def mark(y: jax.Array, index: jax.Array, moments: _moments.Moments, *, layer: Layer) -> jax.Array:
-    """Gives back `y` and lets the moments ride along for `harvest`; without harvest it compiles to nothing.
+def sow(y: jax.Array, index: jax.Array, moments: _moments.Moments, *, layer: Layer) -> jax.Array:
+    """Returns `y`, and passes the moments to a surrounding `harvest`; without one it compiles to no operation.
 
     Args:
-        y: Any array that the program goes on with; its derivative is that of the identity.
-        index: `i32[..., C]`, the flat positions in `layer` that the moments hold.
-        moments: Moments, broadcastable to the shape of `index`; `harvest` brings them out with their derivative.
+        y: Any array that the program uses further; its derivative is that of the identity.
+        index: `i32[..., C]`, the flat positions in `layer` that the moments belong to.
+        moments: Moments, broadcastable to the shape of `index`; `harvest` returns them with their derivative.
         layer: The layer; static.
 
     Raises:
@@ -37,23 +37,23 @@ def mark(y: jax.Array, index: jax.Array, moments: _moments.Moments, *, layer: La
     """
     if not jnp.issubdtype(index.dtype, jnp.integer):
         raise TypeError(
-            f"the index of {layer} arrived as {index.dtype}, must be int32: the program casts every leaf of its "
-            "variables. Cast the floating-point leaves only."
+            f"the index of {layer} has dtype {index.dtype}, but must be int32: the program casts every leaf of its "
+            "variables. Cast only the floating-point leaves."
         )
     parts = [jnp.broadcast_to(_explicit_meshes.whole(part), index.shape) for part in moments]
-    return mark_p.bind(y, index, *parts, layer=layer)
+    return sow_p.bind(y, index, *parts, layer=layer)
 
 
-# The mark as a JAX primitive: y, index, count, mean, m2 -> y
-def _mark_batching(args: Sequence[Any], dims: Sequence[int | None], *, layer: Layer) -> tuple[Any, int | None]:
-    """Under vmap each lane has its own index and moments, in front; y stays as it is."""
+# `sow` as a JAX primitive: y, index, count, mean, m2 -> y
+def _sow_batching(args: Sequence[Any], dims: Sequence[int | None], *, layer: Layer) -> tuple[Any, int | None]:
+    """Under vmap each lane has its own index and moments, on a leading axis; y keeps its batch axis."""
     (lanes,) = {arg.shape[dim] for arg, dim in zip(args, dims, strict=True) if dim is not None}
 
     def in_front(arg: Any, dim: int | None) -> jax.Array:
         return jnp.broadcast_to(arg, (lanes, *arg.shape)) if dim is None else jnp.moveaxis(arg, dim, 0)
 
     rest = [in_front(arg, dim) for arg, dim in zip(args[1:], dims[1:], strict=True)]
-    return mark_p.bind(args[0], *rest, layer=layer), dims[0]
+    return sow_p.bind(args[0], *rest, layer=layer), dims[0]
 
 
-mark_p = _internals.identity_primitive("jaxbn_mark", lambda y, *_, layer: y, _mark_batching, multiple=False)
+sow_p = _internals.identity_primitive("jaxbn_sow", lambda y, *_, layer: y, _sow_batching, multiple=False)

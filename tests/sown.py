@@ -1,4 +1,4 @@
-"""Programs with marked layers, and float64 moments of what the layers were given: for all tests of harvest."""
+"""Programs whose layers sow their moments, and these moments in float64: for all tests of harvest."""
 
 import re
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxbn._src.internals import inner_programs
 from jaxbn._src.numerics.moments import Moments
-from jaxbn._src.tracing.sow import mark
+from jaxbn._src.tracing.sow import sow
 
 ROWS, CHANNELS, DEPTH = 6, 3, 4
 FULL = (ROWS, CHANNELS)
@@ -40,7 +40,7 @@ def moments_of(x: jax.Array) -> Moments:
 
 def normed(x: jax.Array, index: jax.Array, layer: Layer = FLAT) -> jax.Array:
     """A layer, whose output is the tanh of its input."""
-    return jnp.tanh(mark(x, index, moments_of(x), layer=layer))
+    return jnp.tanh(sow(x, index, moments_of(x), layer=layer))
 
 
 def oracle(calls: list[tuple[np.ndarray, np.ndarray]], size: int) -> Moments:
@@ -155,8 +155,8 @@ remat_saving = jax.checkpoint(normed, policy=jax.checkpoint_policies.everything_
 remat_dots = jax.checkpoint(normed, policy=jax.checkpoint_policies.dots_saveable)
 
 FLAT_PROGRAMS: dict[str, tuple[Callable[..., jax.Array], str, int]] = {
-    "plain": (normed, "jaxbn_mark", 1),
-    "twice": (lambda x, index: normed(normed(x, index), index), "jaxbn_mark", 2),
+    "plain": (normed, "jaxbn_sow", 1),
+    "twice": (lambda x, index: normed(normed(x, index), index), "jaxbn_sow", 2),
     "jit": (jax.jit(normed), "jit", 1),
     "nested_jit": (nested_jit, "jit", 2),
     "remat": (remat, "remat2", 1),
@@ -183,7 +183,7 @@ FLAT_PROGRAMS: dict[str, tuple[Callable[..., jax.Array], str, int]] = {
         "while",
         3,
     ),
-    "grad": (partial(gradient_of, normed), "jaxbn_mark", 1),
+    "grad": (partial(gradient_of, normed), "jaxbn_sow", 1),
     "grad_of_jit": (partial(gradient_of, jax.jit(normed)), "jit", 1),
     "jit_of_grad": (jax.jit(partial(gradient_of, normed)), "jit", 1),
     "grad_of_remat": (partial(gradient_of, remat), "remat2", 1),
@@ -196,14 +196,14 @@ FLAT_PROGRAMS: dict[str, tuple[Callable[..., jax.Array], str, int]] = {
     "grad_of_scan_of_remat": (partial(gradient_of, partial(over_time, layer=remat)), "remat2", DEPTH),
     "grad_of_remat_of_scan": (partial(gradient_of, jax.checkpoint(over_time)), "remat2", DEPTH),
     "grad_of_cond": (partial(gradient_of, partial(branch, True)), "cond", 1),
-    "grad_of_custom_jvp": (partial(gradient_of, custom_jvp), "jaxbn_mark", 1),
-    "grad_of_custom_vjp": (partial(gradient_of, custom_vjp), "jaxbn_mark", 1),
+    "grad_of_custom_jvp": (partial(gradient_of, custom_jvp), "jaxbn_sow", 1),
+    "grad_of_custom_vjp": (partial(gradient_of, custom_vjp), "jaxbn_sow", 1),
     "shard_map": (partial(over_devices, normed), "shard_map", 1),
     "pmap": (mapped, "shard_map", 1),
     "scan_of_shard_map": (partial(over_time, layer=partial(over_devices, normed)), "shard_map", DEPTH),
     "cond_of_shard_map": (partial(branch, True, layer=partial(over_devices, normed)), "shard_map", 1),
     "while_of_shard_map": (partial(until, 2, layer=partial(over_devices, normed)), "shard_map", 2),
-    "second_derivative": (lambda x, i: jax.grad(lambda x: gradient_of(normed, x, i).sum())(x), "jaxbn_mark", 1),
+    "second_derivative": (lambda x, i: jax.grad(lambda x: gradient_of(normed, x, i).sum())(x), "jaxbn_sow", 1),
     "forward_mode": (lambda x, i: jax.jvp(lambda x: remat(x, i), (x,), (x,))[1], "remat2", 1),
 }
 
