@@ -80,12 +80,14 @@ class Registry:
 
     def __init__(self) -> None:
         self._known: dict[type, Registered] = {}
+        self._pairs = {POPULATION: None}  # the names of mean and variance, in the order of registration
 
     def add(self, registered: Registered) -> None:
         """Registers a class; a ValueError if it is registered as something else."""
         earlier = self._known.setdefault(registered.cls, registered)
         if earlier != registered:
             raise ValueError(f"{registered.cls.__name__} is registered already, and otherwise: {_told(earlier)}.")
+        self._pairs[registered.names["mean"], registered.names["var"]] = None
 
     def of(self, cls: type) -> Registered | None:
         """What is known of the class, or of the nearest class that it inherits from."""
@@ -93,9 +95,10 @@ class Registry:
 
     def names_in(self, variables: Collection[str]) -> dict[str, str]:
         """What the mean and the variance are called among variables beside each other; empty: there are none."""
-        pairs = [POPULATION, *((one.names["mean"], one.names["var"]) for one in self._known.values())]
-        found = next((pair for pair in pairs if set(pair) <= set(variables)), ())
-        return dict(zip(POPULATION, found, strict=False))
+        for mean, var in self._pairs:
+            if mean in variables and var in variables:
+                return {"mean": mean, "var": var}
+        return {}
 
     def names_of(self, statistics: Collection[str], params: Collection[str]) -> Mapping[str, str]:
         """What the variables of a layer that has these are called, mean, var, scale and bias; empty: it is none."""

@@ -117,11 +117,12 @@ def capture(
 
     def captured(variables: Any, batch: Any) -> tuple[Any, Measured]:
         variables = flax.core.unfreeze(variables)
-        if not (shapes := find_shapes(variables)):
-            find_states(variables)  # which says what is wrong
+        states = states_in(variables)
+        if not (shapes := find_shapes(variables, states)):
+            find_states(variables)  # which raises
         count = count_examples(batch) if examples else None
         held = {path: Layer(path, shape, mode, count) for path, shape in shapes.items()}
-        layers = [held[path] for path in states_in(variables)]
+        layers = [held[path] for path in states]
         slots = {path: Slot(layer.positions(), layer) for path, layer in held.items()}
         whole = {layer: slots[layer.path].index for layer in layers}
 
@@ -135,7 +136,8 @@ def capture(
 
         outputs, records = _harvest.harvest(run)(with_leaves(variables, _SLOT, slots), batch)
         found = measured(records, whole, calls=examples)
-        find_states(variables)  # which raises if there are none, now that no layer that is not known was met
+        if not states:  # and the modules with statistics, which are not known, did not run
+            find_states(variables)  # which raises
         return without(_SLOT, outputs), found
 
     return captured

@@ -39,8 +39,8 @@ def states_in(variables: Mapping[str, Any]) -> dict[str, State]:
     for place, leaves in _holders(variables).items():
         names = REGISTRY.names_in(leaves)
         if names and all(isinstance(key, str) for key in place):  # other keys are of NNX, inside a bridge
-            held = (leaves.get(names.get(name, name)) for name in BatchNormState._fields)
-            states["/".join(place)] = BatchNormState(*map(flax.core.meta.unbox, held))
+            held = [flax.core.meta.unbox(leaves.get(names.get(name, name))) for name in BatchNormState._fields]
+            states["/".join(place)] = BatchNormState(*held)
     return {path: states[path] for path in sorted(states, key=natural)}
 
 
@@ -54,9 +54,12 @@ def statistics_by_layer(variables: Mapping[str, Any]) -> dict[str, dict[str, Any
     return found
 
 
-def find_shapes(variables: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """The shape of the statistics of everything that keeps some, of layers that are not known too, by its path."""
-    states = states_in(variables)
+def find_shapes(variables: Mapping[str, Any], states: Mapping[str, State] | None = None) -> dict[str, tuple[int, ...]]:
+    """The shape of the statistics of everything that keeps some, by its path: known layers first, then other modules.
+
+    `states` are those of the known layers; None: they are looked up.
+    """
+    states = states_in(variables) if states is None else states
     shapes = {}
     for place, leaves in _holders(variables).items():
         path = "/".join(map(str, place))

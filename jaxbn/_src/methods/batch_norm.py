@@ -107,7 +107,7 @@ def batch_norm(
         unbiased=True)`, which is also what PyTorch keeps; in a postproc pass it is an estimator.
     """
     average = _averages.as_averaging(momentum)
-    axis_name = axis_name if axis_name is None or isinstance(axis_name, str) else tuple(axis_name)
+    axis_name = _collectives.static(axis_name)
     groups = _collectives.check_groups(axis_name, axis_index_groups)
     spec = _operands.Spec(_axes.static(axis), epsilon, activation, dtype, axis_name, groups)
     _operands.check_spec(spec)
@@ -123,7 +123,7 @@ def batch_norm(
             jnp.ones(shape, dtype) if use_scale else None,
             jnp.zeros(shape, dtype) if use_bias else None,
         )
-        mean = jnp.full(shape, _averages.INITIAL_MEAN, _dtypes.promote(dtype, jnp.float32))
+        mean = jnp.full(shape, _averages.INITIAL_MEAN, _dtypes.promote(jnp.dtype(dtype), jnp.float32))
         var = jnp.full(shape, _averages.INITIAL_VAR, mean.real.dtype)
         count = jnp.zeros((), jnp.float32) if average is not None and average.counts else None
         return params, BatchNormState(mean, var, count)

@@ -135,7 +135,7 @@ def batch_renorm(
         `jaxbn.linen.convert_norms` reads their checkpoints.
     """
     average = _check(_averages.as_averaging(momentum), epsilon, r_max, d_max)
-    axis_name = axis_name if axis_name is None or isinstance(axis_name, str) else tuple(axis_name)
+    axis_name = _collectives.static(axis_name)
     groups = _collectives.check_groups(axis_name, axis_index_groups)
     base = batch_norm(
         momentum=average, epsilon=epsilon, axis=axis, dtype=dtype, use_bias=use_bias, use_scale=use_scale,

@@ -127,7 +127,7 @@ def domain_batch_norm(
         activation=activation, allow_single_value=allow_single_value, autodiff=autodiff,
     )  # fmt: skip
     of_params = None if share_affine else 0  # the axis of the params along which the domains lie
-    axis_name = axis_name if axis_name is None or isinstance(axis_name, str) else tuple(axis_name)
+    axis_name = _collectives.static(axis_name)
     groups = _collectives.check_groups(axis_name, axis_index_groups)
     spec = _operands.Spec(_axes.static(axis), epsilon, activation, dtype, axis_name, groups)
     here = functools.partial(_segments.domain_moments, axis=axis)

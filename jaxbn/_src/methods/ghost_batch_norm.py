@@ -141,7 +141,7 @@ def ghost_batch_norm(
     """
     average = _averages.as_averaging(momentum)
     ghost_size = _check(ghost_size, grouping, running, axis_index_groups)
-    axis_name = axis_name if axis_name is None or isinstance(axis_name, str) else tuple(axis_name)
+    axis_name = _collectives.static(axis_name)
     base = batch_norm(
         momentum=average, epsilon=epsilon, axis=axis, dtype=dtype, use_bias=use_bias, use_scale=use_scale,
         axis_name=axis_name, use_fast_variance=use_fast_variance, activation=activation,

@@ -131,7 +131,7 @@ def moving_average_batch_norm(
     """
     del allow_single_value
     average = _check(_averages.as_averaging(momentum), epsilon, window, warmup, r_max, use_scale, autodiff)
-    axis_name = axis_name if axis_name is None or isinstance(axis_name, str) else tuple(axis_name)
+    axis_name = _collectives.static(axis_name)
     groups = _collectives.check_groups(axis_name, axis_index_groups)
     base = batch_norm(
         momentum=average, epsilon=epsilon, axis=axis, dtype=dtype, use_bias=use_bias, axis_name=axis_name,
@@ -176,7 +176,7 @@ def moving_average_batch_norm(
         r = _correction(v, var, epsilon, jnp.where(known.step < max(_PLAIN_STEPS, warmup), 1, r_max).astype(v.dtype))
         past_psi = jnp.where(seen, past_psi * known.loss_scale.astype(v.dtype) * devices, 0)
         if jnp.issubdtype(x.dtype, jnp.inexact):
-            x = _remember(x, weights, _axes.expand(-past_psi / (v + epsilon), x.ndim, _axes.split(x.ndim, axis)))
+            x = _remember(x, weights, _axes.expand(-past_psi / (v + epsilon), _axes.split(x.ndim, axis)))
         v += share_psi * (chi - lax.stop_gradient(chi))
         y = _normalize.normalize(spec, operands._replace(x=x), mean, v, constants=(r, jnp.zeros_like(r)))
         return y, update(state, found, count_samples(found, x.shape, axis))

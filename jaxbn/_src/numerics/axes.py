@@ -3,6 +3,7 @@
 No function here reads a value. Each check runs once, at trace time, and raises before any state changes.
 """
 
+import functools
 import math
 import operator
 from collections.abc import Iterable, Sequence
@@ -51,8 +52,12 @@ def static(axis: Axis) -> int | tuple[int, ...]:
 
 def split(ndim: int, axis: Axis) -> Axes:
     """Splits the axes of an array of rank `ndim` into features (`axis`) and the rest."""
-    given = static(axis)
-    given = given if isinstance(given, tuple) else (given,)
+    return _split(ndim, static(axis))
+
+
+@functools.cache  # all calls of all layers ask for a handful of splits
+def _split(ndim: int, axis: int | tuple[int, ...]) -> Axes:
+    given = axis if isinstance(axis, tuple) else (axis,)
     if any(not -ndim <= a < ndim for a in given):
         raise ValueError(
             f"axis={axis} names an axis that an input of rank {ndim} does not have; give axes in [{-ndim}, {ndim})."
@@ -70,17 +75,17 @@ def with_rows(axes: Axes, *arrays: jax.Array) -> tuple[Axes, tuple[jax.Array, ..
 
 def feature_shape(shape: Sequence[int], axis: Axis) -> tuple[int, ...]:
     """Shape of the statistics of an array of this shape: `(C,)`, or one entry for each feature axis."""
-    return tuple(shape[a] for a in split(len(shape), axis).features)
+    return tuple([shape[a] for a in split(len(shape), axis).features])
 
 
 def values_per_channel(shape: Sequence[int], axis: Axis) -> int:
     """Number of values that one statistic is computed from, before masks and on this device."""
-    return math.prod(shape[a] for a in split(len(shape), axis).reduced)
+    return math.prod([shape[a] for a in split(len(shape), axis).reduced])
 
 
-def expand(stat: jax.Array, ndim: int, axes: Axes) -> jax.Array:
+def expand(stat: jax.Array, axes: Axes) -> jax.Array:
     """Reshapes a per-channel array `[C]` so that it broadcasts against the input."""
-    return jnp.expand_dims(stat, tuple(a for a in range(ndim) if a not in axes.features))
+    return jnp.expand_dims(stat, axes.reduced)
 
 
 def check_features(shape: Sequence[int], axis: Axis, expected: Sequence[int]) -> None:

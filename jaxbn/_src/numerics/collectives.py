@@ -206,6 +206,11 @@ def is_bound(axis_name: AxisName) -> bool:
     return True
 
 
+def static(axis_name: str | Sequence[str] | None) -> AxisName | None:
+    """The `axis_name` argument in a form that can be hashed."""
+    return axis_name if axis_name is None or isinstance(axis_name, str) else tuple(axis_name)
+
+
 def check_groups(axis_name: AxisName | None, groups: Any) -> Groups | None:
     """Converts `axis_index_groups` to tuples; raises a ValueError if they are not groups of one axis."""
     if groups is None:

@@ -1,6 +1,7 @@
 """Dtype rules for computation, state and output."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,8 @@ import numpy as np
 from jax.typing import DTypeLike
 
 
-def promote(*dtypes: DTypeLike) -> np.dtype:
+@functools.cache  # a handful of combinations, asked for many times in each trace
+def promote(*dtypes: Any) -> np.dtype:
     """JAX's dtype promotion, available under strict promotion too."""
     with jax.numpy_dtype_promotion("standard"):
         return functools.reduce(jnp.promote_types, [jnp.dtype(d) for d in dtypes])
@@ -29,5 +31,5 @@ def output(dtype: DTypeLike | None, *operands: jax.Array | None) -> np.dtype:
     if dtype is not None:
         return jnp.dtype(dtype)
     with jax.numpy_dtype_promotion("standard"):
-        found = jnp.result_type(*(operand for operand in operands if operand is not None))
+        found = jnp.result_type(*[operand for operand in operands if operand is not None])
     return found if jnp.issubdtype(found, jnp.inexact) else promote(found, jnp.float32)

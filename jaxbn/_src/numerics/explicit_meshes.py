@@ -17,7 +17,7 @@ from jaxbn._src import internals as _internals
 
 def is_explicit(x: jax.Array) -> bool:
     """Whether the sharding of x is part of its type (a mesh with Explicit axes)."""
-    return any(kind is AxisType.Explicit for kind in jax.typeof(x).sharding.mesh.axis_types)
+    return AxisType.Explicit in jax.typeof(x).sharding.mesh.axis_types
 
 
 def on_channels(tree: Any, x: jax.Array, axes: Sequence[int]) -> Any:

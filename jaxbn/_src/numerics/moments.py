@@ -262,7 +262,7 @@ def _moments_of_whole(x: jax.Array, axes: _axes.Axes, fast: bool) -> Moments:
     shift = _shift.rounded(lax.stop_gradient(mean(near)))  # the result does not depend on it
 
     def centred(shift: jax.Array) -> jax.Array:
-        return x.astype(dtype) - _axes.expand(shift, x.ndim, axes)
+        return x.astype(dtype) - _axes.expand(shift, axes)
 
     first = mean(centred(shift))
     squares = _abs_sq(centred(_barriers.barrier(shift, "cpu"))).sum(axes.reduced)

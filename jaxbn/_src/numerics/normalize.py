@@ -242,12 +242,12 @@ def _layout(spec: Spec, operands: Operands) -> Callable[[Any], Any]:
     x, members = operands.x, operands.members
     axes, dtype = _axes.split(x.ndim, spec.axis), _dtypes.compute(x)
 
-    def lay_out(stat: jax.Array) -> jax.Array:
-        if members is not None:
-            return _segments.lay_out(stat.astype(dtype), members, axes)
-        return _axes.expand(stat.astype(dtype), x.ndim, axes)
+    def lay_out(stat: jax.Array | None) -> jax.Array | None:
+        if stat is None or members is None:
+            return None if stat is None else _axes.expand(stat.astype(dtype), axes)
+        return _segments.lay_out(stat.astype(dtype), members, axes)
 
-    return lambda stat: None if stat is None else lay_out(stat)
+    return lay_out
 
 
 def _sum(spec: Spec, operands: Operands, *values: jax.Array) -> tuple[_Sums, _Sums]:

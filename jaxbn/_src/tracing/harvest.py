@@ -73,7 +73,9 @@ def over_arrays(tree: Any) -> Any:
 
 def _sows(eqn: _internals.Equation) -> bool:
     """Whether the equation is a `sow`, or contains one in its inner programs, at any depth."""
-    return eqn.primitive is _sow.sow_p or any(_sows(e) for inner in _internals.inner_programs(eqn) for e in inner.eqns)
+    if eqn.primitive is _sow.sow_p:
+        return True
+    return any([any(map(_sows, inner.eqns)) for inner in _internals.inner_programs(eqn)])
 
 
 def _evaluate(program: _internals.Program, args: Sequence[Any]) -> _Result:
@@ -101,7 +103,7 @@ def _evaluate(program: _internals.Program, args: Sequence[Any]) -> _Result:
 
 def _last_use(program: _internals.Program) -> dict[Any, int]:
     """Position of the last equation that uses each variable; outputs of the program are used once more at the end."""
-    mentions = [*((*eqn.invars, *eqn.outvars) for eqn in program.eqns), program.outvars]
+    mentions = [*[(*eqn.invars, *eqn.outvars) for eqn in program.eqns], program.outvars]
     return {
         a: position for position, atoms in enumerate(mentions) for a in atoms if not isinstance(a, _internals.Literal)
     }
