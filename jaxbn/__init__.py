@@ -26,6 +26,8 @@ from jaxbn._src.methods.batch_norm import BatchNormState as BatchNormState
 from jaxbn._src.methods.batch_norm import batch_norm as batch_norm
 from jaxbn._src.methods.batch_renorm import BatchRenormState as BatchRenormState
 from jaxbn._src.methods.batch_renorm import batch_renorm as batch_renorm
+from jaxbn._src.methods.batch_renorm_schedules import renorm_ramp as renorm_ramp
+from jaxbn._src.methods.batch_renorm_schedules import renorm_switch as renorm_switch
 from jaxbn._src.methods.domain_batch_norm import DomainBatchNormState as DomainBatchNormState
 from jaxbn._src.methods.domain_batch_norm import domain_batch_norm as domain_batch_norm
 from jaxbn._src.methods.ghost_batch_norm import GhostBatchNormState as GhostBatchNormState
@@ -34,8 +36,6 @@ from jaxbn._src.methods.moving_average_batch_norm import MovingAverageBatchNormS
 from jaxbn._src.methods.moving_average_batch_norm import moving_average_batch_norm as moving_average_batch_norm
 from jaxbn._src.methods.protocol import NormParams as NormParams
 from jaxbn._src.methods.protocol import NormTransform as NormTransform
-from jaxbn._src.methods.schedules import renorm_ramp as renorm_ramp
-from jaxbn._src.methods.schedules import renorm_switch as renorm_switch
 from jaxbn._src.numerics import checkpoint_policies as checkpoint_policies
 from jaxbn._src.numerics.averages import Averaging as Averaging
 from jaxbn._src.numerics.averages import constant as constant

@@ -248,7 +248,7 @@ def test_moments_of_nothing_and_of_nan_leave_everything(host, case, bad):
 def test_a_horizon_wants_to_know_the_samples(host):
     moving, move = layer_of(host, next(case for case in AVERAGES if case.name == "batch_norm horizon"))
     moments = {"": jaxbn.batch_moments(np.ones((2, 3), np.float32))}
-    with pytest.raises(ValueError, match="counts examples, which moments do not tell; pass samples="):
+    with pytest.raises(ValueError, match="counts examples, and moments do not contain their number; pass"):
         move(moving, moments)
 
 

@@ -306,7 +306,7 @@ def test_the_pass_and_the_frozen_network_are_those_of_batch_norm(x):
         ({"ghost_size": 2.5}, TypeError, "ghost_size=2.5 must be a number of samples"),
         ({"grouping": "random"}, ValueError, "grouping='random' is none of 'contiguous', 'strided'"),
         ({"running": "mean"}, ValueError, "running='mean' is none of 'group_mean', 'pooled'"),
-        ({"axis_index_groups": [[0, 1]], "axis_name": "i"}, ValueError, "axis_index_groups has no place here"),
+        ({"axis_index_groups": [[0, 1]], "axis_name": "i"}, ValueError, "takes no axis_index_groups"),
         ({"epsilon": -1.0}, ValueError, "must not be negative"),
         ({"momentum": 1.0}, ValueError, r"outside \[0, 1\)"),
     ],

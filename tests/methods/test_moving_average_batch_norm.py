@@ -324,9 +324,9 @@ def test_one_value_per_channel_is_a_sign_in_the_warm_up():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"use_scale": False}, "Keep the scale, and to hold it at 1 keep the optimizer away"),
-        ({"autodiff": True}, "no derivative of its output"),
-        ({"momentum": None}, "Give a momentum: 0.98"),
+        ({"use_scale": False}, "Keep the scale; to hold it at 1, exclude it from the optimizer"),
+        ({"autodiff": True}, "not the derivative of its output"),
+        ({"momentum": None}, "Pass a momentum, such as 0.98"),
         ({"momentum": jaxbn.constant(0.9, unbiased=True)}, "leave out unbiased="),
         ({"epsilon": 0.0}, "epsilon=0.0 must be positive"),
         ({"window": 0}, "window=0 must be at least 1"),

@@ -7,10 +7,10 @@ from jax.typing import ArrayLike
 
 from jaxbn._src.linen.modules import Norm
 from jaxbn._src.methods.batch_renorm import batch_renorm
+from jaxbn._src.methods.batch_renorm_schedules import RAMP, Schedule
 from jaxbn._src.methods.domain_batch_norm import domain_batch_norm
 from jaxbn._src.methods.ghost_batch_norm import ghost_batch_norm
 from jaxbn._src.methods.moving_average_batch_norm import moving_average_batch_norm
-from jaxbn._src.methods.schedules import RAMP, Schedule
 from jaxbn._src.numerics.averages import Averaging
 
 

@@ -2,8 +2,8 @@ r"""Batch normalization: each channel is normalized with the mean and variance o
 
 .. math:: y = \gamma \frac{x - \mu_B}{\sqrt{\sigma_B^2 + \epsilon}} + \beta
 
-in training, and with the statistics of the population, :math:`E[\mu_B]` and :math:`Var[x]`, in evaluation. Those are
-estimated by a running average (Method ONE) or by a pass over the data when training is over (Method TWO).
+in training. In evaluation the population statistics take their place, :math:`E[\mu_B]` and :math:`Var[x]`. They are
+estimated by running averages (Method ONE), or by a pass over the data after training (Method TWO).
 
 Ioffe & Szegedy, Batch Normalization: Accelerating Deep Network Training by Reducing Internal Covariate Shift, 2015,
 Algorithm 1 (training) and Algorithm 2 (evaluation).
@@ -12,7 +12,7 @@ Algorithm 1 (training) and Algorithm 2 (evaluation).
 import functools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -30,12 +30,23 @@ from jaxbn._src.numerics import operands as _operands
 
 
 class BatchNormState(NamedTuple):
-    """The statistics of the population, as far as they are known."""
+    """The population statistics, as far as they are known."""
 
     mean: jax.Array  # f32[C]; complex for complex inputs
     var: jax.Array  # f32[C], biased
     # f32[]: steps (samples for a horizon) averaged so far; None if the average needs no count
     count: jax.Array | None = None  # type: ignore[assignment]  # hides tuple.count
+
+
+class CountedState(State, Protocol):
+    """A state whose running averages may count their steps; all methods of jaxbn have one."""
+
+    @property
+    def count(self) -> jax.Array | None:
+        """The number of steps, or of samples for a horizon, f32[]."""
+
+
+CountedT = TypeVar("CountedT", bound=CountedState)
 
 
 def batch_norm(
@@ -52,35 +63,35 @@ def batch_norm(
     activation: _operands.Activation | None = None,
     allow_single_value: bool = False,
     autodiff: bool = False,
-) -> NormTransform:
+) -> NormTransform[NormParams, BatchNormState]:
     r"""Batch normalization as pure functions: state in, state out.
 
-    Use it where batches are large (16 or more values per channel) and drawn at random. The statistics do not depend
-    on how a batch is spread over devices: nothing needs to be named under `jit` on sharded arrays; under `shard_map`,
-    `pmap` and `vmap` give `axis_name`. Where the rows are what is spread, a step costs one collective forward and one
-    backward.
+    Use it if batches are large (16 or more values per channel) and drawn at random. The statistics do not depend on how
+    a batch is spread over devices: `jit` on sharded arrays needs no axis name; under `shard_map`, `pmap` and `vmap`
+    pass `axis_name`. If the rows are spread, a step costs one collective forward and one backward.
 
     Args:
         momentum: Weight of the OLD running value, in [0, 1). PyTorch's momentum is one minus this. None: training
-            keeps no running average, and the statistics come from a postproc pass (Method TWO). Or an average made by
-            `constant`, `scheduled`, `cumulative` or `horizon`; `constant` says how exact float32 averages are.
+            keeps no running averages, and a statistics pass (`postproc`) estimates the statistics (Method TWO). Or an
+            average made by `constant`, `scheduled`, `cumulative` or `horizon`; see `constant` for the precision of
+            float32 averages.
         epsilon: Added to the variance; not negative.
         axis: Feature axis of `x`, or several.
         dtype: Of the output. None: what x, scale, bias and residual promote to.
         use_bias: Learn the bias :math:`\beta`.
         use_scale: Learn the scale :math:`\gamma`.
         axis_name: Axis or axes of the surrounding `shard_map`, `pmap` or `vmap` over which a batch is spread; used in
-            training alone.
+            training only.
         axis_index_groups: Groups of devices along `axis_name`, of equal size, that share statistics.
-        use_fast_variance: True sums about a shift and reads x once, False centres first and reads it twice. Both are
-            numerically safe.
+        use_fast_variance: True sums about a shift and reads x once; False subtracts the mean first and reads x twice.
+            Both are numerically safe.
         activation: Applied to the result, after the residual. `jax.nn.relu` and `jax.nn.leaky_relu` share the memory
-            traffic of the normalization; any other elementwise function is applied behind it.
-        allow_single_value: Accept one value per channel in training, which is an error otherwise: its output is the
-            bias, and no gradient passes.
+            traffic of the normalization; any other elementwise function runs after it.
+        allow_single_value: Accept one value per channel in training, which raises an error otherwise: the output is the
+            bias, and no gradient flows to x.
         autodiff: Use JAX's own derivative instead of the hand-written one: same numbers, more memory, and forward
-            mode works. Without it JAX says of `jax.jvp` and `jax.jacfwd` that they cannot be applied to a custom_vjp
-            function, or that there is no differentiation rule for 'custom_lin'.
+            mode works. Without it `jax.jvp` and `jax.jacfwd` raise an error about a custom_vjp function, or about a
+            missing differentiation rule for 'custom_lin'.
 
     Returns:
         A `NormTransform` with state `BatchNormState` and params `NormParams`.
@@ -102,9 +113,10 @@ def batch_norm(
         Array([0.2, 0.4], dtype=float32)
 
     References:
-        Ioffe & Szegedy, `Batch Normalization <https://arxiv.org/abs/1502.03167>`_, 2015, Algorithms 1 and 2. Differs:
-        the running variance is the biased one, as in Flax. Step 10 has the unbiased one: `constant(0.9,
-        unbiased=True)`, which is also what PyTorch keeps; in a postproc pass it is an estimator.
+        Ioffe & Szegedy, `Batch Normalization <https://arxiv.org/abs/1502.03167>`_, 2015, Algorithms 1 and 2. One
+        deviation: the running variance is biased, as in Flax. Step 10 of the paper and PyTorch use the unbiased
+        variance; `momentum=constant(0.9, unbiased=True)` keeps that one, and a statistics pass has it as an option of
+        its estimators.
     """
     average = _averages.as_averaging(momentum)
     axis_name = _collectives.static(axis_name)
@@ -145,7 +157,7 @@ def batch_norm(
         if average is None:
             return y, state
         samples = count_samples(moments, x.shape, axis) if average.counts_samples else None
-        return y, move_averages(average, state, moments, samples)
+        return y, update_averages(average, state, moments, samples)
 
     def evaluate(
         params: NormParams,
@@ -155,7 +167,7 @@ def batch_norm(
         mask: ArrayLike | None = None,
         residual: ArrayLike | None = None,
     ) -> jax.Array:
-        del mask  # of training alone, as in Flax
+        del mask  # a mask concerns training only, as in Flax
         operands = _operands.of_call(spec, params.scale, params.bias, state.mean, x, None, residual)
         # Algorithm 2, step 11: the same affine map, with E[x] and Var[x].
         return _normalize.normalize(spec, operands, *_normalize.as_constants((state.mean, state.var)))
@@ -164,38 +176,35 @@ def batch_norm(
         return here(x, mask=mask)
 
     def postproc(state: BatchNormState, moments: _moments.Moments) -> BatchNormState:
-        # Algorithm 2, step 10: E[x] and Var[x], as an estimator found them; a channel that saw nothing, or nothing that
-        # the state can hold, keeps what it has.
+        # Algorithm 2, step 10: E[x] and Var[x], as an estimator found them.
         found = moments.var
-        seen = _fits(state, moments, found)
-        mean = jnp.where(seen, moments.mean.astype(state.mean.dtype), state.mean)
-        return state._replace(mean=mean, var=jnp.where(seen, found.astype(state.var.dtype), state.var))
+        good = _usable(state, moments, found)
+        mean = jnp.where(good, moments.mean.astype(state.mean.dtype), state.mean)
+        return state._replace(mean=mean, var=jnp.where(good, found.astype(state.var.dtype), state.var))
 
-    update = None if average is None else functools.partial(move_averages, average)
+    update = None if average is None else functools.partial(update_averages, average)
     return on_meshes(NormTransform(init, train, evaluate, measure, postproc, update=update), axis)
 
 
 class AveragingStep(NamedTuple):
-    """How far the running averages move, and where."""
+    """The weights of one step of the running averages, and the variance that enters it."""
 
-    decay: jax.Array  # []
-    var: jax.Array  # [C]: the new value of the variance, unbiased where the average is one of that
-    good: jax.Array  # bool[C]: the channels that saw something, all of it finite in the state's dtype; others stay
-    count: jax.Array | None  # type: ignore[assignment]  # hides tuple.count; f32[]: the one of the state, after the step
+    decay: jax.Array  # []: weight of the old value
+    var: jax.Array  # [C]: variance of the batch; unbiased if the average asks for it
+    good: jax.Array  # bool[C]: channels with at least one value and finite moments; the others keep their averages
+    count: jax.Array | None  # type: ignore[assignment]  # hides tuple.count; f32[]: the count after the step
 
 
 def averaging_step(
-    average: _averages.Averaging, state: State, moments: _moments.Moments, samples: ArrayLike | None
+    average: _averages.Averaging, state: CountedState, moments: _moments.Moments, samples: ArrayLike | None
 ) -> AveragingStep:
-    """The next step of the running averages of any state with `mean` and `count`."""
+    """Prepares the next step of the running averages of a state."""
     if average.counts_samples and samples is None:
-        raise ValueError(
-            "jaxbn.horizon counts examples, which moments do not tell; pass samples=, how many there were."
-        )
+        raise ValueError("jaxbn.horizon counts examples, and moments do not contain their number; pass it as samples=.")
     if average.counts and state.count is None:
         raise ValueError(
             f"momentum={average} counts steps, but the state has no `count`: it was made for a constant momentum. Add "
-            f"state._replace(count=jnp.zeros(())), or initialize anew."
+            f"state._replace(count=jnp.zeros(())), or initialize again."
         )
     if jnp.iscomplexobj(moments.mean) and not jnp.iscomplexobj(state.mean):
         raise TypeError(
@@ -203,35 +212,36 @@ def averaging_step(
             f"complex input (linen), with param_dtype= (NNX), or with init(..., dtype={moments.mean.dtype})."
         )
     var = moments.var * _moments.bessel(moments.count) if average.unbiased else moments.var
-    good = _fits(state, moments, var)
+    good = _usable(state, moments, var)
     count = jnp.zeros((), jnp.float32) if state.count is None else state.count
-    dtype = _dtypes.promote(state.var.dtype, var.dtype, jnp.float32)  # what the average is computed in
+    dtype = _dtypes.promote(state.var.dtype, var.dtype, jnp.float32)  # the averages are computed in it
     samples = jnp.asarray(0 if samples is None else samples, dtype)
     counted = None
     if state.count is not None:
         after = average.advance(count, samples.astype(count.dtype))
-        counted = lax.stop_gradient(jnp.where(good.any(), after, count))
+        counted = lax.stop_gradient(jnp.where(good.any(), after, count))  # a step without any value does not count
     return AveragingStep(average.decay(count.astype(dtype), samples), var, good, counted)
 
 
-def _fits(state: State, moments: _moments.Moments, var: jax.Array) -> jax.Array:
-    """bool[C]: which channels saw something that is finite, also when it is rounded to the dtype of the state."""
+def _usable(state: State, moments: _moments.Moments, var: jax.Array) -> jax.Array:
+    """bool[C]: the channels with at least one value whose moments are finite in the dtype of the state."""
     finite = jnp.isfinite(moments.mean.astype(state.mean.dtype)) & jnp.isfinite(var.astype(state.var.dtype))
     return (moments.count > 0) & finite
 
 
 def count_samples(moments: _moments.Moments, shape: Sequence[int], axis: _axes.Axis) -> jax.Array:
-    """How many rows the moments of an input of this shape were computed from, by its mask and over all devices."""
+    """The number of rows, over all devices and without masked ones, behind the moments of an input of this shape."""
     return moments.count.max(initial=0) / math.prod(shape[a] for a in _axes.split(len(shape), axis).reduced[1:])
 
 
-def move_averages(
-    average: _averages.Averaging, state: State, moments: _moments.Moments, samples: ArrayLike | None = None
-) -> State:
-    """The state after one step of the running averages, of its mean and of its variance."""
+def update_averages(
+    average: _averages.Averaging, state: CountedT, moments: _moments.Moments, samples: ArrayLike | None = None
+) -> CountedT:
+    """Updates the running mean and variance of a state once."""
     step = averaging_step(average, state, moments, samples)
-    return state._replace(
+    updated: CountedT = state._replace(
         mean=_averages.update(state.mean, moments.mean, step.decay, step.good),
         var=_averages.update(state.var, step.var, step.decay, step.good),
         count=step.count,
     )
+    return updated

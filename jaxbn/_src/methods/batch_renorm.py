@@ -1,11 +1,12 @@
-r"""Batch Renormalization: batch norm whose output in training is that of evaluation, but for bounds.
+r"""Batch Renormalization: batch norm whose training output equals its evaluation output, within bounds.
 
 .. math:: y = \gamma \left( \frac{x - \mu_B}{\sigma_B} r + d \right) + \beta, \qquad
           r = \mathrm{clip}_{[1/r_{max}, r_{max}]} \frac{\sigma_B}{\sigma}, \quad
           d = \mathrm{clip}_{[-d_{max}, d_{max}]} \frac{\mu_B - \mu}{\sigma}
 
-with the moving averages :math:`\mu, \sigma` from before the step, and r and d as constants: where neither is clipped, y
-is exactly :math:`\gamma (x - \mu) / \sigma + \beta`, and yet gradients know that :math:`\mu_B, \sigma_B` depend on x.
+with the running averages :math:`\mu, \sigma` from before the step. The gradient takes r and d as constants. If neither
+is clipped, y is exactly :math:`\gamma (x - \mu) / \sigma + \beta`, and gradients still flow through
+:math:`\mu_B, \sigma_B`.
 
 Ioffe, Batch Renormalization: Towards Reducing Minibatch Dependence in Batch-Normalized Models, 2017, Algorithm 1.
 """
@@ -14,7 +15,7 @@ import functools
 import warnings
 from collections.abc import Sequence
 from numbers import Real
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +23,8 @@ from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxbn._src.methods.batch_norm import averaging_step, batch_norm, count_samples
+from jaxbn._src.methods.batch_renorm_schedules import RAMP, Schedule, check_bounds
 from jaxbn._src.methods.protocol import NormParams, NormTransform, on_meshes
-from jaxbn._src.methods.schedules import RAMP, Schedule, check_bounds
 from jaxbn._src.numerics import averages as _averages
 from jaxbn._src.numerics import axes as _axes
 from jaxbn._src.numerics import collectives as _collectives
@@ -34,7 +35,7 @@ from jaxbn._src.numerics import operands as _operands
 
 
 class BatchRenormState(NamedTuple):
-    """The moving averages: those of batch norm, and the step where the bounds depend on it."""
+    """The running averages of batch norm, and the number of steps if the bounds depend on it."""
 
     mean: jax.Array  # f32[C]
     var: jax.Array  # f32[C]: sigma^2 - epsilon, of the sigma that is averaged
@@ -65,41 +66,41 @@ def batch_renorm(
     activation: _operands.Activation | None = None,
     allow_single_value: bool = False,
     autodiff: bool = False,
-) -> NormTransform:
-    r"""Batch Renormalization as pure functions: batch norm for small batches, and for those that are not i.i.d.
+) -> NormTransform[NormParams, BatchRenormState]:
+    r"""Batch Renormalization as pure functions: batch norm for small batches.
 
-    Use it where statistics come from few examples (8 or fewer), where the examples of a batch resemble each other, and
-    for the critics of off-policy reinforcement learning (CrossQ). At 16 and more independent examples it gains nothing;
-    one value per channel passes no gradient. Published, on ImageNet: Inception-v3, normalized in sets of 4, 76.5 %
-    right, batch norm 74.2 % (Ioffe 2017, figure 2). ResNet-50, top-1 error with 32, 16, 8, 4 and 2 examples, read off a
-    figure but for the last: 23.6, 24.4, 25.3, 26.9, 30.29 %; batch norm 23.4, 24.3, 25.5, 27.9, 35.22 % (Yan 2020).
+    Use it if statistics come from 2 to 4 examples, if the examples of a batch resemble each other, and for the critics
+    of off-policy reinforcement learning (CrossQ). If a batch holds one class only, use `moving_average_batch_norm`.
+    With 8 and more independent examples it gains nothing, and may cost half a point of accuracy. With one value per
+    channel no gradient flows to x. Published results on ImageNet: Inception-v3, normalized in sets of 4, has 76.5 %
+    accuracy, with batch norm 74.2 % (Ioffe 2017, figure 2). The top-1 error of ResNet-50 with 32, 16, 8, 4 and 2
+    examples is 23.6, 24.4, 25.3, 26.9, 30.29 %, with batch norm 23.4, 24.3, 25.5, 27.9, 35.22 % (Yan 2020; all but the
+    last read off a figure).
 
-    Evaluation, statistics pass and checkpoints are those of batch norm: the state has its `mean` and `var`. Training
-    starts as plain batch norm, which the default bounds see to: averages that are still far off make r and d wrong.
+    Evaluation, the statistics pass and checkpoints work as for batch norm: the state has the same `mean` and `var`.
+    With the default bounds training starts as plain batch norm, because early averages would make r and d wrong.
 
     Args:
         momentum: Weight of the OLD running value, in [0, 1); PyTorch's momentum and the paper's alpha are one minus
-            this. Or an average made by `constant`, `scheduled`, `cumulative` or `horizon`. With one that drops its
-            initial values (`constant(0.99, debias=True)`, `cumulative`, `horizon`) the first step, which has nothing to
-            compare with, is plain batch norm.
+            this. Or an average made by `constant`, `scheduled`, `cumulative` or `horizon`. If the average drops its
+            initial values (`constant(0.99, debias=True)`, `cumulative`, `horizon`), the first step is plain batch norm.
         epsilon: Added to the variance, inside the root; positive.
         r_max: r lies in [1 / r_max, r_max]: a number from 1 (no correction) to `inf` (no bound), or a function of the
-            number of training steps so far, such as an optax schedule. See `renorm_ramp` and `renorm_switch`, which
-            give both bounds.
+            number of training steps so far, such as an optax schedule. `renorm_ramp` and `renorm_switch` return both
+            bounds.
         d_max: d lies in [-d_max, d_max]: a number from 0 to `inf`, or a function of the step.
-        track_variance: Average the variance, as batch norm does, and not :math:`\sigma`. Then r is below 1 on average:
-            0.92 for Gaussian batches of 4, 0.80 for those of 2.
+        track_variance: Average the variance, as batch norm does, instead of :math:`\sigma`. Then r is below 1 on
+            average: 0.92 for Gaussian batches of 4, 0.80 for batches of 2.
         axis: Feature axis of `x`, or several.
         dtype: Of the output. None: what x, scale, bias and residual promote to.
         use_bias: Learn the bias :math:`\beta`.
         use_scale: Learn the scale :math:`\gamma`.
         axis_name: Axis or axes of the surrounding `shard_map`, `pmap` or `vmap` over which a batch is spread; used in
-            training alone.
+            training only.
         axis_index_groups: Groups of devices along `axis_name`, of equal size, that share statistics.
-        use_fast_variance: True sums about a shift and reads x once, False centres first and reads it twice. Both are
-            numerically safe.
+        use_fast_variance: As in `batch_norm`.
         activation: Applied to the result, after the residual; as in `batch_norm`.
-        allow_single_value: Do not warn of one value per channel in training.
+        allow_single_value: Do not warn about one value per channel in training.
         autodiff: Use JAX's own derivative instead of the hand-written one.
 
     Returns:
@@ -120,24 +121,24 @@ def batch_renorm(
     References:
         Ioffe, `Batch Renormalization <https://arxiv.org/abs/1702.03275>`_, 2017, Algorithm 1; Yan et al., `Towards
         Stabilizing Batch Statistics <https://arxiv.org/abs/2001.06838>`_, 2020; Bhatt et al., `CrossQ
-        <https://arxiv.org/abs/1902.05605>`_, 2024. Differs from Algorithm 1: :math:`\sigma` is averaged, and kept as
-        the variance :math:`\sigma^2 - \epsilon`, which starts from 1, so that all that reads statistics of batch norm
-        reads these; a channel whose batch is not finite keeps its averages. Epsilon, whose value the paper leaves open,
-        is that of TensorFlow and Keras.
+        <https://arxiv.org/abs/1902.05605>`_, 2024. Deviations from Algorithm 1: the average of :math:`\sigma` is stored
+        as the variance :math:`\sigma^2 - \epsilon`, starting from 1, so that everything that reads the statistics of
+        batch norm reads these; a channel whose batch is not finite keeps its averages. The paper does not give epsilon;
+        the default is the one of TensorFlow and Keras.
 
-        Coming from Keras (`renorm=True`): `renorm_momentum` is `momentum`; `renorm_clipping` has `rmax`, `dmax` for
-        `r_max`, `d_max`, and its `rmin`, of its own there, is 1 / r_max here; without clipping, its default, pass
-        `inf`. Keras keeps two pairs of averages, for training and for evaluation; they are one pair here.
-        From PyTorch: there is no such layer; momentum is one minus ours in those that others wrote.
-        From sbx and CrossQ: `warm_up_steps` is `**renorm_switch(warm_up_steps)`; they average the variance
-        (`track_variance=True`), and fold r and d into mean and variance, where epsilon is added once more: a channel
-        whose variance is of the size of epsilon gets another output, and a constant one the gradient NaN.
+        Coming from Keras (`renorm=True`): `renorm_momentum` is `momentum`; `rmax` and `dmax` of `renorm_clipping` are
+        `r_max` and `d_max`, and `rmin` is always 1 / r_max here; for no clipping, the default there, pass `inf`. Keras
+        keeps separate averages for training and evaluation; here they are the same.
+        Coming from PyTorch: it has no such layer; in layers written by others momentum is one minus ours.
+        Coming from sbx and CrossQ: `warm_up_steps` is `**renorm_switch(warm_up_steps)`. They average the variance
+        (`track_variance=True`), and fold r and d into mean and variance, to which epsilon is added again: a channel
+        with a variance of the size of epsilon gets another output, and a constant channel gets the gradient NaN.
         `jaxbn.linen.convert_norms` reads their checkpoints.
     """
     average = _check(_averages.as_averaging(momentum), epsilon, r_max, d_max)
     axis_name = _collectives.static(axis_name)
     groups = _collectives.check_groups(axis_name, axis_index_groups)
-    base = batch_norm(
+    base: NormTransform[NormParams, Any] = batch_norm(  # its `eval`, `measure` and `postproc` serve this state as well
         momentum=average, epsilon=epsilon, axis=axis, dtype=dtype, use_bias=use_bias, use_scale=use_scale,
         axis_name=axis_name, axis_index_groups=groups, use_fast_variance=use_fast_variance, activation=activation,
     )  # fmt: skip
@@ -169,7 +170,7 @@ def batch_renorm(
         x = operands.x
         values = _axes.values_per_channel(x.shape, axis) * _collectives.group_size(axis_name, groups)
         _check_batch(x, axis, values, allow_single_value)
-        # Algorithm 1: mu_B and sigma_B; r and d of the averages before this step; x_hat; y. Then the averages move.
+        # Algorithm 1, in its order: mu_B and sigma_B; r and d from the averages before this step; x_hat; y; averages.
         y, moments = _normalize.batch_normalize(
             spec, measure, operands, state.mean, state.var, limits=bounds(state, x), autodiff=autodiff
         )
@@ -180,7 +181,7 @@ def batch_renorm(
         found = _Bounds(*(_at(bound, state.step, dtype) for bound in (r_max, d_max)))
         if not average.counts or state.count is None:
             return found
-        # An average that is about to drop all that it holds has nothing to compare a batch with.
+        # An average that drops its initial values now holds no information yet: this step is plain batch norm.
         fresh = (state.count == 0) & (average.decay(state.count, jnp.ones_like(state.count)) == 0)
         return _Bounds(jnp.where(fresh, 1, found.r_max), jnp.where(fresh, 0, found.d_max))
 
@@ -201,7 +202,7 @@ def batch_renorm(
 
 
 def _correction(stored: _operands.Stored, mean: jax.Array, var: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The constants r and d, lines 3 and 4 of Algorithm 1."""
+    """Computes r and d, lines 3 and 4 of Algorithm 1."""
     dtype = var.dtype
     sigma = jnp.sqrt(stored.var.astype(dtype) + stored.epsilon)
     r = jnp.sqrt(var + stored.epsilon) / sigma
@@ -211,7 +212,7 @@ def _correction(stored: _operands.Stored, mean: jax.Array, var: jax.Array) -> tu
 
 
 def _update_sigma(epsilon: ArrayLike, var: jax.Array, new: jax.Array, decay: jax.Array, where: jax.Array) -> jax.Array:
-    """The variance of which sigma is the average: sigma moves, with epsilon inside the root."""
+    """Updates the average of sigma = sqrt(var + epsilon), and returns it as a variance."""
     dtype = _dtypes.promote(var.dtype, new.dtype)
     inside = jnp.asarray(epsilon, dtype)
     before, batch = (jnp.sqrt(v.astype(dtype) + inside) for v in (var, new))
@@ -221,13 +222,13 @@ def _update_sigma(epsilon: ArrayLike, var: jax.Array, new: jax.Array, decay: jax
 
 
 def _at(bound: float | Schedule, step: jax.Array | None, dtype: DTypeLike) -> jax.Array:
-    """The value of a bound in this step."""
+    """Evaluates a bound at this step."""
     if not callable(bound):
         return jnp.asarray(bound, dtype)
     if step is None:
         raise ValueError(
             "A bound depends on the step, but the state has no `step`: it was made for bounds that are numbers. Add "
-            "state._replace(step=jnp.zeros(())), or initialize anew."
+            "state._replace(step=jnp.zeros(())), or initialize again."
         )
     return lax.stop_gradient(jnp.asarray(bound(step.astype(dtype)), dtype))
 
@@ -235,10 +236,10 @@ def _at(bound: float | Schedule, step: jax.Array | None, dtype: DTypeLike) -> ja
 def _check(
     average: _averages.Averaging | None, epsilon: ArrayLike, r_max: float | Schedule, d_max: float | Schedule
 ) -> _averages.Averaging:
-    """The average; a ValueError for hyper-parameters that batch norm can have and this method cannot."""
+    """Returns the average; raises a ValueError for hyper-parameters that batch norm accepts and this one does not."""
     if average is None:
         raise ValueError(
-            "momentum=None keeps no running averages, and batch_renorm trains with them. Give a momentum, such as 0.99."
+            "momentum=None keeps no running averages, and batch_renorm trains with them. Pass a momentum, such as 0.99."
         )
     if average.unbiased:
         raise ValueError("batch_renorm compares its average with the biased variance of a batch; leave out unbiased=.")
@@ -249,14 +250,16 @@ def _check(
 
 
 def _check_batch(x: jax.Array, axis: _axes.Axis, values: int, allow_single_value: bool) -> None:
-    """Refuses what has no mean, and warns of a batch that teaches nothing to the layers before."""
+    """Raises for an input that has no real statistics, and warns if no gradient flows to the layers before."""
     if jnp.iscomplexobj(x):
-        raise TypeError(f"batch_renorm takes real input, and this one is {x.dtype}. Use batch_norm, or real and imag.")
+        raise TypeError(
+            f"batch_renorm takes real input, and this one is {x.dtype}. Use batch_norm, or real and imaginary part."
+        )
     _axes.check_training_batch(x.shape, axis, values, allow_single_value=True)
     if values == 1 and not allow_single_value:
         warnings.warn(
-            f"The input {x.shape} has one value per channel along axis={axis}: its output depends on the averages "
-            f"alone, and no gradient passes to the layers before. Use a larger batch, synchronize over devices with "
-            f"axis_name=, freeze the layer, or pass allow_single_value=True if this is meant.",
+            f"The input {x.shape} has one value per channel along axis={axis}: its output depends only on "
+            f"the averages, and no gradient flows to the layers before. Use a larger batch, synchronize over devices "
+            f"with axis_name=, freeze the layer, or pass allow_single_value=True if this is meant.",
             stacklevel=4,  # the caller of train
         )

@@ -1,9 +1,9 @@
-r"""Ghost batch norm: a large batch is cut into groups, each of which is normalized with its own statistics.
+r"""Ghost batch norm: a large batch is split into groups, and each group is normalized with its own statistics.
 
 .. math:: y_i = \gamma \frac{x_i - \mu_g}{\sqrt{\sigma_g^2 + \epsilon}} + \beta, \qquad i \in \text{group } g
 
-so that statistics are as noisy as those of a small batch, whatever the batch of the optimizer is. To the arithmetic a
-group is a feature: a batch [N, .., C] becomes [G, N / G, .., C], with statistics [G, C].
+so that the statistics are as noisy as those of a small batch, however large the optimizer's batch is. For the
+arithmetic a group is a feature: a batch [N, .., C] becomes [G, N / G, .., C], with statistics [G, C].
 
 Hoffer, Hubara & Soudry, Train longer, generalize better: closing the generalization gap in large batch training of
 neural networks, 2017, Algorithm 1.
@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxbn._src.methods.batch_norm import batch_norm, count_samples, move_averages
+from jaxbn._src.methods.batch_norm import batch_norm, count_samples, update_averages
 from jaxbn._src.methods.protocol import NormParams, NormTransform, on_meshes
 from jaxbn._src.numerics import averages as _averages
 from jaxbn._src.numerics import axes as _axes
@@ -32,7 +32,7 @@ from jaxbn._src.numerics import operands as _operands
 
 
 class GhostBatchNormState(NamedTuple):
-    """The statistics of the population, as far as they are known; those of batch norm."""
+    """The population statistics, as far as they are known; the same as those of batch norm."""
 
     mean: jax.Array  # f32[C]; complex for complex inputs
     var: jax.Array  # f32[C]
@@ -41,25 +41,25 @@ class GhostBatchNormState(NamedTuple):
 
 
 class _Plan(NamedTuple):
-    """How a batch is cut into groups; static."""
+    """How a batch is split into groups; static."""
 
-    rows: int  # the axis that is cut in two; a new one where the batch lies along an `axis_name` alone
-    is_new: bool
+    rows: int  # the axis that becomes two axes
+    is_new: bool  # whether x has no such axis, because each device holds one example
     pieces: int  # size of the first of the two axes
-    groups: int  # how many this device holds
-    axis: tuple[int, ...]  # features of the cut batch: the groups, and the features of the batch
-    position: int  # of the groups among these
-    joined: int  # how many devices make up a group
-    axis_name: _collectives.AxisName | None  # of these devices; None: a group is on one
+    groups: int  # number of groups on this device
+    axis: tuple[int, ...]  # feature axes of the split batch: the axis of the groups, and the features of x
+    position: int  # index of the groups among these axes
+    joined: int  # number of devices that share a group
+    axis_name: _collectives.AxisName | None  # axis of these devices; None: each group is on one device
 
 
 class _Measured(NamedTuple):
-    """Moments of the groups of this device, to normalize with, and of the whole batch, for the running averages."""
+    """Moments of this device's groups, which normalize x, and moments of the batch for the running averages."""
 
     count: jax.Array  # type: ignore[assignment]  # hides tuple.count
     mean: jax.Array
     m2: jax.Array
-    whole: _moments.Moments | None  # [C]; None where training keeps no averages
+    whole: _moments.Moments | None  # [C]; None if training keeps no averages
 
     @property
     def var(self) -> jax.Array:
@@ -83,34 +83,34 @@ def ghost_batch_norm(
     activation: _operands.Activation | None = None,
     allow_single_value: bool = False,
     autodiff: bool = False,
-) -> NormTransform:
-    r"""Ghost batch norm as pure functions: batch norm in groups of `ghost_size` samples, whatever the batch.
+) -> NormTransform[NormParams, GhostBatchNormState]:
+    r"""Ghost batch norm as pure functions: batch norm in groups of `ghost_size` samples, for any batch size.
 
-    Use it where the batch of the optimizer is large (thousands): the noise of the statistics of small groups
-    regularizes. Use it too to keep the statistics of a recipe while the batch or the number of devices changes: a group
-    has `ghost_size` samples whatever the devices, which hold several groups each, or several of which make up one.
+    Use it if the optimizer's batch is large (thousands): the noise in the statistics of small groups regularizes. Use
+    it also to keep a recipe's statistics when the batch size or the number of devices changes: a group always has
+    `ghost_size` samples; a device holds several groups, or several devices share one.
 
-    Groups that fit on a device are normalized there, with no communication; the running averages, which are the same
-    everywhere, cost one collective (none with `momentum=None`). Evaluation is that of batch norm.
+    A group on one device needs no communication. The running averages, which are the same on all devices, cost one
+    collective (none with `momentum=None`). Evaluation works as in batch norm.
 
     Args:
-        ghost_size: Samples (rows) in a group, over all devices. It must divide the batch; a batch of fewer is one
+        ghost_size: Samples (rows) in a group, over all devices. It must divide the batch size; a smaller batch is one
             group.
-        grouping: `"contiguous"`: neighbouring samples make a group. `"strided"`: sample i is in group i mod G, as in
-            TensorFlow's `virtual_batch_size`; groups then extend over all devices. It matters where samples are sorted.
-        running: What the running variance averages, in one step per training step: `"group_mean"`, the mean of the
-            variances of the groups, with which training normalizes; or `"pooled"`, the variance of the whole batch,
-            which is larger by that of the groups' means, about :math:`\sigma^2 / n` for n values in a group.
-        momentum: Weight of the OLD running value, per training step and not per group; as in `batch_norm`.
+        grouping: `"contiguous"`: neighboring samples form a group. `"strided"`: sample i is in group i mod G, as in
+            TensorFlow's `virtual_batch_size`; groups then extend over all devices. It matters if samples are sorted.
+        running: The variance that the running average takes in at each training step. `"group_mean"`: the mean of the
+            groups' variances, which training normalizes with. `"pooled"`: the variance of the whole batch, which also
+            contains the variance of the groups' means, about :math:`\sigma^2 / n` for n values in a group.
+        momentum: Weight of the OLD running value, per training step (not per group); as in `batch_norm`.
         epsilon: Added to the variance; not negative.
-        axis: Feature axis of `x`, or several. The samples are along the first of the other axes.
+        axis: Feature axis of `x`, or several. The first of the other axes holds the samples.
         dtype: Of the output. None: what x, scale, bias and residual promote to.
         use_bias: Learn the bias :math:`\beta`.
         use_scale: Learn the scale :math:`\gamma`.
         axis_name: Axis or axes of the surrounding `shard_map`, `pmap` or `vmap` over which a batch is spread; used in
-            training alone. Under `jit` on sharded arrays nothing needs to be named.
-        axis_index_groups: Must be None, as groups are what `ghost_size` makes.
-        use_fast_variance: True sums about a shift and reads x once, False centres first and reads it twice.
+            training only. `jit` on sharded arrays needs no axis name.
+        axis_index_groups: Must be None: `ghost_size` determines which devices share statistics.
+        use_fast_variance: As in `batch_norm`.
         activation: Applied to the result, after the residual; as in `batch_norm`.
         allow_single_value: Accept groups of one value per channel in training.
         autodiff: Use JAX's own derivative instead of the hand-written one.
@@ -119,8 +119,8 @@ def ghost_batch_norm(
         A `NormTransform` with state `GhostBatchNormState` and params `NormParams`.
 
     Raises:
-        ValueError: Here for hyper-parameters outside their range; in `train`, while tracing, for a batch that
-            `ghost_size` does not divide, groups that devices would hold in part, or input that does not fit.
+        ValueError: Here for hyper-parameters outside their range; in `train`, while tracing, for a batch size that
+            `ghost_size` does not divide, groups that do not fit on the devices, or input that does not fit.
         TypeError: Here for a momentum, activation or `ghost_size` of the wrong kind.
 
     Example:
@@ -133,23 +133,24 @@ def ghost_batch_norm(
     References:
         Hoffer, Hubara & Soudry, `Train longer, generalize better <https://arxiv.org/abs/1705.08741>`_, 2017,
         Algorithm 1; Summers & Dinneen, `Four Things Everyone Should Know to Improve Batch Normalization
-        <https://arxiv.org/abs/1906.03548>`_, 2020. Differs: the running averages move once per step by the mean over
-        the groups, as in TensorFlow, where the paper's move once for each group in turn, so that a momentum means the
-        same for any number of groups. A masked group weighs by what is valid in it.
+        <https://arxiv.org/abs/1906.03548>`_, 2020. One deviation: the running averages are updated once per step, with
+        the mean over the groups, as in TensorFlow; the paper updates them for each group in turn. Here a momentum means
+        the same for any number of groups. A group with a mask is weighted by its number of valid values.
 
-        A pass normalizes with the statistics of its whole batch: give `postproc` batches of `ghost_size`.
+        A statistics pass does not split its batches: give `postproc` batches of `ghost_size`.
     """
     average = _averages.as_averaging(momentum)
     ghost_size = _check(ghost_size, grouping, running, axis_index_groups)
     axis_name = _collectives.static(axis_name)
-    base = batch_norm(
+    base: NormTransform[NormParams, Any] = batch_norm(  # its `eval`, `measure` and `postproc` serve this state as well
         momentum=average, epsilon=epsilon, axis=axis, dtype=dtype, use_bias=use_bias, use_scale=use_scale,
         axis_name=axis_name, use_fast_variance=use_fast_variance, activation=activation,
     )  # fmt: skip
     spec = _operands.Spec(_axes.static(axis), epsilon, activation, dtype)
-    # The factor of an unbiased variance is one of the groups: unless they are pooled, it is in the moments already.
+    # An unbiased variance needs the factor n / (n - 1) of a group. Unless groups are pooled, `whole` applies it to each
+    # group, and the average must not apply that of the whole batch.
     of_groups = average is not None and average.unbiased and running == "group_mean"
-    moving = dataclasses.replace(average, unbiased=False) if average is not None and of_groups else average
+    averaging = dataclasses.replace(average, unbiased=False) if average is not None and of_groups else average
 
     def init(
         feature_shape: int | Sequence[int], *, dtype: DTypeLike = jnp.float32
@@ -169,7 +170,7 @@ def ghost_batch_norm(
         x = operands.x
         plan = _plan(x.shape, axis, ghost_size, grouping, axis_name, allow_single_value)
         given, stored = _cut(plan, operands, state)
-        # Algorithm 1: batch norm, for each group.
+        # Algorithm 1: batch norm of each group.
         y, measured = _normalize.batch_normalize(
             spec._replace(
                 axis=plan.axis,
@@ -183,15 +184,15 @@ def ghost_batch_norm(
             autodiff=autodiff,
         )
         y = _collectives.uncut(y, x)
-        if moving is None:
+        if averaging is None:
             return y, state
-        return y, move_averages(moving, state, measured.whole, count_samples(measured.whole, x.shape, axis))
+        return y, update_averages(averaging, state, measured.whole, count_samples(measured.whole, x.shape, axis))
 
     def measure(plan: _Plan, x: jax.Array, *, mask: jax.Array | None) -> _Measured:
         options: Any = {"axis": plan.axis, "mask": mask, "use_fast_variance": use_fast_variance}
         if plan.axis_name is None:
             own = _moments.batch_moments(x, **options)
-            groups = None if moving is None else _moments.gather(_groups_first(own, plan), axis_name)
+            groups = None if averaging is None else _moments.gather(_groups_first(own, plan), axis_name)
         else:
             joined = _moments.neighbour_moments(x, **options, axis_name=plan.axis_name, size=plan.joined)
             own = _collectives.own_of_neighbours(joined, plan.axis_name, plan.joined)
@@ -199,7 +200,7 @@ def ghost_batch_norm(
         return _Measured(*own, None if groups is None else whole(groups))
 
     def whole(groups: _moments.Moments) -> _moments.Moments:
-        """What the running averages are given, of the moments [G, C] of all groups."""
+        """Computes the moments that enter the running averages, from the moments [G, C] of all groups."""
         union = _moments.pool(groups)
         if running == "pooled":
             return union
@@ -210,7 +211,7 @@ def ghost_batch_norm(
 
 
 def _check(ghost_size: int, grouping: str, running: str, axis_index_groups: None) -> int:
-    """The size of a group; an error for hyper-parameters that this method cannot have."""
+    """Returns the size of a group; raises for hyper-parameters that this method does not accept."""
     try:
         size = operator.index(ghost_size)
     except TypeError:
@@ -224,7 +225,9 @@ def _check(ghost_size: int, grouping: str, running: str, axis_index_groups: None
         if value not in allowed:
             raise ValueError(f"{name}={value!r} is none of {', '.join(map(repr, allowed))}.")
     if axis_index_groups is not None:
-        raise ValueError("axis_index_groups has no place here: ghost_size says how many devices share statistics.")
+        raise ValueError(
+            "ghost_batch_norm takes no axis_index_groups: ghost_size determines which devices share statistics."
+        )
     return size
 
 
@@ -236,7 +239,7 @@ def _plan(
     axis_name: _collectives.AxisName | None,
     allow_single_value: bool,
 ) -> _Plan:
-    """How a batch of this shape on each of the devices is cut; a ValueError if it cannot be."""
+    """Plans how to split a batch of this shape on each device; raises a ValueError if it does not fit."""
     axes, devices = _axes.split(len(shape), axis), _collectives.group_size(axis_name, None)
     is_new = not axes.reduced
     rows, here = (0, 1) if is_new else (axes.rows, shape[axes.rows])
@@ -246,7 +249,7 @@ def _plan(
     if here * devices % size:
         raise ValueError(
             f"A batch of {here * devices} samples does not divide into groups of ghost_size={ghost_size}. Change one "
-            f"of the two, or leave the rest of the batch out."
+            f"of the two, or drop the last samples of the batch."
         )
     if grouping == "strided":
         groups = here * devices // size
@@ -268,13 +271,13 @@ def _plan(
 def _cut(
     plan: _Plan, operands: _operands.Operands, state: GhostBatchNormState
 ) -> tuple[_operands.Operands, tuple[jax.Array, jax.Array]]:
-    """The operands, and mean and variance, with an axis more, of the groups."""
+    """Adds the axis of the groups to the operands, and to mean and variance."""
 
     def cut(a: jax.Array) -> jax.Array:
         return _collectives.cut(a[None] if plan.is_new else a, plan.rows, plan.pieces)
 
     def for_groups(stat: jax.Array) -> jax.Array:
-        # Not in half precision, in which the gradients of the groups could not be added up.
+        # At least float32: half precision loses digits when the gradients of the groups are added up.
         return _collectives.repeat(stat.astype(_dtypes.compute(stat)), plan.position, x, plan.axis[plan.position])
 
     x = cut(operands.x)

@@ -1,11 +1,12 @@
-r"""Moving average batch normalization (MABN): statistics of the last W batches, in the derivative too.
+r"""Moving average batch normalization (MABN): statistics of the last W batches, in the gradient as well.
 
 .. math:: y = \gamma\, r\, z + \beta, \qquad z = \frac{x}{\sqrt{V + \epsilon}}, \qquad
           \frac{\partial L}{\partial x} = \frac{g - z \Psi}{\sqrt{V + \epsilon}}, \quad
           g = \gamma\, r\, \frac{\partial L}{\partial y}
 
-V is the mean of :math:`\chi_B^2 = E[x^2]` over the last W batches, :math:`\Psi` that of :math:`\psi_B = E[g z]` over
-the last W gradients: where the weights stand still, the gradient of the joint batch. r compares V with a long average.
+V is the mean of :math:`\chi_B^2 = E[x^2]` over the last W batches, :math:`\Psi` the mean of :math:`\psi_B = E[g z]`
+over the last W gradients. With constant weights this is the gradient of the W batches together. r compares V with a
+long average.
 
 Yan et al., Towards Stabilizing Batch Statistics in Backward Propagation of Batch Normalization, 2020.
 """
@@ -13,7 +14,7 @@ Yan et al., Towards Stabilizing Batch Statistics in Backward Propagation of Batc
 import functools
 from collections.abc import Sequence
 from numbers import Real
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxbn._src.methods.batch_norm import averaging_step, batch_norm, count_samples
-from jaxbn._src.methods.protocol import NormParams, NormTransform, on_meshes
+from jaxbn._src.methods.protocol import BackwardFn, NormParams, NormTransform, on_meshes
 from jaxbn._src.numerics import averages as _averages
 from jaxbn._src.numerics import axes as _axes
 from jaxbn._src.numerics import collectives as _collectives
@@ -29,23 +30,33 @@ from jaxbn._src.numerics import explicit_meshes as _explicit_meshes
 from jaxbn._src.numerics import moments as _moments
 from jaxbn._src.numerics import normalize as _normalize
 from jaxbn._src.numerics import operands as _operands
+from jaxbn._src.numerics.extra_gradient import add_to_gradient
 
-_PLAIN_STEPS = 1000  # in which r is 1, if the warm-up is not longer
+_PLAIN_STEPS = 1000  # r is 1 in these steps, or in the warm-up if that is longer
 
 
 class MovingAverageBatchNormState(NamedTuple):
-    """The long average of the second moment, and the windows; what `eval` reads are `mean` and `var`."""
+    """The long average of the second moment, and the windows; `eval` reads `mean` and `var` only."""
 
-    mean: jax.Array  # f32[C]: 0, about which the second moment is; one from elsewhere fades out
+    mean: jax.Array  # f32[C]: 0, as `var` is a second moment about 0; a mean from a checkpoint decays
     var: jax.Array  # f32[C]: average of V
     square_window: jax.Array  # f32[W, C]: chi^2 of the last W batches, the newest last
     gradient_window: jax.Array  # f32[W, C]: psi of the last W gradients, the newest last; of the unscaled loss
-    values: jax.Array  # f32[C]: m, how many values the last batch had
+    values: jax.Array  # f32[C]: m, the number of values in the last batch
     step: jax.Array  # f32[]: training steps so far
-    gradients: jax.Array  # f32[]: gradients that `backward` has seen so far
-    loss_scale: jax.Array  # f32[]: what the loss of the next step will be multiplied by
+    gradients: jax.Array  # f32[]: calls of `backward` so far
+    loss_scale: jax.Array  # f32[]: factor of the loss in the next step
     # f32[]: steps (samples for a horizon) averaged so far; None if the average needs no count
     count: jax.Array | None = None  # type: ignore[assignment]  # hides tuple.count
+
+
+class MovingAverageNormTransform(NormTransform[NormParams, MovingAverageBatchNormState]):
+    """A `NormTransform` that has a `backward`."""
+
+    if TYPE_CHECKING:  # the field is that of NormTransform; type checkers see that it is not None here
+
+        @property
+        def backward(self) -> BackwardFn[NormParams, MovingAverageBatchNormState]: ...
 
 
 def moving_average_batch_norm(
@@ -65,45 +76,46 @@ def moving_average_batch_norm(
     activation: _operands.Activation | None = None,
     allow_single_value: bool = False,
     autodiff: bool = False,
-) -> NormTransform:
+) -> MovingAverageNormTransform:
     r"""Moving average batch normalization as pure functions: for batches of one to four examples.
 
-    Use it where memory holds very few examples, in convolutional networks whose kernels are centralized
-    (`centralize_kernel`): nothing else removes the mean. Published, ResNet-50 on ImageNet, top-1 error with 32, 16, 8,
-    4 and 2 examples, read off a figure but for the last: 23.5, 23.7, 23.6, 23.7, 23.67 %; batch norm 23.41, 24.3, 25.5,
-    27.9, 35.22 %. Mask R-CNN on COCO with 2 images per device, from scratch: box AP 36.50, batch norm 32.38, batch norm
-    synchronized over 16 images 36.80. Evaluation costs what that of batch norm costs.
+    Use it if memory holds very few examples, or if a batch holds one class only. It does not subtract the mean: use
+    centered kernels in the preceding layers (`centralize_kernel`). Published results: the top-1 error of ResNet-50 on
+    ImageNet with 32, 16, 8, 4 and 2 examples is 23.5, 23.7, 23.6, 23.7, 23.67 %, with batch norm 23.41, 24.3, 25.5,
+    27.9, 35.22 % (all but the last read off a figure). Mask R-CNN on COCO with 2 images per device, from scratch, has
+    box AP 36.50, with batch norm 32.38, with batch norm synchronized over 16 images 36.80. Evaluation costs the same
+    as for batch norm.
 
-    **After each gradient** call `backward`, or `update_backward` of the hosts, which `make_steps` does: the second
-    statistic shows only in the gradient, :math:`\psi_B = \gamma\, (\partial L / \partial \gamma) / m`. Give it the
-    gradient of each training call, before it is accumulated or clipped, and without the loss scale. Where it is never
-    called, :math:`\Psi` stays that of the batch. The loss is a mean over the rows of a batch; of several devices, the
-    mean over the rows of each, with gradients averaged over devices, as by `pmean`. A loss that was averaged over n
-    devices before its gradient was taken has the loss scale 1/n.
+    **After each gradient** call `backward`, or `update_backward` of linen and NNX, as `make_steps` does: the second
+    statistic is read off the gradient, :math:`\psi_B = \gamma\, (\partial L / \partial \gamma) / m`. Pass the gradient
+    of each training call, before accumulation and clipping, and without the loss scale. Without these calls
+    :math:`\Psi` is that of the batch. The loss must be a mean over the rows of a batch; with several devices, the mean
+    over each device's rows, with gradients averaged over devices, as by `pmean`. If the loss was averaged over n
+    devices before taking the gradient, its loss scale is 1/n.
 
     Args:
         momentum: Weight of the OLD running value, in [0, 1), or an average made by `constant` or its like.
         epsilon: Added to V, inside the root; positive.
-        window: W, the number of batches that are averaged: the batch size that is imitated by that of a batch. With 1
-            it is RMS normalization over the batch, with `r`.
-        warmup: Before this step the statistics are those of the batch; so they are in the first W steps.
-        r_max: r lies in [1 / r_max, r_max] after 1000 steps, or after the warm-up if that is longer; before it is 1.
+        window: W, the number of batches to average. W batches of b examples imitate one batch of W b examples. With 1
+            this is RMS normalization over the batch, with `r`.
+        warmup: Before this step, and in the first W steps, the statistics are those of the batch.
+        r_max: r lies in [1 / r_max, r_max] after 1000 steps, or after the warm-up if that is longer; r is 1 before.
         axis: Feature axis of `x`, or several.
         dtype: Of the output. None: what x, scale, bias and residual promote to.
         use_bias: Learn the bias :math:`\beta`.
         use_scale: Learn the scale :math:`\gamma`; must be True, as psi is read off its gradient.
         axis_name: Axis or axes of the surrounding `shard_map`, `pmap` or `vmap` over which a batch is spread; used in
-            training alone. None there: each device has statistics of its own, as in the paper.
+            training only. None there: each device keeps its own statistics, as in the paper.
         axis_index_groups: Groups of devices along `axis_name`, of equal size, that share statistics.
-        use_fast_variance: True sums about a shift and reads x once, False centres first and reads it twice.
-        activation: Applied to the result, after the residual.
-        allow_single_value: Accepted, as by other methods; one value per channel is fine here.
-        autodiff: Must be False: the gradient is no derivative of the output, and forward mode has none.
+        use_fast_variance: As in `batch_norm`.
+        activation: Applied to the result, after the residual; as in `batch_norm`.
+        allow_single_value: Ignored: one value per channel is always accepted here.
+        autodiff: Must be False: the gradient is not the derivative of the output, and forward mode does not exist.
 
     Returns:
-        A `NormTransform` with state `MovingAverageBatchNormState` and params `NormParams`. `measure` gives moments
-        about 0: the mean is 0, and the variance the second moment, which a pass over the data thus installs. `backward`
-        takes one argument more, `loss_scale`: what the loss of the *next* step will be multiplied by, 1 by default.
+        A `NormTransform` with state `MovingAverageBatchNormState` and params `NormParams`, and with a `backward`.
+        `measure` returns moments about 0: the mean is 0 and the variance is the second moment; a statistics pass
+        installs these.
 
     Raises:
         ValueError: Here for hyper-parameters outside their range; in `train`, while tracing, for input that does not
@@ -124,16 +136,16 @@ def moving_average_batch_norm(
     References:
         Yan et al., `Towards Stabilizing Batch Statistics in Backward Propagation of Batch Normalization
         <https://arxiv.org/abs/2001.06838>`_, 2020, in the form of their released layer; in the text the window is for
-        :math:`\Psi` alone. Differs from that layer: psi is written by `backward` and not during backpropagation, which
-        is the same, as a step needs that of others alone; with `axis_name` devices share their statistics; a channel of
-        a batch that is not finite, or masked altogether, keeps its windows. A layer that is called twice for one
-        gradient finds the sum of both psi, over the values of the last call.
+        :math:`\Psi` only. Deviations from that layer: `backward` writes psi, not backpropagation, with the same result,
+        as a step reads only the psi of earlier steps; with `axis_name` devices share their statistics; a channel that
+        is not finite, or masked entirely, keeps its windows. If a layer is called twice before a gradient, psi is the
+        sum for both calls, divided by the number of values of the last one.
     """
     del allow_single_value
     average = _check(_averages.as_averaging(momentum), epsilon, window, warmup, r_max, use_scale, autodiff)
     axis_name = _collectives.static(axis_name)
     groups = _collectives.check_groups(axis_name, axis_index_groups)
-    base = batch_norm(
+    base: NormTransform[NormParams, Any] = batch_norm(  # its `eval` and `postproc` serve this state as well
         momentum=average, epsilon=epsilon, axis=axis, dtype=dtype, use_bias=use_bias, axis_name=axis_name,
         axis_index_groups=groups, use_fast_variance=use_fast_variance, activation=activation,
     )  # fmt: skip
@@ -168,15 +180,17 @@ def moving_average_batch_norm(
         found, known = _about_zero(everywhere(x, mask=weights)), lax.stop_gradient(state)
         past, share = _earlier(known.square_window, known.step, warmup, found.var.dtype)
         past_psi, share_psi = _earlier(known.gradient_window, known.gradients, warmup, found.var.dtype)
+        # A channel without values is normalized with the state, and its gradient has no psi of earlier batches.
         seen = found.count > 0
         mean, var = (jnp.where(seen, 0, known.mean.astype(found.mean.dtype)), known.var.astype(found.var.dtype))
         chi = jnp.where(seen, found.var, var)
-        # V, whose own derivative brings the share of the batch in Psi; _remember brings that of the others.
         v = lax.stop_gradient(jnp.where(seen, past + share * chi, var))
         r = _correction(v, var, epsilon, jnp.where(known.step < max(_PLAIN_STEPS, warmup), 1, r_max).astype(v.dtype))
+        # -z Psi has two parts. add_to_gradient adds that of the earlier batches. That of this batch is the derivative of
+        # the term with chi below, whose value is 0.
         past_psi = jnp.where(seen, past_psi * known.loss_scale.astype(v.dtype) * devices, 0)
         if jnp.issubdtype(x.dtype, jnp.inexact):
-            x = _remember(x, weights, _axes.expand(-past_psi / (v + epsilon), _axes.split(x.ndim, axis)))
+            x = add_to_gradient(x, weights, _axes.expand(-past_psi / (v + epsilon), _axes.split(x.ndim, axis)))
         v += share_psi * (chi - lax.stop_gradient(chi))
         y = _normalize.normalize(spec, operands._replace(x=x), mean, v, constants=(r, jnp.zeros_like(r)))
         return y, update(state, found, count_samples(found, x.shape, axis))
@@ -204,16 +218,17 @@ def moving_average_batch_norm(
             )
         )
 
-    return on_meshes(NormTransform(init, train, base.eval, measure, postproc, update, backward), axis)
+    transform = NormTransform(init, train, base.eval, measure, postproc, update, backward)
+    return MovingAverageNormTransform(*on_meshes(transform, axis))
 
 
 def backward(
     params: NormParams, state: MovingAverageBatchNormState, grads: NormParams, *, loss_scale: ArrayLike = 1.0
 ) -> MovingAverageBatchNormState:
-    """Puts psi of the last training call into its window; under `vmap` and `scan` of layers, that of each layer.
+    """Appends psi of the last training call to its window; see `BackwardFn`.
 
-    The gradients are those by these params, before the step of the optimizer; where they are not finite, the window
-    stays.
+    A channel whose gradient is not finite keeps its window. A state with leading axes holds several layers, as under
+    `nn.scan` and `nn.vmap`; each of them is updated.
     """
 
     def learn(before: MovingAverageBatchNormState, scale: Any, dscale: Any) -> MovingAverageBatchNormState:
@@ -233,36 +248,16 @@ def backward(
     return lax.stop_gradient(learn(state, params.scale, grads.scale))
 
 
-@jax.custom_vjp
-def _remember(x: jax.Array, weights: jax.Array | None, factor: jax.Array) -> jax.Array:
-    """Gives x as it is. Its gradient is `weights * x * factor` more than that of what is made of it."""
-    del weights, factor
-    return x
-
-
-def _remember_forward(*operands: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    return operands[0], operands
-
-
-def _remember_backward(saved: tuple[jax.Array, ...], dx: jax.Array) -> tuple[jax.Array, None, None]:
-    x, weights, factor = saved
-    x = x if weights is None else jnp.where(weights > 0, x, 0) * weights.astype(x.dtype)
-    return (dx.astype(factor.dtype) + x.astype(factor.dtype) * factor).astype(dx.dtype), None, None
-
-
-_remember.defvjp(_remember_forward, _remember_backward)
-
-
 def _about_zero(moments: _moments.Moments) -> _moments.Moments:
-    """The moments with 0 in the place of the mean, so that the variance is the second moment."""
+    """Turns moments into moments about 0: the mean is 0, and the variance the second moment."""
     mean = moments.mean
     return moments._replace(mean=jnp.zeros_like(mean), m2=moments.m2 + moments.count * jnp.square(mean))
 
 
 def _earlier(window: jax.Array, seen: jax.Array, warmup: int, dtype: DTypeLike) -> tuple[jax.Array, jax.Array]:
-    """What is to be added to the share of the newest value so that it is the mean of the window; and that share.
+    """Returns (past, share) such that `past + share * newest` is the mean of the window after the next step.
 
-    0 and 1 as long as the window does not count: the newest value is then on its own.
+    As long as the window is not full, or in the warm-up, this is (0, 1): the newest value alone.
     """
     size = len(window)
     counts = (seen >= size) & (seen + 1 >= warmup)
@@ -271,7 +266,7 @@ def _earlier(window: jax.Array, seen: jax.Array, warmup: int, dtype: DTypeLike) 
 
 
 def _push(window: jax.Array, newest: jax.Array, where: jax.Array) -> jax.Array:
-    """The window one step later, in the channels that are to move."""
+    """Appends a value to the window in the channels `where`, and drops the oldest one."""
     moved = jnp.concatenate([window[1:], newest[None].astype(window.dtype)])
     return jnp.where(where[None], moved, window)
 
@@ -290,20 +285,24 @@ def _check(
     use_scale: bool,
     autodiff: bool,
 ) -> _averages.Averaging:
-    """The average; a ValueError for hyper-parameters that this method cannot have."""
+    """Returns the average; raises a ValueError for hyper-parameters that this method does not accept."""
     if not use_scale:
         raise ValueError(
-            "use_scale=False: this method reads its second statistic off the gradient of the scale. Keep the scale, "
-            "and to hold it at 1 keep the optimizer away from it, as optax.masked or optax.set_to_zero do."
+            "use_scale=False: this method reads its second statistic off the gradient of the scale. Keep the scale; "
+            "to hold it at 1, exclude it from the optimizer with optax.masked or optax.set_to_zero."
         )
     if autodiff:
-        raise ValueError("autodiff=True: the gradient of this method is no derivative of its output; leave it out.")
+        raise ValueError(
+            "autodiff=True: the gradient of this method is not the derivative of its output; leave it out."
+        )
     if average is None:
-        raise ValueError("momentum=None keeps no running average, and r compares with one. Give a momentum: 0.98.")
+        raise ValueError(
+            "momentum=None keeps no running average, and r compares with one. Pass a momentum, such as 0.98."
+        )
     if average.unbiased:
         raise ValueError("The second moment about 0 has no unbiased form; leave out unbiased=.")
     if isinstance(epsilon, Real) and not epsilon > 0:
-        raise ValueError(f"epsilon={epsilon} must be positive: a channel of zeros is divided by its root.")
+        raise ValueError(f"epsilon={epsilon} must be positive: a channel of zeros is divided by its square root.")
     if not window >= 1 or not warmup >= 0:
         raise ValueError(f"window={window} must be at least 1 (the batch alone), and warmup={warmup} not negative.")
     if not r_max >= 1:

@@ -1,23 +1,21 @@
-"""The protocol of a normalization method: pure functions in a tuple. Read from top to bottom, then write your own.
+"""The protocol of a normalization method: a tuple of pure functions. Read it from top to bottom, then write your own.
 
-A method is a factory that checks its hyper-parameters once and returns a `NormTransform`. State goes in and comes out:
-nothing is kept, nothing is mutated, and train, postproc and eval compile to three programs. The Flax layers only carry
-the variables of a transform; they compute nothing themselves.
+A method is a factory: it checks its hyper-parameters once and returns a `NormTransform`. The functions of a transform
+take a state and return a new one. They keep nothing and mutate nothing, and `train`, `postproc` and `eval` compile to
+three programs. The Flax layers store the params and the state of a transform as variables; they compute nothing.
 """
 
 import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from jaxbn._src.numerics import axes as _axes
 from jaxbn._src.numerics import explicit_meshes as _explicit_meshes
 from jaxbn._src.numerics.moments import Moments
-
-State = Any  # a NamedTuple of float32 arrays in the shape of the features, counters float32 []
 
 
 class NormParams(NamedTuple):
@@ -27,67 +25,233 @@ class NormParams(NamedTuple):
     bias: jax.Array | None  # f32[C]
 
 
-class NormTransform(NamedTuple):
-    """What a normalization layer does, as pure functions. All of them may be jitted, vmapped and scanned.
+class State(Protocol):
+    """The state of a method: a NamedTuple of arrays that has a `mean` and a `var`, and may have more leaves.
 
-    Shapes: x and residual `[..., C]`, mask broadcastable to x, params and state `[C]`. Structure and dtypes of the
-    state that goes in come out, and its sharding on Explicit meshes, for which a factory ends in `on_meshes`. No
-    gradient flows through the state: `eval` stops it by `core.normalize.as_constants`, or by the `eval` of another
-    method, and not by `lax.stop_gradient`, as capture and adapt differentiate through the statistics of an input with
-    which `eval` is to normalize it. What is not finite in the dtype of the state does not enter it. Every state has
-    `mean` and `var`: what a pass installs, a report compares and `eval` normalizes with.
+    A statistics pass installs `mean` and `var`, reports compare them, and `eval` normalizes with them. Leaves are
+    float32 arrays in the shape of the features, and counters are float32 `[]`, so that a state survives `pmean` and
+    other averages. A leaf may be None: a layer then has no variable for it.
     """
 
-    # (feature_shape: int | tuple[int, ...], *, dtype=float32) -> (params, state)
-    init: Callable[..., tuple[NormParams, State]]
-    # (params, state, x, *, mask=None, residual=None, **where) -> (y, state): normalize with the batch, move the
-    # averages. `where` is domain= for domain_batch_norm and nothing else, here and below.
-    train: Callable[..., tuple[jax.Array, State]]
-    # (params, state, x, *, mask=None, residual=None, **where) -> y: normalize with the stored statistics
-    eval: Callable[..., jax.Array]
-    # (x, *, mask=None, **where) -> Moments of x, not reduced over a named axis: what a statistics pass accumulates
-    measure: Callable[..., Moments]
-    # (state, moments) -> state: install the moments of the population
-    postproc: Callable[[State, Moments], State]
-    # (state, moments, samples=None) -> state: update the averages once, by moments that a loop has put together; None:
-    # training keeps none
-    update: Callable[..., State] | None = None
-    # (params, state, grads) -> state: learn from the gradient of the params; None: the method does not. It may take
-    # loss_scale=, that of the next step.
-    backward: Callable[..., State] | None = None
+    @property
+    def mean(self) -> jax.Array:
+        """The population mean, f32[C]; complex for complex inputs."""
+
+    @property
+    def var(self) -> jax.Array:
+        """The population variance, f32[C]."""
+
+    @property
+    def _fields(self) -> tuple[str, ...]: ...
+    def _asdict(self) -> dict[str, Any]: ...
+    def _replace(self, *args: Any, **kwargs: Any) -> Any: ...
 
 
-def on_meshes(transform: NormTransform, axis: _axes.Axis) -> NormTransform:
-    """The transform for params and statistics that lie on an Explicit mesh in another way than the channels of x.
+# The params and the state of a method. A type checker wants to know of each function which of them it only takes
+# (`In`) and which it only returns (`Out`).
+ParamsT = TypeVar("ParamsT")
+ParamsIn = TypeVar("ParamsIn", contravariant=True)
+ParamsOut = TypeVar("ParamsOut", covariant=True)
+StateT = TypeVar("StateT", bound=State)
+StateIn = TypeVar("StateIn", bound=State, contravariant=True)
+StateOut = TypeVar("StateOut", bound=State, covariant=True)
 
-    What comes from x decides: params and state go to the devices that have the channels, and each leaf of the new state
-    goes back to where it came from. Gradients follow by themselves. Where no mesh is Explicit nothing is added.
+
+class InitFn(Protocol[ParamsOut, StateOut]):
+    """Creates the params and the state."""
+
+    def __call__(
+        self, feature_shape: int | Sequence[int], *, dtype: DTypeLike = jnp.float32
+    ) -> tuple[ParamsOut, StateOut]:
+        """Creates the params and the state of one layer.
+
+        Args:
+            feature_shape: The number of features, or their shape if the feature axis is several axes.
+            dtype: Of the params; the state has this dtype or float32, whichever is wider. Complex for complex inputs.
+
+        Returns:
+            Two NamedTuples of arrays.
+        """
+
+
+class TrainFn(Protocol[ParamsIn, StateT]):
+    """Normalizes with the statistics of the batch and updates the running averages."""
+
+    def __call__(
+        self,
+        params: ParamsIn,
+        state: StateT,
+        x: ArrayLike,
+        *,
+        mask: ArrayLike | None = None,
+        residual: ArrayLike | None = None,
+    ) -> tuple[jax.Array, StateT]:
+        """Normalizes with the statistics of the batch and updates the running averages.
+
+        Args:
+            params: What `init` returned, or what an optimizer made of it.
+            state: What `init` or the last step returned.
+            x: The input, `[..., C]`.
+            mask: Booleans or real weights, broadcastable to x, of the values that enter the statistics.
+            residual: Added to the normalized input before the activation; in the shape of x.
+
+        Returns:
+            The output, in the shape of x, and the new state, with the structure and the dtypes of the old one.
+        """
+
+
+class EvalFn(Protocol[ParamsIn, StateIn]):
+    """Normalizes with the statistics of the state."""
+
+    def __call__(
+        self,
+        params: ParamsIn,
+        state: StateIn,
+        x: ArrayLike,
+        *,
+        mask: ArrayLike | None = None,
+        residual: ArrayLike | None = None,
+    ) -> jax.Array:
+        """Normalizes with the statistics of the state.
+
+        Args:
+            params: As for `train`.
+            state: As for `train`. No gradient flows to it.
+            x: The input, `[..., C]`.
+            mask: Ignored, so that training and evaluation may be called alike.
+            residual: As for `train`.
+
+        Returns:
+            The output, in the shape of x.
+        """
+
+
+class MeasureFn(Protocol):
+    """Computes the moments of an input, which a statistics pass accumulates."""
+
+    def __call__(self, x: ArrayLike, *, mask: ArrayLike | None = None) -> Moments:
+        """Computes the moments of an input on this device; they are not reduced over a named axis.
+
+        Args:
+            x: The input, `[..., C]`.
+            mask: As for `train`.
+
+        Returns:
+            Moments in the shape of the state's mean and variance.
+        """
+
+
+class PostprocFn(Protocol[StateT]):
+    """Installs population moments in a state."""
+
+    def __call__(self, state: StateT, moments: Moments) -> StateT:
+        """Installs population moments in a state.
+
+        Args:
+            state: The state of the layer.
+            moments: What an estimator made of the moments that `measure` returned.
+
+        Returns:
+            The state with these statistics. A channel that no value reached keeps its old ones, and so does a channel
+            whose moments are not finite in the dtype of the state.
+        """
+
+
+class UpdateFn(Protocol[StateT]):
+    """Updates the running averages once, with moments that a loop over micro-batches has merged."""
+
+    def __call__(self, state: StateT, moments: Moments, samples: ArrayLike | None = None) -> StateT:
+        """Updates the running averages once.
+
+        Args:
+            state: The state of the layer.
+            moments: Of all values that this step is to average.
+            samples: The number of examples that they come from; needed by `jaxbn.horizon` alone.
+
+        Returns:
+            The state after the step.
+        """
+
+
+class BackwardFn(Protocol[ParamsIn, StateT]):
+    """Updates the state with the gradient of the params, for methods that keep statistics of the backward pass."""
+
+    def __call__(self, params: ParamsIn, state: StateT, grads: ParamsIn, *, loss_scale: ArrayLike = 1.0) -> StateT:
+        """Updates the state with the gradient of the params; call it once after each gradient.
+
+        Args:
+            params: Those that the gradient was taken at, before the step of the optimizer.
+            state: What the training call returned.
+            grads: The gradient of the params, of the loss without its scale.
+            loss_scale: The factor by which the loss of the next step will be multiplied.
+
+        Returns:
+            The new state.
+        """
+
+
+class NormTransform(NamedTuple, Generic[ParamsT, StateT]):
+    """A normalization method as pure functions; all of them may be jitted, vmapped and scanned.
+
+    Three rules hold for every method, and the contract tests check them:
+
+    - The state that comes out has the structure, the dtypes and, on Explicit meshes, the sharding of the state that
+      goes in. A factory ends in `on_meshes`, which sees to the sharding.
+    - Values that are not finite in the dtype of the state do not enter it.
+    - No gradient flows to the state. `eval` stops it with `normalize.as_constants`, or with the `eval` of another
+      method. It does not use `lax.stop_gradient`: capture and adapt let `eval` normalize an input with its own
+      statistics, and the gradient must flow through those.
     """
 
-    def there(tree: Any, x: ArrayLike) -> Any:
+    init: InitFn[ParamsT, StateT]
+    train: TrainFn[ParamsT, StateT]
+    eval: EvalFn[ParamsT, StateT]
+    measure: MeasureFn
+    postproc: PostprocFn[StateT]
+    update: UpdateFn[StateT] | None = None  # None: training keeps no running averages
+    backward: BackwardFn[ParamsT, StateT] | None = None  # None: the state does not depend on gradients
+
+
+def on_meshes(transform: NormTransform[ParamsT, StateT], axis: _axes.Axis) -> NormTransform[ParamsT, StateT]:
+    """Makes a transform work for params and a state that lie on an Explicit mesh otherwise than the channels of x.
+
+    Params and state are moved to the devices that hold the channels of x, and each leaf of the new state goes back to
+    where the old one was. Gradients follow by themselves. Programs without an Explicit mesh stay as they are.
+
+    Args:
+        transform: Functions that need their operands on the same devices.
+        axis: The feature axis of x, or several.
+
+    Returns:
+        The same functions for operands that lie anywhere.
+    """
+
+    def as_channels_of(x: ArrayLike, tree: Any) -> Any:
         x = jnp.asarray(x)
         return _explicit_meshes.on_channels(tree, x, _axes.split(x.ndim, axis).features)
 
+    def as_moments(moments: Moments, state: StateT) -> StateT:
+        return _explicit_meshes.on_channels(state, moments.m2, range(moments.m2.ndim))
+
+    # `wraps` keeps the signatures, in which the layers look up the operands that a method takes, such as domain=.
     @functools.wraps(transform.train)
-    def train(params: NormParams, state: State, x: ArrayLike, **given: Any) -> tuple[jax.Array, State]:
-        y, after = transform.train(*there((params, state), x), x, **given)
+    def train(params: ParamsT, state: StateT, x: ArrayLike, **operands: Any) -> tuple[jax.Array, StateT]:
+        there_params, there_state = as_channels_of(x, (params, state))
+        y, after = transform.train(there_params, there_state, x, **operands)
         return y, _explicit_meshes.as_before(after, state)
 
     @functools.wraps(transform.eval)
-    def evaluate(params: NormParams, state: State, x: ArrayLike, **given: Any) -> jax.Array:
-        return transform.eval(*there((params, state), x), x, **given)
+    def evaluate(params: ParamsT, state: StateT, x: ArrayLike, **operands: Any) -> jax.Array:
+        there_params, there_state = as_channels_of(x, (params, state))
+        return transform.eval(there_params, there_state, x, **operands)
 
     @functools.wraps(transform.postproc)
-    def postproc(state: State, moments: Moments) -> State:
-        return _explicit_meshes.as_before(transform.postproc(_beside(state, moments), moments), state)
+    def postproc(state: StateT, moments: Moments) -> StateT:
+        return _explicit_meshes.as_before(transform.postproc(as_moments(moments, state), moments), state)
 
-    def update(state: State, moments: Moments, samples: ArrayLike | None = None) -> State:
+    def update(state: StateT, moments: Moments, samples: ArrayLike | None = None) -> StateT:
         assert transform.update is not None
-        return _explicit_meshes.as_before(transform.update(_beside(state, moments), moments, samples), state)
+        return _explicit_meshes.as_before(transform.update(as_moments(moments, state), moments, samples), state)
 
     updating = None if transform.update is None else update
     return transform._replace(train=train, eval=evaluate, postproc=postproc, update=updating)
-
-
-def _beside(state: State, moments: Moments) -> State:
-    return _explicit_meshes.on_channels(state, moments.m2, range(moments.m2.ndim))
