@@ -38,8 +38,8 @@ input_that_does_not_fit = pytest.mark.parametrize(
 batch_without_statistics = pytest.mark.parametrize(
     "x, arguments, message",
     [
-        (normal(0, 4), {}, "Leave empty batches out"),
-        (normal(8, 0, 4), {}, "Leave empty batches out"),
+        (normal(0, 4), {}, "Skip empty batches"),
+        (normal(8, 0, 4), {}, "Skip empty batches"),
         (normal(1, 4), {}, "allow_single_value=True"),
         (normal(4), {}, "allow_single_value=True"),
         (normal(8, 4), {"mask": np.ones(8, bool)}, r"Pass mask.reshape\(\(8, 1\)\)"),

@@ -324,7 +324,7 @@ def test_batches_that_cannot_be_cut_are_errors(x):
 
     with pytest.raises(ValueError, match="A batch of 32 samples does not divide into groups of ghost_size=5"):
         train(x, ghost_size=5)
-    with pytest.raises(ValueError, match="Leave empty batches out"):
+    with pytest.raises(ValueError, match="Skip empty batches"):
         train(x[:0], ghost_size=5)
     with pytest.raises(ValueError, match="has one value per channel"):
         train(x[:, 0], ghost_size=1)

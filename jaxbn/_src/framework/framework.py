@@ -31,9 +31,9 @@ class Framework(NamedTuple):
     # (model) -> the state of every normalization layer by path; a ValueError if there is none
     states: Callable[[Any], dict[str, State]]
     # (model, paths) -> by path, the functions that install moments in a layer, and the state that they take
-    installing: Callable[[Any, Iterable[str]], dict[str, tuple[NormTransform, State]]]
+    installing: Callable[[Any, Iterable[str]], dict[str, tuple[NormTransform[Any, Any], State]]]
     # (model, paths, momentum) -> the same for the functions that update the running averages of a layer
-    averaging: Callable[[Any, Iterable[str], Any], dict[str, tuple[NormTransform, State]]]
+    averaging: Callable[[Any, Iterable[str], Any], dict[str, tuple[NormTransform[Any, Any], State]]]
     # (model, states by path) -> a new model with these statistics
     with_states: Callable[[Any, Mapping[str, State]], Any]
     # (model) -> the kind of each layer by path; empty where the model does not tell

@@ -12,7 +12,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jaxbn._src import internals as _internals
-from jaxbn._src.framework.method import Method, name_of
+from jaxbn._src.framework.method import Factory, Method, name_of
 from jaxbn._src.methods.batch_norm import BatchNormState, batch_norm
 from jaxbn._src.methods.batch_renorm import BatchRenormState, batch_renorm
 from jaxbn._src.methods.domain_batch_norm import DomainBatchNormState
@@ -26,7 +26,7 @@ _OURS = frozenset("batch_norm batch_renorm domain_batch_norm ghost_batch_norm mo
 
 
 # Installs means and variances as they are, as those from before a pass are put back, whatever the layer's method is.
-def _as_they_are() -> NormTransform:
+def _as_they_are() -> NormTransform[Any, Any]:
     """Batch norm whose `postproc` writes what it is given, NaN too."""
 
     def postproc(state: State, moments: Moments) -> State:
@@ -36,7 +36,8 @@ def _as_they_are() -> NormTransform:
             var=jnp.where(seen, moments.var.astype(var.dtype), var),
         )
 
-    return batch_norm()._replace(postproc=postproc)
+    transform: NormTransform[Any, Any] = batch_norm()
+    return transform._replace(postproc=postproc)
 
 
 AS_THEY_ARE: Method = functools.partial(_as_they_are)
@@ -132,11 +133,11 @@ def keyed(moments: Mapping[str, Moments], known: Iterable[str]) -> dict[str, Mom
     return {keys.get(path, LayerPath(path, NOT_REACHED)): found for path, found in moments.items()}
 
 
-def _not_reached() -> NormTransform:
+def _not_reached() -> NormTransform[Any, Any]:
     return batch_norm(momentum=None)._replace(postproc=lambda state, moments: state)
 
 
-def _unknown(name: str) -> NormTransform:
+def _unknown(name: str) -> NormTransform[Any, Any]:
     raise ValueError(
         f"Of a layer no more is known than the name of its method, {name}, and not how it installs statistics: its "
         f"arguments are being traced, or it was read from a file. Give the layer numbers, and take the keys from "
@@ -170,28 +171,40 @@ def check_single(path: str, single: ArrayLike, seen: str, name: str | None = Non
     )
 
 
-def method_at(path: str, names: Iterable[str]) -> NormTransform:
-    """The functions of the method of a layer, by the key of its moments, or else by the names of its statistics.
+# Variables of linen have names only. Among our states they determine the class, except that ghost and domain batch
+# norm have the names of batch norm; they install statistics in the same way.
+_BY_STATE: Mapping[Any, Factory] = {
+    BatchNormState: batch_norm,
+    BatchRenormState: batch_renorm,
+    MovingAverageBatchNormState: moving_average_batch_norm,
+}
+
+
+@functools.cache
+def method_with(names: frozenset[str]) -> NormTransform[Any, Any] | None:
+    """The method of jaxbn whose state has statistics with these names, with its default arguments; None if none has."""
+    return next((factory() for state, factory in _BY_STATE.items() if names <= set(state._fields)), None)
+
+
+def method_at(path: str, names: Iterable[str]) -> NormTransform[Any, Any]:
+    """The method of a layer, from the key of its moments or else from the names of its statistics.
 
     Raises:
-        ValueError: If neither tells.
+        ValueError: If neither determines it.
     """
     if isinstance(path, LayerPath):
         return path.method()  # raises if only the name is known
-    held = set(names)
-    if held <= set(BatchNormState._fields):
-        return batch_norm()
-    if held <= set(BatchRenormState._fields):
-        return batch_renorm()
-    if held <= set(MovingAverageBatchNormState._fields):
-        return moving_average_batch_norm()
+    held = frozenset(names)
+    found = method_with(held)
+    if found is not None:
+        return found
     raise ValueError(
         f"The statistics of {path!r} are {', '.join(sorted(held))}: they are of no method of jaxbn, and its moments do "
         f"not say which it is, as their key is a plain string. Use the keys of the moments that capture_moments gives."
     )
 
 
-def averaging_method(path: str, names: Iterable[str], momentum: Any) -> NormTransform:
+def averaging_method(path: str, names: Iterable[str], momentum: Any) -> NormTransform[Any, Any]:
     """The functions by which the running averages of a layer are updated; see `jaxbn.linen.move_averages`.
 
     Raises:

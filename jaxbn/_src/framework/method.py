@@ -16,10 +16,10 @@ from jax.typing import ArrayLike
 from jaxbn._src.methods.batch_norm import batch_norm
 from jaxbn._src.methods.protocol import NormTransform, State
 
-Factory = Callable[..., NormTransform]
+Factory = Callable[..., NormTransform[Any, Any]]
 REQUIRED = inspect.Parameter.empty  # stands for the default of an argument that has none
 # A factory with its arguments, which makes the functions when they are needed.
-Method = functools.partial[NormTransform]
+Method = functools.partial[NormTransform[Any, Any]]
 
 
 @functools.cache
@@ -116,7 +116,7 @@ def arguments_of(factory: Factory, layer: Any) -> dict[str, Any]:
     return {name: getattr(layer, name) for name in taken}
 
 
-def for_an_example(method: Method) -> NormTransform:
+def for_an_example(method: Method) -> NormTransform[Any, Any]:
     """The functions of a method for a call that only shows or initializes a layer: on one device, of any size."""
     method()  # which checks all arguments
     alone = {"axis_name": None, "axis_index_groups": None, "allow_single_value": True}
@@ -138,7 +138,7 @@ def operands_for(function: Callable[..., Any], **operands: Any) -> dict[str, Any
 
 
 def evaluate(
-    transform: NormTransform, params: Any, state: State, x: ArrayLike, *, mask: Any = None, **operands: Any
+    transform: NormTransform[Any, Any], params: Any, state: State, x: ArrayLike, *, mask: Any = None, **operands: Any
 ) -> jax.Array:
     """Normalizes with the statistics of the state. The mask is of training alone: a method's `eval` may do without."""
     if mask is not None and "mask" in inspect.signature(transform.eval).parameters:
@@ -146,7 +146,9 @@ def evaluate(
     return transform.eval(params, state, x, **operands_for(transform.eval, **operands))
 
 
-def loaded(transform: NormTransform, params: Mapping[str, Any], statistics: Mapping[str, Any]) -> tuple[Any, State]:
+def loaded(
+    transform: NormTransform[Any, Any], params: Mapping[str, Any], statistics: Mapping[str, Any]
+) -> tuple[Any, State]:
     """The params and the state of a method, out of the variables of a layer by name; None for missing ones."""
     shapes = jax.eval_shape(lambda: transform.init(statistics["mean"].shape))
     held = zip(shapes, (params, statistics), strict=True)
@@ -154,13 +156,18 @@ def loaded(transform: NormTransform, params: Mapping[str, Any], statistics: Mapp
     return params, state
 
 
-def state_of(transform: NormTransform, statistics: Mapping[str, Any]) -> State:
+def state_of(transform: NormTransform[Any, Any], statistics: Mapping[str, Any]) -> State:
     """The state of a method, out of the statistics of a layer by name."""
     return loaded(transform, {}, statistics)[1]
 
 
 def learned(
-    transform: NormTransform, path: str, params: Any, state: State, grads: Mapping[str, Any], loss_scale: ArrayLike
+    transform: NormTransform[Any, Any],
+    path: str,
+    params: Any,
+    state: State,
+    grads: Mapping[str, Any],
+    loss_scale: ArrayLike,
 ) -> State:
     """The state of a layer whose method learns from the gradient of its params, which are given by name.
 
@@ -179,6 +186,6 @@ def learned(
     return backward(params, state, params._replace(**{name: grads[name] for name in held}), **scaled)
 
 
-def as_affine(method: Method) -> NormTransform:
+def as_affine(method: Method) -> NormTransform[Any, Any]:
     """The functions of a method as an affine map in full precision: without an activation and a dtype."""
     return method(**{name: None for name in ("activation", "dtype") if name in method.keywords})

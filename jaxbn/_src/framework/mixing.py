@@ -39,7 +39,7 @@ class CalledNorm(NamedTuple):
     """What is to be known of a layer to normalize for it, with other statistics than it would."""
 
     path: str
-    transform: NormTransform
+    transform: NormTransform[Any, Any]
     stored: State
     normalize: Callable[..., jax.Array]  # (state, x, mask=, residual=, **where) -> y
     axis: _axes.Axis

@@ -34,7 +34,7 @@ class NormLayer:
         return Method(self.factory, **arguments_of(self.factory, self))
 
     @property
-    def transform(self) -> NormTransform:
+    def transform(self) -> NormTransform[Any, Any]:
         """The pure functions of this layer."""
         return self.made_by()
 

@@ -36,7 +36,7 @@ class Tag(NamedTuple):
 class Norm(NamedTuple):
     """A call of a normalization."""
 
-    transform: NormTransform  # without activation and dtype
+    transform: NormTransform[Any, Any]  # without activation and dtype
     params: Any  # parameters of the method
     state: State
     axis: Any

@@ -7,13 +7,10 @@ import flax
 from flax.core import meta
 from jax.typing import ArrayLike
 
-from jaxbn._src.framework.layer_paths import LayerPath
+from jaxbn._src.framework.layer_paths import LayerPath, method_with
 from jaxbn._src.framework.method import learned, loaded
 from jaxbn._src.linen.framework import with_states
 from jaxbn._src.linen.variables import check_variables, keys, statistics_by_layer
-from jaxbn._src.methods.moving_average_batch_norm import moving_average_batch_norm
-
-_LEAF = "gradient_window"  # by which its statistics are known
 
 
 def update_backward(variables: Any, grads: Any, *, loss_scale: ArrayLike = 1.0) -> dict[str, Any]:
@@ -58,11 +55,11 @@ def update_backward(variables: Any, grads: Any, *, loss_scale: ArrayLike = 1.0) 
 def learn(variables: Any, grads: Any, known: Iterable[str], loss_scale: ArrayLike = 1.0) -> dict[str, Any]:
     """As `update_backward`, for layers of other methods too if their path knows the method."""
     held = statistics_by_layer(variables)
-    transforms = {path: moving_average_batch_norm() for path, statistics in held.items() if _LEAF in statistics}
+    transforms = {path: method_with(frozenset(statistics)) for path, statistics in held.items()}
     transforms |= {path: path.method() for path in known if isinstance(path, LayerPath)}
     states = {}
     for path, transform in transforms.items():
-        if transform.backward is not None:
+        if transform is not None and transform.backward is not None:
             params, state = loaded(transform, _at(variables.get("params", {}), path), held[path])
             states[path] = learned(transform, path, params, state, _at(grads, path), loss_scale)
     return with_states(variables, states) if states else flax.core.unfreeze(variables)

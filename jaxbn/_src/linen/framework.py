@@ -24,13 +24,13 @@ def _merge(structure: None, variables: Any) -> Any:
     return variables
 
 
-def _installing(variables: Any, paths: Iterable[str]) -> dict[str, tuple[NormTransform, State]]:
+def _installing(variables: Any, paths: Iterable[str]) -> dict[str, tuple[NormTransform[Any, Any], State]]:
     held = statistics_by_layer(variables)
     transforms = {path: method_at(path, held[path]) for path in paths}
     return {path: (transform, state_of(transform, held[path])) for path, transform in transforms.items()}
 
 
-def _averaging(variables: Any, paths: Iterable[str], momentum: Any) -> dict[str, tuple[NormTransform, State]]:
+def _averaging(variables: Any, paths: Iterable[str], momentum: Any) -> dict[str, tuple[NormTransform[Any, Any], State]]:
     held = statistics_by_layer(variables)
     transforms = {path: averaging_method(path, held[path], momentum) for path in paths}
     return {path: (transform, state_of(transform, held[path])) for path, transform in transforms.items()}

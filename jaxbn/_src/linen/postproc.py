@@ -144,7 +144,7 @@ def install_moments(variables: Any, moments: Mapping[str, Moments]) -> dict[str,
 def move_averages(
     variables: Any,
     moments: Mapping[str, Moments],
-    momentum: ArrayLike | Averaging | NormTransform | None = None,
+    momentum: ArrayLike | Averaging | NormTransform[Any, Any] | None = None,
     *,
     samples: ArrayLike | None = None,
 ) -> dict[str, Any]:

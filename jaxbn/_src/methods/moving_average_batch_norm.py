@@ -186,8 +186,8 @@ def moving_average_batch_norm(
         chi = jnp.where(seen, found.var, var)
         v = lax.stop_gradient(jnp.where(seen, past + share * chi, var))
         r = _correction(v, var, epsilon, jnp.where(known.step < max(_PLAIN_STEPS, warmup), 1, r_max).astype(v.dtype))
-        # -z Psi has two parts. add_to_gradient adds that of the earlier batches. That of this batch is the derivative of
-        # the term with chi below, whose value is 0.
+        # -z Psi has two parts: add_to_gradient adds the part of the earlier batches, and the part of this batch is the
+        # derivative of the term with chi below, whose value is 0.
         past_psi = jnp.where(seen, past_psi * known.loss_scale.astype(v.dtype) * devices, 0)
         if jnp.issubdtype(x.dtype, jnp.inexact):
             x = add_to_gradient(x, weights, _axes.expand(-past_psi / (v + epsilon), _axes.split(x.ndim, axis)))

@@ -25,13 +25,13 @@ from jaxbn._src.nnx.registry import as_norm
 SAVED = nnx.Not(nnx.Any(nnx.RngState, nnx.Intermediate))
 
 
-def _installing(model: Any, paths: Iterable[str]) -> dict[str, tuple[NormTransform, State]]:
+def _installing(model: Any, paths: Iterable[str]) -> dict[str, tuple[NormTransform[Any, Any], State]]:
     layers = find_layers(model)
     methods = {path: AS_THEY_ARE if is_put_back(path) else evaluating_method(as_norm(layers[path])) for path in paths}
     return {path: (method(), state_of(layers[path])) for path, method in methods.items()}
 
 
-def _averaging(model: Any, paths: Iterable[str], momentum: None) -> dict[str, tuple[NormTransform, State]]:
+def _averaging(model: Any, paths: Iterable[str], momentum: None) -> dict[str, tuple[NormTransform[Any, Any], State]]:
     layers = find_layers(model)
     return {path: (method_of(as_norm(layers[path]))(), state_of(layers[path])) for path in paths}
 

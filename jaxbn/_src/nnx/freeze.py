@@ -182,10 +182,10 @@ def summary(model: Any) -> str:
             raise TypeError(
                 f"This Frozen has no {missing[0]!r} of an NNX model; of a linen one use jaxbn.linen.summary."
             )
-        states = {path: BatchNormState(flat[f"{start}mean"], flat[f"{start}var"]) for path, start in paths.items()}
+        held = {path: BatchNormState(flat[f"{start}mean"], flat[f"{start}var"]) for path, start in paths.items()}
         # Of the variables of a network of NNX no more than the names are left.
         params = (name for name in flat if name.rpartition("/")[2] in AFFINE)
-        return tabulate(states, params, info=model.info)
+        return tabulate(held, params, info=model.info)
     states = find_states(model)
     check_unstacked(nnx.state(model))
     return tabulate(states, NNX.params(model), kinds=NNX.kinds(model))

@@ -192,7 +192,7 @@ class Norm(nnx.Module, NormLayer):  # in this order the layout of objects stays 
         return y
 
 
-def load(layer: Norm, transform: NormTransform) -> tuple[Any, State]:
+def load(layer: Norm, transform: NormTransform[Any, Any]) -> tuple[Any, State]:
     """The values of the variables of a layer, as the functions of its method take them: params and state."""
     shapes = jax.eval_shape(functools.partial(_initialize, layer, transform))
     params, state = (
@@ -202,7 +202,7 @@ def load(layer: Norm, transform: NormTransform) -> tuple[Any, State]:
     return params, state
 
 
-def _initialize(layer: Norm, transform: NormTransform) -> tuple[Any, State]:
+def _initialize(layer: Norm, transform: NormTransform[Any, Any]) -> tuple[Any, State]:
     dtype = layer.param_dtype if jnp.issubdtype(layer.param_dtype, jnp.complexfloating) else jnp.float32
     return transform.init(layer.num_features, dtype=dtype)
 

@@ -210,7 +210,7 @@ def largest_changes(old: Mapping[str, State], new: Mapping[str, State]) -> dict[
     """How far any statistic of each layer moved: a mean in standard deviations, a variance relative to itself."""
 
     def of(before: State, after: State) -> float:
-        means, variances = ([np.asarray(state) for state in pair] for pair in zip(before[:2], after[:2], strict=True))
+        means, variances = [np.asarray(s.mean) for s in (before, after)], [np.asarray(s.var) for s in (before, after)]
         var = np.maximum(variances[1], rounding(means[1]))  # in a constant channel rounding errors never settle
         moved = np.abs(means[1] - means[0]) / np.sqrt(var), np.abs(variances[1] - variances[0]) / var
         return max(float(part.max(initial=0)) for part in moved)
