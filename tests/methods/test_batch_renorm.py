@@ -297,7 +297,9 @@ def test_one_value_per_channel_warns_and_has_no_gradient():
     transform = jaxbn.batch_renorm(r_max=3.0, d_max=5.0)
     params, state = transform.init(2)
     x = jnp.array([[3.0, -7.0]])
-    with pytest.warns(UserWarning, match="one value per channel along axis=-1: its output depends only on the averages"):
+    with pytest.warns(
+        UserWarning, match="one value per channel along axis=-1: its output depends only on the averages"
+    ):
         jax.jit(transform.train)(params, state, x)  # while tracing
     quiet = jaxbn.batch_renorm(r_max=3.0, d_max=5.0, allow_single_value=True)
     y, vjp = jax.vjp(jax.jit(lambda x: quiet.train(params, state, x)[0]), x)
