@@ -42,7 +42,7 @@ LINEN = {
 NO_VARIABLES = [
     (
         TrainState.create(apply_fn=NET.apply, params=VARIABLES["params"], tx=optax.sgd(0.1)),
-        "A TrainState .* has no statistics",
+        "Got a TrainState .* has no statistics",
     ),
     (
         jaxbn.linen.TrainState.create(
@@ -50,10 +50,10 @@ NO_VARIABLES = [
         ),
         '"batch_stats": state.batch_stats',
     ),
-    (NET, "what net.init"),
+    (NET, "variables that net.init"),
     (FROZEN, "Pass frozen.variables"),
     (MODEL, "use jaxbn.nnx"),
-    (None, "A NoneType"),
+    (None, "Got a NoneType"),
 ]
 NNX = {
     "postproc": lambda m: jaxbn.nnx.postproc(m, [X]),
@@ -70,7 +70,7 @@ NNX = {
     "update_backward": lambda m: jaxbn.nnx.update_backward(m, nnx.state(MODEL, nnx.Param)),
 }
 NO_MODEL = [
-    (VARIABLES, "A dict .* use jaxbn.linen"),
+    (VARIABLES, "Got a dict .* use jaxbn.linen"),
     (nnx.state(MODEL), "nnx.merge"),
     (FROZEN, "install_frozen"),
     (NET, "use jaxbn.linen"),
