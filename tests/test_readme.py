@@ -20,7 +20,7 @@ import jaxbn.linen
 import jaxbn.nnx
 import jaxbn.serving
 import jaxbn.testing
-from jaxbn._src.serving import sealed
+from jaxbn._src.serving import atomic_files
 from jaxbn._src.serving.files import KIND
 
 ROOT = Path(__file__).parent.parent
@@ -186,7 +186,7 @@ def load_cut_off():
 def load_forged():
     """Of which the checksum is right."""
     with tempfile.TemporaryDirectory() as folder:
-        sealed.write(path := Path(folder, "network"), KIND, {})
+        atomic_files.write(path := Path(folder, "network"), KIND, {})
         jaxbn.serving.load(path)
 
 
@@ -265,18 +265,18 @@ ERRORS = {
     ),
     "would keep running averages": (ValueError, [steps_on_devices]),
     "does not take train": (TypeError, [lambda: make_steps(EVALUATION)]),
-    "is damaged or cut off": (ValueError, [load_cut_off]),
+    "is damaged or incomplete": (ValueError, [load_cut_off]),
     "normalizes with the statistics": (
         ValueError,
         [lambda: export(lambda variables, x: LAYER.apply(variables, x, mutable=["batch_stats"])[0])],
     ),
-    "needs the number of examples": (ValueError, [lambda: export(lambda variables, x: x.reshape(-1, 6))]),
-    "takes it with an axis in front": (ValueError, [lambda: export(lambda variables, x: x @ X.T, X[0])]),
-    "Functions outside of XLA": (
+    "needs a fixed number of examples": (ValueError, [lambda: export(lambda variables, x: x.reshape(-1, 6))]),
+    "accepts it with an additional first axis": (ValueError, [lambda: export(lambda variables, x: x @ X.T, X[0])]),
+    "cannot call functions outside of XLA": (
         ValueError,
         [lambda: export(lambda variables, x: x + jnp.linalg.cholesky(jnp.eye(3)).sum())],
     ),
-    "is no frozen network": (ValueError, [load_forged]),
+    "is not a frozen network written by jaxbn": (ValueError, [load_forged]),
     "can't apply forward-mode": (
         TypeError,
         [

@@ -346,8 +346,8 @@ def test_a_later_format_is_told(saved):
     with pytest.raises(ValueError) as error:
         jaxbn.serving.load(saved)
     assert str(error.value) == (
-        f"{saved} has format 2, and this version of jaxbn reads 1. It was written with "
-        "{'jaxbn': '0.1', 'jax': '0.10'}: install those."
+        f"{saved} has format 2, but this version of jaxbn reads format 1. It was written with "
+        "{'jaxbn': '0.1', 'jax': '0.10'}: install these versions."
     )
 
 
@@ -364,7 +364,7 @@ def test_nothing_is_unpickled(saved, monkeypatch):
     header, _ = parts(saved)
     for dtype in ("object", "|O", "str32", "S8", "datetime64[D]", "void64", "float128", ">f4"):
         write(saved, header | {"arrays": {"a": [dtype, [1]]}}, pickle.dumps(print)[:8])
-        assert "is no frozen network that jaxbn has written" in refusal(saved)
+        assert "is not a frozen network written by jaxbn" in refusal(saved)
 
 
 NO_ARRAYS = {
@@ -383,7 +383,7 @@ NO_ARRAYS = {
 
 @pytest.mark.parametrize("leaf, shown", NO_ARRAYS.values(), ids=NO_ARRAYS.keys())
 def test_what_is_no_array_of_numbers_is_refused_by_name(leaf, shown, path):
-    with pytest.raises(TypeError, match=f"^'block/0/leaf' is {shown}; a frozen network holds arrays of numbers as"):
+    with pytest.raises(TypeError, match=f"^'block/0/leaf' is {shown}; a frozen network holds arrays of numbers with"):
         jaxbn.serving.save(path, network(block={"0": {"leaf": leaf}}))
     assert not list(path.parent.iterdir())
 
@@ -467,7 +467,7 @@ def test_nnx_models_that_it_fits_and_does_not(path):
 
 def test_like_is_variables_or_a_model(saved):
     for like in (jaxbn.linen.BatchNorm(), tiny(), 3):
-        with pytest.raises(TypeError, match="`like` is the variables of a linen model, or an NNX model; given: <class"):
+        with pytest.raises(TypeError, match="`like` must be the variables of a linen model, or an NNX model; got"):
             jaxbn.serving.load(saved, like=like)
 
 
@@ -564,7 +564,7 @@ def test_every_cut_is_found(saved):
     messages = [outcome(saved, content[:length]) for length in range(len(content))]
     assert None not in messages and len(messages) > 600
     cut_in_arrays = messages[len(content) - 10 :]
-    assert all("damaged or cut off: its checksum is not that of its content" in message for message in cut_in_arrays)
+    assert all("damaged or incomplete: its content does not have the recorded" in message for message in cut_in_arrays)
 
 
 DEEP = 100_000
@@ -604,9 +604,11 @@ def test_other_files_are_no_networks(content, path):
 
 def test_headers_that_end_too_early_are_no_networks(path):
     name, version = '{"format":"jaxbn-frozen"', '"format_version":1'
-    assert "has format None, and this version of jaxbn reads 1" in outcome(path, f"{name}}}\n".encode())
+    assert "has format None, but this version of jaxbn reads format 1" in outcome(path, f"{name}}}\n".encode())
     for rest in ("", ',"sha256":null', ',"sha256":""', ',"layers":{}'):
-        assert "its checksum is not that of its content" in outcome(path, f"{name},{version}{rest}}}\n".encode())
+        assert "its content does not have the recorded checksum" in outcome(
+            path, f"{name},{version}{rest}}}\n".encode()
+        )
 
 
 @pytest.mark.parametrize("more", [b"\0", b"\n", b"garbage" * 100, None], ids=["zero", "line", "garbage", "itself"])
@@ -753,7 +755,7 @@ def test_kills_at_random_moments_leave_the_old_network_or_the_new_one(kill):
 @pytest.mark.parametrize(
     "line, left, beside",
     [("fsync 1", 0, 1), ("replace 1", 0, 1), ("fsync 2", 1, 0)],
-    ids=["written, not seen through to the disk", "before the move", "after the move"],
+    ids=["written, not flushed", "before the move", "after the move"],
 )
 def test_a_kill_at_each_step_of_a_save(line, left, beside, kill):
     assert kill(line) == (left, beside)

@@ -198,7 +198,7 @@ REFUSED = {
 def test_what_would_not_come_back_is_refused_by_name(node, name, tmp_path):
     frozen = jaxbn.Frozen({"params": {"layer": [{"odd": node}]}}, INFO)
     with pytest.raises(
-        TypeError, match="^'params/layer/0/odd' is <class .*; a frozen network holds arrays of numbers as"
+        TypeError, match="^'params/layer/0/odd' is <class .*; a frozen network holds arrays of numbers with"
     ):
         getattr(jaxbn.serving, name)(tmp_path / "network", frozen)
     assert not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""What a program takes: batches whose number of examples, and any other axis that has a name, is left open."""
+"""The batches of an exported program, whose number of examples and other named axes are dynamic."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,21 +11,19 @@ from jaxbn._src.serving.arrays import name_of
 
 
 def leave_open(example: Any) -> Any:
-    """The shapes of the example with the number of examples left open, and the axes that it names itself."""
+    """Returns the shapes of the example, with a symbol for the number of examples and for named axes."""
     shapes = [(path, jnp.shape(leaf)) for path, leaf in jax.tree.leaves_with_path(example)]
     for path, shape in shapes:
         if not shape:
-            raise ValueError(f"{name_of(path) or 'The example'!r} has no axis of examples; give arrays [N, ...].")
+            raise ValueError(f"{name_of(path) or 'The example'!r} has no axis of examples; pass arrays [N, ...].")
     firsts = {str(shape[0]) for _, shape in shapes}
     if len(firsts) != 1:
-        raise ValueError(
-            f"The arrays of the example hold several numbers of examples, or there are none: {text(example)}."
-        )
+        raise ValueError(f"The arrays of the example must have one number of examples; got {text(example)}.")
     named = any(not isinstance(size, int) for _, shape in shapes for size in shape)
     if named and not firsts.pop().isidentifier():
         raise ValueError(
-            f"Axes of the example have names, and that of the examples, the first, has none: {text(example)}. Give it "
-            f'one, as in jax.export.symbolic_shape("b, h, w, 3").'
+            f"Axes of the example have names, but the first, the axis of examples, has none: {text(example)}. Name it "
+            f'too, as in jax.export.symbolic_shape("b, h, w, 3").'
         )
     (b,) = (None,) if named else jax_export.symbolic_shape("b")
 
@@ -37,7 +35,7 @@ def leave_open(example: Any) -> Any:
 
 
 def lacks_examples(run: Callable[[Any], Any], example: Any, *, alone: bool) -> bool:
-    """Whether a function of a batch takes the example with an axis in front; `alone`: and not as it is."""
+    """Whether a function accepts the example with an additional first axis; `alone`: and not without it."""
 
     def runs(*axes: int) -> bool:
         shapes = jax.tree.map(
@@ -45,7 +43,7 @@ def lacks_examples(run: Callable[[Any], Any], example: Any, *, alone: bool) -> b
         )
         try:
             jax.eval_shape(run, shapes)
-        except Exception:  # whatever the model raises, it does not take this
+        except Exception:  # any error of the model means that it does not accept these shapes
             return False
         return True
 
@@ -53,26 +51,26 @@ def lacks_examples(run: Callable[[Any], Any], example: Any, *, alone: bool) -> b
 
 
 def check_batch(batch: Any, wanted: Any) -> dict[str, int]:
-    """The sizes of the axes that were left open; a ValueError for a batch that the program does not take."""
+    """Returns the sizes of the dynamic axes; raises a ValueError if the batch does not fit the program."""
     structures: list[Any] = [jax.tree.structure(tree) for tree in (batch, wanted)]
     if structures[0] != structures[1]:
-        raise ValueError(f"The program takes {text(wanted)}; given: {text(batch)}.")
+        raise ValueError(f"The program takes {text(wanted)}; got {text(batch)}.")
     sizes: dict[str, int] = {}
     for (path, given), like in zip(jax.tree.leaves_with_path(batch), jax.tree.leaves(wanted), strict=True):
         fixed = zip(given.shape, like.shape, strict=False)
         fits = given.ndim == len(like.shape) and all(a == b for a, b in fixed if isinstance(b, int))
         if not fits or given.dtype != like.dtype:
             name = f"{name_of(path)!r}" if path else "the batch"
-            raise ValueError(f"The program takes {text(like)} for {name}; given: {text(given)}.")
+            raise ValueError(f"The program takes {text(like)} for {name}; got {text(given)}.")
         for size, axis in zip(given.shape, map(str, like.shape), strict=True):
             if axis.isidentifier() and sizes.setdefault(axis, size) != size:
                 what = "number of examples" if axis == str(like.shape[0]) else f"size {axis!r}"
-                raise ValueError(f"A batch has one {what}; given: {text(batch)} for {text(wanted)}.")
+                raise ValueError(f"A batch has one {what}; got {text(batch)} for {text(wanted)}.")
     return sizes
 
 
 def without_examples(run: Callable[[Any], Any], batch: Any, outputs: Any, axis: str) -> Any:
-    """The outputs for a batch of no examples. Nothing runs: a program takes one example or more."""
+    """Returns the outputs for a batch without examples. The program is not run: it needs at least one example."""
     one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape[1:]), leaf.dtype), batch)
 
     def empty(path: Any, leaf: Any, like: Any) -> jax.Array:
@@ -80,7 +78,7 @@ def without_examples(run: Callable[[Any], Any], batch: Any, outputs: Any, axis: 
         if shape == leaf.shape:
             raise ValueError(
                 f"{name_of(path) or 'The output'!r} is {text(like)}, without an axis of examples; it has no value "
-                f"for a batch of none."
+                f"for an empty batch."
             )
         return jnp.zeros(shape, leaf.dtype)
 
@@ -88,16 +86,16 @@ def without_examples(run: Callable[[Any], Any], batch: Any, outputs: Any, axis: 
 
 
 def shape_of(aval: Any) -> jax.ShapeDtypeStruct:
-    """Shape and dtype alone."""
+    """Returns the shape and dtype."""
     return jax.ShapeDtypeStruct(aval.shape, aval.dtype)
 
 
 class _Bare(str):
-    """Text that shows without quotes inside of dicts and tuples."""
+    """Text that is shown without quotes inside of dicts and tuples."""
 
     __repr__ = str.__str__
 
 
 def text(tree: Any) -> str:
-    """Shapes and dtypes, in the structure in which they come."""
+    """Returns the shapes and dtypes of a tree as text."""
     return str(jax.tree.map(lambda a: _Bare(f"{jnp.result_type(a)}[{', '.join(map(str, jnp.shape(a)))}]"), tree))

@@ -1,7 +1,7 @@
-"""The arrays of a network as orbax stores them: each a folder of uncompressed chunks, in version 2 of Zarr's format.
+"""Stores arrays through orbax: each array is a folder of uncompressed chunks in the Zarr 2 format.
 
-The size of every file follows from the shape and the chunks of its array. So all files are checked before orbax reads
-one, and a forged folder can neither ask for more memory than it takes on the disk, nor lead orbax to other files.
+The size of each file follows from the shape and the chunk size of its array. All files are checked before orbax reads
+them, so a forged folder can neither allocate more memory than it takes on the disk nor make orbax read other files.
 """
 
 import json
@@ -18,23 +18,23 @@ import orbax.checkpoint as ocp
 from jaxbn._src.serving.arrays import from_bytes, to_device
 
 _FOLDER = "arrays"
-# What orbax keeps beside the chunks.
+# Other files of orbax.
 _OWN = re.compile(r"_METADATA|_CHECKPOINT_METADATA|_sharding|commit_success\.txt|array_metadatas/process_\d+")
-# Dtypes that tensorstore, with which orbax writes, does not know. They are stored as bytes.
+# Dtypes that tensorstore, which orbax uses, does not support. They are stored as bytes.
 _AS_BYTES = {"uint2", "uint4", "float8_e4m3"}
 
 
 def store(step: Path, leaves: Sequence[Any]) -> None:
-    """Every process its shards of the arrays; nothing of those that are empty."""
+    """Writes the shards of this process; empty arrays are not written."""
     stored = {str(i): _to_bytes(leaf) for i, leaf in enumerate(leaves) if leaf.size}
-    if not stored:  # which orbax refuses
+    if not stored:  # orbax rejects empty trees
         return
     with _checkpointer() as checkpointer:
         checkpointer.save(step / _FOLDER, args=ocp.args.PyTreeSave(stored))
 
 
 def restore(step: Path, named: Sequence[tuple[Any, Any]], shardings: Sequence[Any]) -> list[jax.Array]:
-    """The arrays, of these paths and shapes, with these shardings; None is the default device."""
+    """Reads arrays of these paths and shapes, with these shardings; None is the default device."""
     on_host = ocp.RestoreArgs(restore_type=np.ndarray)
     arguments = {
         str(i): on_host if sharding is None else ocp.ArrayRestoreArgs(sharding=sharding)
@@ -49,7 +49,7 @@ def restore(step: Path, named: Sequence[tuple[Any, Any]], shardings: Sequence[An
     for i, ((path, leaf), sharding) in enumerate(zip(named, shardings, strict=True)):
         array = _from_bytes(stored[str(i)], leaf) if leaf.size else np.zeros(leaf.shape, leaf.dtype)
         if (array.shape, array.dtype) != (leaf.shape, leaf.dtype):
-            raise ValueError(f"{step / _FOLDER / str(i)} holds {array.dtype}{array.shape}, not {leaf}.")
+            raise ValueError(f"{step / _FOLDER / str(i)} holds {array.dtype}{array.shape} instead of {leaf}.")
         if sharding is not None and not leaf.size:
             array = jax.make_array_from_callback(leaf.shape, sharding, array.__getitem__)
         arrays.append(array if isinstance(array, jax.Array) else to_device(path, array))
@@ -57,24 +57,24 @@ def restore(step: Path, named: Sequence[tuple[Any, Any]], shardings: Sequence[An
 
 
 def check(step: Path, leaves: Sequence[Any], sizes: Mapping[str, int]) -> None:
-    """Raises a ValueError unless the files of a step, by name and size, are those of arrays of these shapes."""
+    """Raises a ValueError unless the names and sizes of the files of a step fit arrays of these shapes."""
     wanted: dict[str, int] = {}
     for i, leaf in enumerate(leaves):
         if leaf.size:
             wanted |= _files_of(step, f"{_FOLDER}/{i}", leaf, sizes)
     for name, size in wanted.items():
         if sizes.get(name) != size:
-            raise ValueError(f"{step / name} is not of {size} bytes, as its array is.")
+            raise ValueError(f"{step / name} does not have the {size} bytes of its array.")
     for name in sizes.keys() - wanted.keys():
         if not name.endswith("/.zarray") and not _OWN.fullmatch(name.removeprefix(f"{_FOLDER}/")):
-            raise ValueError(f"{step / name} belongs to no array of the network.")
+            raise ValueError(f"{step / name} does not belong to an array of the network.")
     names = [str(i) for i, leaf in enumerate(leaves) if leaf.size]
     if names:
         _check_tree(_read(step, f"{_FOLDER}/_METADATA", sizes), names)
 
 
 def _files_of(step: Path, name: str, leaf: Any, sizes: Mapping[str, int]) -> dict[str, int]:
-    """The chunks of an array, and their sizes, by what its metadata says; a ValueError if that is not of this shape."""
+    """Returns the chunks of an array and their sizes; a ValueError if its metadata does not fit its shape."""
     path, stored = step / name / ".zarray", np.dtype(_stored(leaf))
     found = _read(step, f"{name}/.zarray", sizes)
     chunks = found["chunks"]
@@ -103,11 +103,11 @@ def _read(step: Path, name: str, sizes: Mapping[str, int]) -> Any:
 
 
 def _check_tree(found: Any, names: Sequence[str]) -> None:
-    """Raises a ValueError if orbax would look for other arrays, or for arrays in another format."""
+    """Raises a ValueError if orbax would read other arrays, or another format."""
     of_zarr = found["use_ocdbt"] is False and found["use_zarr3"] is False
     keys = [[key["key"] for key in entry["key_metadata"]] for entry in found["tree_metadata"].values()]
     if not of_zarr or sorted(keys) != sorted([name] for name in names):
-        raise ValueError("_METADATA is not that of the arrays of the network.")
+        raise ValueError("_METADATA does not describe the arrays of the network.")
 
 
 def _checkpointer() -> Any:

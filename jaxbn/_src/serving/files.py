@@ -1,4 +1,4 @@
-"""A frozen network as one sealed file: a header of JSON, and its arrays as they are in memory."""
+"""Saves a frozen network to one file: a JSON header, and the bytes of its arrays."""
 
 import os
 from collections.abc import Mapping
@@ -10,28 +10,28 @@ from flax import nnx
 from jaxbn._src.inference.frozen import Frozen, check_frozen
 from jaxbn._src.linen.freeze import check_fits as check_fits_linen
 from jaxbn._src.nnx.freeze import check_fits as check_fits_nnx
-from jaxbn._src.serving import sealed
+from jaxbn._src.serving import atomic_files
 from jaxbn._src.serving.arrays import describe, describe_tree, info_of, pack, shapes_of, to_device, to_host, unpack
 
-KIND = sealed.Kind("jaxbn-frozen", 1, "a frozen network")
+KIND = atomic_files.Kind("jaxbn-frozen", 1, "a frozen network")
 
 
 def save(path: str | os.PathLike[str], frozen: Frozen) -> None:
-    """Writes a frozen network, parameters and statistics, to one file; what stood there is replaced at once or not.
+    """Writes a frozen network, parameters and statistics, to one file. The write is atomic.
 
-    The file keeps the permissions of the one that it replaces, and a symbolic link goes on leading to it.
+    A file that is replaced keeps its permissions. If the path is a symbolic link, its target is replaced.
 
     Args:
         path: The file; its folder must exist.
-        frozen: Of `freeze`, or of the `finalize` of `make_steps`.
+        frozen: The result of `freeze`, or of the `finalize` of `make_steps`.
 
     Returns:
         None.
 
     Raises:
-        TypeError: If `frozen` is no `Frozen`, or holds something else than arrays in dicts, lists and tuples, which is
-            named.
-        ValueError: If an array is not whole on this process.
+        TypeError: If `frozen` is not a `Frozen`, or holds anything but arrays in dicts, lists and tuples; the message
+            names it.
+        ValueError: If this process does not hold all of an array.
 
     Example:
         >>> net = jaxbn.linen.BatchNorm(use_running_average=True)
@@ -43,29 +43,29 @@ def save(path: str | os.PathLike[str], frozen: Frozen) -> None:
     check_frozen(frozen)
     described = describe_tree(frozen.variables)
     arrays = jax.tree.leaves(jax.tree.map_with_path(to_host, frozen.variables))
-    sealed.write(path, KIND, describe(frozen.info) | {"arrays": described}, *pack(arrays))
+    atomic_files.write(path, KIND, describe(frozen.info) | {"arrays": described}, *pack(arrays))
 
 
 def load(path: str | os.PathLike[str], *, like: Any = None) -> Frozen:
     """Reads a frozen network that `save` has written. You may load files that you do not trust.
 
-    Nothing in the file is executed or unpickled, and reading takes no more memory than a few times its size. That the
-    numbers are those that somebody has trained is not in a checksum, which anyone can make.
+    Nothing in the file is executed or unpickled, and loading takes no more memory than a few times its size. The
+    checksum detects damage, not forgery: anyone can compute it for other numbers.
 
     Args:
         path: The file.
         like: A model that the network must fit: the variables of a linen model (`net.init`, or its shapes by
-            `jax.eval_shape`), or an NNX model. None: nothing is checked here.
+            `jax.eval_shape`), or an NNX model. None: no check.
 
     Returns:
         The `Frozen`. `net.apply(frozen.variables, ...)` or `eval_step(frozen, batch)` uses it; for NNX
         `jaxbn.nnx.install_frozen(model, frozen)`.
 
     Raises:
-        ValueError: If the file is none of these, is damaged, cut off or forged, was written by a later version, or does
-            not fit `like`; the message names the file, or the first variable that differs.
-        TypeError: If `like` is neither of these.
-        FileNotFoundError: If there is no file.
+        ValueError: If the file is of another kind, is damaged, incomplete or invalid, was written by a later version,
+            or does not fit `like`; the message names the file, or the first variable that differs.
+        TypeError: If `like` is neither variables nor a model.
+        FileNotFoundError: If the file does not exist.
 
     Example:
         >>> net = jaxbn.linen.BatchNorm(use_running_average=True)
@@ -79,8 +79,8 @@ def load(path: str | os.PathLike[str], *, like: Any = None) -> Frozen:
         layer        channels  learns       method      epsilon  statistics  rows
         (the model)         1  scale, bias  batch_norm  1e-05    pooled        10
     """
-    header, body = sealed.read(path, KIND)
-    with sealed.understanding(path, KIND):
+    header, body = atomic_files.read(path, KIND)
+    with atomic_files.parsing(path, KIND):
         arrays, info = unpack(shapes_of(header["arrays"]), body), info_of(header)
     frozen = Frozen(jax.tree.map_with_path(to_device, arrays), info)
     check_fits(frozen, like)
@@ -88,10 +88,10 @@ def load(path: str | os.PathLike[str], *, like: Any = None) -> Frozen:
 
 
 def check_fits(frozen: Frozen, like: Any) -> None:
-    """Raises a ValueError if a network does not fit what `load` was given, a TypeError if that is no model."""
+    """Raises a ValueError if a network does not fit `like`, and a TypeError if `like` is not a model."""
     if isinstance(like, nnx.Module):
         check_fits_nnx(frozen, like)
     elif isinstance(like, Mapping):
         check_fits_linen(frozen, like)
     elif like is not None:
-        raise TypeError(f"`like` is the variables of a linen model, or an NNX model; given: {type(like)}.")
+        raise TypeError(f"`like` must be the variables of a linen model, or an NNX model; got {type(like)}.")

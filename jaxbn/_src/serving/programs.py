@@ -1,8 +1,7 @@
-"""A network as a program: traced and lowered with `jax.export`, it answers where the code of the model is not.
+"""Exports a network as a program with `jax.export`, which runs without the code of the model.
 
-One sealed file holds the program, a StableHLO module of a batch of any size, and behind it the arrays that it takes. As
-constants of the module they would be there too, but every reader of the module would have to carry them along, and what
-`jax.export` serializes ends at 2 GB.
+One file holds the program, a StableHLO module for a batch of any size, and the arrays that it takes. Arrays that are
+constants of the module would be copied at each step of reading it, and `jax.export` serializes 2 GB at most.
 """
 
 import dataclasses
@@ -28,12 +27,12 @@ from jaxbn._src.linen.variables import find_states
 from jaxbn._src.methods.protocol import State
 from jaxbn._src.nnx.capture import find_states as find_states_nnx
 from jaxbn._src.nnx.framework import SAVED
-from jaxbn._src.serving import sealed
+from jaxbn._src.serving import atomic_files
 from jaxbn._src.serving.arrays import describe, describe_tree, info_of, pack, shapes_of, to_device, to_host, unpack
 from jaxbn._src.serving.batches import check_batch, lacks_examples, leave_open, shape_of, text, without_examples
 from jaxbn._src.serving.custom_calls import check_module
 
-KIND = sealed.Kind("jaxbn-program", 1, "a program")
+KIND = atomic_files.Kind("jaxbn-program", 1, "a program")
 PLATFORMS = ("cpu", "cuda", "tpu")
 
 _Run = Callable[[Any, Any], Any]  # (arrays, batch) -> outputs
@@ -41,20 +40,20 @@ _Run = Callable[[Any, Any], Any]  # (arrays, batch) -> outputs
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Program:
-    """A network that answers without the code of its model; `load_program` makes it, and its example shows it.
+    """A network that runs without the code of its model, made by `load_program`.
 
-    It is called with a batch, of any number of examples; of none, the outputs are empty. It compiles once for each
-    number, so that a server does well to fill its batches up to a few sizes. It may be called inside `jax.jit`, and
-    holds its arrays on the default device.
+    Call it with a batch of any number of examples; the outputs for an empty batch are empty. It compiles once for each
+    number, so a server should pad its batches to a few sizes. You may call it inside `jax.jit`. Its arrays are on the
+    default device.
     """
 
     inputs: Any  # jax.ShapeDtypeStruct of each array of a batch; `b`, or another name, is the number of examples
-    outputs: Any  # the same of what comes back
-    info: Info  # which layers normalize how, where that was known, and the versions of the packages that wrote it
+    outputs: Any  # jax.ShapeDtypeStruct of each output
+    info: Info  # information on the normalization layers, if known, and the versions of the packages that wrote it
     _run: Callable[[Any], Any]
 
     def __call__(self, batch: Any) -> Any:
-        """The outputs for a batch; a ValueError says which array is not as `inputs` says."""
+        """Returns the outputs for a batch; raises a ValueError if an array does not fit `inputs`."""
         batch = jax.tree.map(jnp.asarray, batch)
         sizes = check_batch(batch, self.inputs)
         examples = str(jax.tree.leaves(self.inputs)[0].shape[0])
@@ -66,43 +65,43 @@ class Program:
             if len(sizes) == 1:
                 raise
             raise ValueError(
-                f"The program was exported for other sizes of its open axes: it takes {text(self.inputs)} under the "
+                f"The program was exported for other sizes of its named axes: it takes {text(self.inputs)} under the "
                 f"constraints of its example, and not {text(batch)}. {error}"
             ) from error
 
     def __repr__(self) -> str:
-        """As `Program(float32[b, 8, 8, 1] -> float32[b, 10])`."""
+        """Shows the signature, as `Program(float32[b, 8, 8, 1] -> float32[b, 10])`."""
         return f"Program({text(self.inputs)} -> {text(self.outputs)})"
 
 
 def export(path: str | os.PathLike[str], call: Callable[..., Any], network: Any, example: Any) -> None:
-    """Writes a network as a program for CPU, CUDA and TPU that needs none of its code; to one file, at once or not.
+    """Writes a network to one file, as a program for CPU, CUDA and TPU that runs without the code of the model.
 
-    The number of examples stays open, and so do the axes that the example names. Programs are read for at least six
-    months by newer versions of JAX, which is what `jax.export` promises, and not by older ones; where it matters `save`
-    the network too.
+    The number of examples is dynamic, and so are the axes that the example names. As `jax.export` promises, newer
+    versions of JAX read the program for at least six months; older versions do not. To keep the network for longer,
+    `save` it too. The write is atomic.
 
     Args:
-        path: The file; its folder must exist. What stood there is replaced.
+        path: The file, which is replaced if it exists; its folder must exist.
         call: `call(variables, batch)` runs a linen model, as `lambda v, x: net.apply(v, x, train=False)`; `call(model,
-            batch)` an NNX one, as `lambda model, x: model(x)`. Or what `fold` returned.
-        network: A `Frozen` of linen, all variables of a linen model, what `fold` returned, or an NNX model, of
-            `jaxbn.nnx.install_frozen`, say. It must evaluate, not train.
-        example: A batch, or its shapes: an array, or dicts, lists and tuples of arrays, the first axis of each of which
-            is that of the examples. The values do not matter. To leave other axes open, such as height, width or time,
-            name them: `jax.ShapeDtypeStruct(jax.export.symbolic_shape("b, h, w, 3"), jnp.float32)`, and what the model
-            needs of them, `constraints=["mod(h, 8) == 0"]`.
+            batch)` runs an NNX model, as `lambda model, x: model(x)`. Or the call that `fold` returned.
+        network: A `Frozen` of linen, all variables of a linen model, the variables or model that `fold` returned, or an
+            NNX model, such as that of `jaxbn.nnx.install_frozen`. The call must evaluate, not train.
+        example: A batch, or its shapes: an array, or dicts, lists and tuples of arrays, whose first axis is the axis of
+            examples. The values are not used. To make other axes dynamic, such as height, width or time, name them:
+            `jax.ShapeDtypeStruct(jax.export.symbolic_shape("b, h, w, 3"), jnp.float32)`, with the requirements of the
+            model as `constraints=["mod(h, 8) == 0"]`.
 
     Returns:
         None.
 
     Raises:
-        ValueError: If a layer normalizes with the statistics of the batch; if nothing ever estimated the statistics of
-            a layer, or they are not finite; if the model needs the number of examples to be a number; if the example
-            has no axis of examples, or more than one number of them; if the model calls what is not part of XLA, such
-            as LAPACK (`jnp.linalg.cholesky`), kernels and callbacks; if the `Frozen` is of an NNX model; if an array is
-            not whole on this process; or if the outputs are no dicts, lists and tuples of arrays.
-        TypeError: If the network holds something that is no array.
+        ValueError: If a layer normalizes with the statistics of the batch; if the statistics of a layer were never
+            estimated or are not finite; if the model needs a fixed number of examples; if the example has no axis of
+            examples, or several numbers of examples; if the model calls functions outside of XLA, such as LAPACK
+            (`jnp.linalg.cholesky`), kernels and callbacks; if the `Frozen` is that of an NNX model; if this process
+            does not hold all of an array; or if the outputs are not arrays in dicts, lists and tuples.
+        TypeError: If the network holds anything but arrays.
 
     Example:
         >>> net = jaxbn.linen.BatchNorm(use_running_average=True)
@@ -121,14 +120,14 @@ def export(path: str | os.PathLike[str], call: Callable[..., Any], network: Any,
     program = bytes(exported.serialize())
     info = Info(network.info.layers if isinstance(network, Frozen) else (), versions())
     header = describe(info) | {"platforms": PLATFORMS, "program": len(program), "arrays": describe_tree(arrays)}
-    sealed.write(path, KIND, header, program, *pack(arrays))
+    atomic_files.write(path, KIND, header, program, *pack(arrays))
 
 
 def load_program(path: str | os.PathLike[str]) -> Program:
-    """Reads a program that `export` has written; neither the model nor its code is needed, and nothing is unpickled.
+    """Reads a program that `export` has written. The code of the model is not needed, and nothing is unpickled.
 
-    A program is code, and calling it runs it: load those of people whom you trust. What calls functions outside of XLA
-    is refused before anything runs, but XLA compiles the rest as it is, and it may compute anything for any time.
+    A program is code: load programs only from people whom you trust. Programs that call functions outside of XLA are
+    rejected before they run. All others are compiled and run as they are, and may compute anything for any time.
 
     Args:
         path: The file.
@@ -137,9 +136,9 @@ def load_program(path: str | os.PathLike[str]) -> Program:
         The `Program`, a function of a batch.
 
     Raises:
-        ValueError: If the file is none of these, is damaged, cut off or forged, or was written by versions of jaxbn or
-            JAX whose programs these do not read.
-        FileNotFoundError: If there is no file.
+        ValueError: If the file is of another kind, is damaged, incomplete or invalid, or was written by versions of
+            jaxbn or JAX whose programs cannot be read.
+        FileNotFoundError: If the file does not exist.
 
     Example:
         >>> net = jaxbn.linen.BatchNorm(use_running_average=True)
@@ -153,23 +152,23 @@ def load_program(path: str | os.PathLike[str]) -> Program:
         >>> print(f"{program(data[:1])[0, 0]:.2f}")
         -1.57
     """
-    header, body = sealed.read(path, KIND)
-    with sealed.understanding(path, KIND):
+    header, body = atomic_files.read(path, KIND)
+    with atomic_files.parsing(path, KIND):
         start, info = header["program"], info_of(header)
         if type(start) is not int or not 0 <= start <= len(body):
-            raise ValueError(f"a program of {start} bytes does not fit into it.")
+            raise ValueError(f"a program of {start} bytes does not fit into the file.")
         arrays = unpack(shapes_of(header["arrays"]), memoryview(body)[start:])
     try:
         exported = jax_export.deserialize(bytearray(body[:start]))
         module = exported.mlir_module()
-    except ImportError:  # of what JAX reads programs with
+    except ImportError:  # a package with which JAX reads programs is missing
         raise
-    except Exception as error:  # if the bytes are those that were written, it is the versions
+    except Exception as error:  # the checksum is right, so the cause is the version
         raise ValueError(
-            f"{path} was written with {header['versions']}, whose programs JAX {jax.__version__} does not read: export "
-            f"the network anew. {error}"
+            f"{path} was written with {header['versions']}, whose programs JAX {jax.__version__} cannot read: export "
+            f"the network again. {error}"
         ) from error
-    with sealed.understanding(path, KIND):
+    with atomic_files.parsing(path, KIND):
         check_module(module)
         inputs, outputs = _signature(exported, arrays)
     held = jax.tree.map_with_path(to_device, arrays)
@@ -178,13 +177,13 @@ def load_program(path: str | os.PathLike[str]) -> Program:
 
 
 def _exported(function: Callable[..., Any], arrays: list[Any], example: Any) -> jax_export.Exported:
-    """The program; what a model raises for an open number of examples, or without their axis, is said in our words."""
+    """Exports the program, with clear errors for a model that does not support a dynamic number of examples."""
     shapes = leave_open(example)
     specs = list(map(shape_of, arrays))
     try:
         return jax_export.export(jax.jit(function), platforms=PLATFORMS)(specs, shapes)
     except Exception as error:
-        unknown = isinstance(error, TypeError) and "_DimExpr" in str(error)  # which is what len(x) raises
+        unknown = isinstance(error, TypeError) and "_DimExpr" in str(error)  # raised by len(x)
         unknown |= isinstance(error, _internals.UnknownDimension)
         if lacks_examples(lambda batch: function(arrays, batch), example, alone=unknown):
             raise ValueError(_NO_EXAMPLES.format(text(example))) from error
@@ -194,31 +193,31 @@ def _exported(function: Callable[..., Any], arrays: list[Any], example: Any) -> 
 
 
 _NO_EXAMPLES = (
-    "The model does not take the example, {}, and takes it with an axis in front: the first axis is that of the "
-    "examples. Give a batch, such as example[None]."
+    "The model does not accept the example, {}, but accepts it with an additional first axis, the axis of examples. "
+    "Pass a batch, such as example[None]."
 )
 _UNKNOWN = (
-    "The model needs the number of examples to be a number, and a program leaves it open: take it from x.shape[0], as "
-    "in x.reshape(x.shape[0], -1), and decide nothing by it; and evaluate, by train=False or model.eval(), as layers "
-    "of jaxbn that train need it too. The same holds for other axes that the example names."
+    "The model needs a fixed number of examples, but it is dynamic in a program: take it from x.shape[0], as in "
+    "x.reshape(x.shape[0], -1), and do not branch on it. Evaluate, with train=False or model.eval(): layers of jaxbn "
+    "that train need a fixed number. The same holds for other axes that the example names."
 )
 
 
 def _signature(exported: jax_export.Exported, arrays: list[Any]) -> tuple[Any, Any]:
-    """The shapes of a batch and of the outputs; an error of any type for a program that `export` does not make."""
+    """Returns the shapes of a batch and of the outputs; raises errors of any type for programs not made by `export`."""
     (leaves, inputs), keywords = jax.tree.unflatten(exported.in_tree, map(shape_of, exported.in_avals))
     outputs = jax.tree.unflatten(exported.out_tree, map(shape_of, exported.out_avals))
     if leaves != list(map(shape_of, arrays)) or keywords or exported.nr_devices != 1:
-        raise ValueError("its arrays are not those that the program takes.")
+        raise ValueError("its arrays do not fit the program.")
     if exported.ordered_effects or exported.unordered_effects or exported.has_vjp():
-        raise ValueError("the program does more than to answer.")
+        raise ValueError("the program has effects or a derivative.")
     if not str(jax.tree.leaves(inputs)[0].shape[0]).isidentifier():
-        raise ValueError("the number of examples is not open.")
+        raise ValueError("the number of examples is fixed.")
     return inputs, outputs
 
 
 def _check_estimated(network: Any) -> None:
-    """Raises a ValueError for statistics that cannot be frozen; those of a `Frozen` were checked when it was made."""
+    """Raises a ValueError for statistics that cannot be frozen; those of a `Frozen` have already been checked."""
     if isinstance(network, nnx.Module):
         make_info(_states_of(find_states_nnx, network))
     elif isinstance(network, Mapping):
@@ -228,23 +227,23 @@ def _check_estimated(network: Any) -> None:
 def _states_of(find: Callable[[Any], Mapping[str, State]], network: Any) -> Mapping[str, State]:
     try:
         return find(network)
-    except ValueError:  # there are none, as when all were folded
+    except ValueError:  # there are no statistics, for example because all layers were folded
         return {}
 
 
 def _check_linen(frozen: Frozen) -> None:
-    """Raises a ValueError for a network of NNX, whose variables are no collections."""
+    """Raises a ValueError for a network of NNX, whose variables are not in collections."""
     layers = {path for path, _ in frozen.info.layers}
     collections = {"params", STATISTICS} & frozen.variables.keys()
     if not layers <= _states_of(find_states, frozen.variables).keys() or (frozen.variables and not collections):
         raise ValueError(
-            "This Frozen is of an NNX model, and a call for linen variables cannot run it: export the model, "
+            "This Frozen is of an NNX model, which a call for linen variables cannot run: export the model, "
             "jaxbn.nnx.install_frozen(model, frozen), with lambda model, x: model(x)."
         )
 
 
 def _as_function(call: Callable[..., Any], network: Any) -> tuple[_Run, Any]:
-    """A pure function of arrays and a batch, which refuses to train, and the arrays."""
+    """Returns a pure function of arrays and a batch, which raises an error if a layer trains, and the arrays."""
     if isinstance(network, nnx.Module):
         graph, variables, *others = nnx.split(network, SAVED, ...)
         return lambda arrays, batch: _run_nnx(call, nnx.merge(graph, arrays, *others, copy=True), batch), variables
@@ -268,7 +267,7 @@ def _refuse_training(next_call: Callable[..., Any], args: Any, kwargs: Any, cont
     if is_call_of_layer(context):
         trains = not module.has_variable(STATISTICS, FROZEN) and evaluates(module, args, kwargs) is False
         outputs = None if trains else next_call(*args, **kwargs)
-    else:  # of layers that are not known, those that train are told by what they do
+    else:  # an unknown layer trains if it replaces its statistics
         before = statistics_of(module)
         outputs = next_call(*args, **kwargs)
         after = statistics_of(module)
@@ -285,7 +284,7 @@ def _statistics(model: Any) -> dict[Any, Any]:
 def _run_nnx(call: Callable[..., Any], model: Any, batch: Any) -> Any:
     before = _statistics(model)
     outputs = call(model, batch)
-    after = _statistics(model)  # in new variables perhaps, as a bridge to linen has
+    after = _statistics(model)  # a bridge to linen may replace the variables
     for path, leaf in before.items():
         if after.get(path) is not leaf:
             raise ValueError(_TRAINS.format("/".join(map(str, path[:-1]))) + " For NNX that is model.eval().")
@@ -293,6 +292,6 @@ def _run_nnx(call: Callable[..., Any], model: Any, batch: Any) -> Any:
 
 
 _TRAINS = (
-    "{!r} normalizes with the statistics of the batch, as in training, and answers would depend on the examples beside "
-    "them: make the call one for evaluation."
+    "{!r} normalizes with the statistics of the batch, as in training, so the output for an example would depend on "
+    "the others: pass a call that evaluates."
 )
