@@ -1,21 +1,21 @@
-"""Handwritten digits: train with batch normalization, fix the population statistics, evaluate with them, and serve.
+"""Handwritten digits: train with batch normalization, estimate the population statistics, evaluate and serve.
 
     python examples/digits.py
 
-trains a small convolutional network with ten normalized layers for three epochs on the 8x8 digits that scikit-learn
-bundles. After each epoch the same parameters classify held-out digits, normalized with five choices of statistics:
+This trains a small convolutional network with ten BatchNorm layers for three epochs on the 8x8 digits of scikit-learn.
+After each epoch the same parameters classify held-out digits with five choices of statistics:
 
-    Batch statistics    each held-out batch is normalized by its own mean and variance, as in training
-    Method ONE          the running averages that were kept while training (momentum 0.99, Flax's default)
-    Method TWO          a pass over the training digits, with the parameters fixed, that combines their moments: pooled,
-                        by a mean of batches, or by a moving average
+    Batch statistics    each held-out batch is normalized with its own mean and variance, as in training
+    Method ONE          the running averages of training (momentum 0.99, Flax's default)
+    Method TWO          a statistics pass over the training digits with fixed parameters, which combines the moments of
+                        the batches: pooled, as a mean of batches, or as a moving average
 
-It prints a table with a row per epoch and method, says in one line where the gap comes from, diagnoses the network on
-batches as training sees them, and saves a picture. Then it saves the network with its pooled statistics, loads it in a
-fresh process, and compares what the two answer.
+The program prints a table with a row per epoch and method, explains the gap in one line, diagnoses the network on
+training batches, and saves a picture. Then it saves the network with pooled statistics, loads it in a fresh process,
+and compares the predictions.
 
-`--api nnx` does all of it with Flax NNX instead of linen. With `--order class` each training batch holds a single
-digit; the passes of Method TWO see mixed digits all the same.
+`--api nnx` uses Flax NNX instead of linen. With `--order class` each training batch holds a single digit; the
+statistics passes of Method TWO still use mixed digits.
 """
 
 import argparse
@@ -47,7 +47,7 @@ import jaxbn.nnx
 import jaxbn.serving
 
 BATCH = 64
-TRAIN, HELD_OUT = 21 * BATCH, 7 * BATCH  # whole batches, so that every function compiles once
+TRAIN, HELD_OUT = 21 * BATCH, 7 * BATCH  # full batches only, so that every function compiles once
 MOMENTUM = 0.99
 ORDERS = {"shuffled": "shuffled digits", "class": "one digit each"}
 OWN, ONE, POOLED = "Batch statistics", "Method ONE: running averages", "Method TWO: pooled"
@@ -63,7 +63,7 @@ Scores = dict[str, float]  # held-out accuracy by method
 
 
 class DigitNet(nn.Module):
-    """Ten 3x3 convolutions, each normalized, then global average pooling and a linear layer."""
+    """Ten 3x3 convolutions with batch normalization, then global average pooling and a linear layer."""
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
@@ -74,7 +74,7 @@ class DigitNet(nn.Module):
 
 
 class NNXDigitNet(nnx.Module):
-    """The same in NNX, where `train()` and `eval()` set how layers normalize."""
+    """The same network in NNX; `train()` and `eval()` select the statistics."""
 
     def __init__(self, rngs: nnx.Rngs):
         self.convs, self.norms = nnx.List(), nnx.List()
@@ -100,7 +100,7 @@ def loss_fn(logits: jax.Array, batch: Batch) -> tuple[jax.Array, dict[str, jax.A
 
 
 def make_steps(api: str, seed: int, estimator: jaxbn.Estimator) -> jaxbn.Steps:
-    """The functions of the loop, compiled. From here on linen and NNX are the same."""
+    """Makes and compiles the functions of the training loop. All code that uses them is the same for linen and NNX."""
     if api == "linen":
         steps = jaxbn.linen.make_steps(DigitNet(), loss_fn, OPTIMIZER, inputs=images_of, estimator=estimator)
     else:
@@ -115,12 +115,12 @@ def make_steps(api: str, seed: int, estimator: jaxbn.Estimator) -> jaxbn.Steps:
 
 
 def images_of(batch: Batch) -> np.ndarray:
-    """What the network takes of a batch."""
+    """The input of the network."""
     return batch[0]
 
 
 def load(seed: int) -> tuple[Batch, Batch]:
-    """Digits to train on and digits held out: shuffled, stratified, pixels scaled from 0..16 to 0..1."""
+    """Loads training and held-out digits: shuffled, stratified, with pixels scaled from 0..16 to 0..1."""
     images, labels = load_digits(return_X_y=True)
     images = (images.reshape(-1, 8, 8, 1) / 16).astype(np.float32)
     x, x_out, y, y_out = train_test_split(
@@ -130,13 +130,13 @@ def load(seed: int) -> tuple[Batch, Batch]:
 
 
 def in_batches(images: np.ndarray, labels: np.ndarray) -> list[Batch]:
-    """Cuts the data into whole batches, in the order given."""
+    """Cuts the data into full batches, in the given order."""
     starts = range(0, len(labels) - BATCH + 1, BATCH)
     return [(images[i : i + BATCH], labels[i : i + BATCH]) for i in starts]
 
 
 def training_batches(data: Batch, order: str, rng: np.random.Generator) -> list[Batch]:
-    """One epoch: batches of shuffled digits, or batches of one digit each in random order."""
+    """The batches of one epoch: shuffled digits, or a single digit per batch with the batches in random order."""
     images, labels = data
     groups = [np.arange(len(labels))] if order == "shuffled" else [np.flatnonzero(labels == d) for d in range(10)]
     shuffled = [rng.permutation(rows) for rows in groups]
@@ -156,7 +156,7 @@ def train(steps: jaxbn.Steps, data: Batch, *, order: str, epochs: int, seed: int
 
 
 def postproc(steps: jaxbn.Steps, state: Any, batches: list[Batch]) -> tuple[jaxbn.Frozen, jaxbn.Report]:
-    """The network with the population statistics of these batches, and what that changed in each layer."""
+    """Runs a statistics pass; returns the frozen network, and a report of the changes in each layer."""
     acc = steps.start(state, batches[0])
     for batch in batches:
         acc = steps.postproc_step(state, acc, batch)
@@ -164,16 +164,17 @@ def postproc(steps: jaxbn.Steps, state: Any, batches: list[Batch]) -> tuple[jaxb
 
 
 def predict(steps: jaxbn.Steps, frozen: jaxbn.Frozen, held_out: Batch) -> np.ndarray:
-    """The digits that the network takes the held-out images for."""
+    """The predicted digits of the held-out images."""
     return np.concatenate([steps.eval_step(frozen, batch).argmax(-1) for batch in in_batches(*held_out)])
 
 
 def evaluate(
     by_name: dict[str, jaxbn.Steps], state: Any, data: Batch, held_out: Batch
 ) -> tuple[Scores, jaxbn.Frozen, jaxbn.Report]:
-    """Held-out accuracy by method; the network with pooled statistics, and what they changed in each layer."""
+    """Returns the held-out accuracy by method, the network with pooled statistics, and its report."""
     steps, labels = by_name[POOLED], held_out[1]
     batches = in_batches(*held_out)
+    # A statistics pass over a single batch gives the statistics of that batch.
     own = [predict(steps, postproc(steps, state, [batch])[0], batch) for batch in batches]
     scores = {OWN: np.mean(np.concatenate(own) == labels)}
     scores[ONE] = np.mean(predict(steps, steps.finalize(state)[0], held_out) == labels)
@@ -183,7 +184,10 @@ def evaluate(
 
 
 def without_start(frozen: jaxbn.Frozen, left: float) -> jaxbn.Frozen:
-    """Takes what is `left` of the initial values out; `momentum=jaxbn.constant(0.99, debias=True)` keeps them out."""
+    """Removes the share `left` of the initial values; `momentum=jaxbn.constant(0.99, debias=True)` does it in training.
+
+    The initial mean is 0 and the initial variance is 1.
+    """
 
     def is_layer(node: Any) -> bool:
         return isinstance(node, dict) and "var" in node
@@ -197,9 +201,9 @@ def without_start(frozen: jaxbn.Frozen, left: float) -> jaxbn.Frozen:
 
 
 def explain(steps: jaxbn.Steps, scores: list[Scores], state: Any, held_out: Batch, order: str) -> str:
-    """One line on where the gap comes from, or on why there is nothing to gain."""
+    """Explains in one line where the gap comes from, or why there is no gap."""
     if order == "class":
-        cause = "batches of one digit spoilt the training, which no statistics undo"
+        cause = "batches of one digit spoiled the training; better statistics cannot repair it"
         return f"Why: {cause}: batch {scores[-1][OWN]:.2f}, pooled {scores[-1][POOLED]:.2f}."
     left = MOMENTUM ** int(state.step)
     share = f"{left:.0%} ({MOMENTUM}^{state.step}) of each running average is still its initial value"
@@ -208,7 +212,7 @@ def explain(steps: jaxbn.Steps, scores: list[Scores], state: Any, held_out: Batc
 
 
 def diagnose(api: str, state: Any, batches: list[Batch]) -> jaxbn.Diagnosis:
-    """What these batches say about the network with its running averages."""
+    """Diagnoses the network with its running averages on these batches."""
     if api == "linen":
         apply = functools.partial(DigitNet().apply, train=False)
         return jaxbn.linen.diagnose(lambda variables, batch: apply(variables, batch[0]), state.variables, batches)
@@ -218,14 +222,14 @@ def diagnose(api: str, state: Any, batches: list[Batch]) -> jaxbn.Diagnosis:
 
 
 def serve(path: Path, api: str, seed: int) -> np.ndarray:
-    """The answers of a fresh process, which has nothing but the file and the held-out digits."""
+    """Runs `answer` in a fresh process, which gets only the file and the held-out digits."""
     command = [sys.executable, __file__, "--answer", str(path), "--api", api, "--seed", str(seed)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return np.array(done.stdout.split(), np.int64)
 
 
 def answer(path: Path, api: str, seed: int) -> np.ndarray:
-    """What such a process does: build the model, load the network, and classify."""
+    """Builds the model, loads the saved network, and classifies the held-out digits."""
     _, held_out = load(seed)
     images, _ = held_out
     if api == "linen":
@@ -239,7 +243,7 @@ def answer(path: Path, api: str, seed: int) -> np.ndarray:
 
 
 def tabulate(scores: list[Scores], order: str) -> Table:
-    """A row per epoch and method."""
+    """Makes a table with a row per epoch and method."""
     table = Table("Epoch", "Method", title=f"{HELD_OUT} held-out digits; training batches of {ORDERS[order]}")
     table.add_column("Held-out accuracy", justify="right")
     for epoch, row in enumerate(scores, 1):
@@ -250,7 +254,7 @@ def tabulate(scores: list[Scores], order: str) -> Table:
 
 
 def draw(scores: list[Scores], report: jaxbn.Report, order: str, path: Path) -> None:
-    """Left: accuracy per epoch. Right: how far off the running averages are, layer by layer."""
+    """Draws the accuracy per epoch (left), and the error of the running averages of each layer (right)."""
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     figure.suptitle(f"Handwritten digits, training batches of {ORDERS[order]}")
     left, right = figure.subplots(1, 2)
@@ -265,7 +269,7 @@ def draw(scores: list[Scores], report: jaxbn.Report, order: str, path: Path) -> 
 
 
 def draw_accuracy(ax: Axes, scores: list[Scores]) -> None:
-    """A line per method; markers stand side by side, because several lines lie on each other."""
+    """Draws one line per method; the markers are shifted sideways, because several lines coincide."""
     epochs, colours = np.arange(1, len(scores) + 1), ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7")
     for i, (name, colour, marker) in enumerate(zip(scores[0], colours, "xos^D", strict=True)):
         x, y = epochs + 0.05 * (i - 2), [row[name] for row in scores]
@@ -276,7 +280,7 @@ def draw_accuracy(ax: Axes, scores: list[Scores]) -> None:
 
 
 def draw_distances(ax: Axes, report: jaxbn.Report) -> None:
-    """Two bars per layer: how far the running mean and the running standard deviation are off."""
+    """Draws two bars per layer: the errors of the running mean and of the running standard deviation."""
     layers, position = report.layers.values(), np.arange(1, len(report.layers) + 1)
     mean = [layer.mean_shift.mean() for layer in layers]
     std = [layer.std_shift.mean() for layer in layers]
@@ -289,13 +293,13 @@ def draw_distances(ax: Axes, report: jaxbn.Report) -> None:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Reads and checks the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--order", choices=ORDERS, default="shuffled", help="of the training digits (shuffled)")
+    parser.add_argument("--order", choices=ORDERS, default="shuffled", help="order of the training digits (shuffled)")
     parser.add_argument("--epochs", type=int, default=3, help="passes over the training digits (3)")
-    parser.add_argument("--seed", type=int, default=0, help="of split, initialization and order (0)")
-    parser.add_argument("--api", choices=("linen", "nnx"), default="linen", help="of Flax (linen)")
-    parser.add_argument("--picture", type=Path, default="digits.png", metavar="PATH", help="file to draw (digits.png)")
-    parser.add_argument("--network", type=Path, default="digits.jaxbn", metavar="PATH", help="to save (digits.jaxbn)")
-    parser.add_argument("--answer", type=Path, metavar="PATH", help="only load this network and print its answers")
+    parser.add_argument("--seed", type=int, default=0, help="seed of split, initialization and order (0)")
+    parser.add_argument("--api", choices=("linen", "nnx"), default="linen", help="API of Flax (linen)")
+    parser.add_argument("--picture", type=Path, default="digits.png", metavar="PATH", help="picture file (digits.png)")
+    parser.add_argument("--network", type=Path, default="digits.jaxbn", metavar="PATH", help="file (digits.jaxbn)")
+    parser.add_argument("--answer", type=Path, metavar="PATH", help="only load this network and print its predictions")
     parser.add_argument("--no-progress", action="store_true", help="show no progress bars")
     args = parser.parse_args(argv)
     if args.epochs < 1 or not 0 <= args.seed < 2**32:
@@ -308,7 +312,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> list[Scores]:
-    """Runs the program; returns the held-out accuracy by method, for each epoch."""
+    """Runs the program; returns the held-out accuracy by method for each epoch."""
     args, console, start = parse(argv), Console(highlight=False, markup=False), time.perf_counter()
     if args.answer:
         print(*answer(args.answer, args.api, args.seed))
@@ -327,7 +331,7 @@ def main(argv: Sequence[str] | None = None) -> list[Scores]:
     draw(scores, report, args.order, args.picture)
     jaxbn.serving.save(args.network, frozen)
     same = predict(steps, frozen, held_out) == serve(args.network, args.api, args.seed)
-    console.print(f"Saved {args.network}; in a fresh process {same.sum()} of {same.size} answers are the same.")
+    console.print(f"Saved {args.network}; in a fresh process {same.sum()} of {same.size} predictions are the same.")
     console.print(f"Saved {args.picture}; {time.perf_counter() - start:.0f} s, compilation included.", soft_wrap=True)
     return scores
 

@@ -1,11 +1,11 @@
-"""Labelled images for training, from folders or shards, decoded in the background.
+"""Labelled images for training, from folders or shards, decoded by background threads.
 
-Folders: `root/class_name/*.jpg` (or .png, ...); classes are numbered in the order of their names. Shards: pairs of
-files `images_000.npy`, u8[N, H, W, 3], and `labels_000.npy`, integers [N], mapped into memory.
+Folders contain `root/class_name/*.jpg` (or .png, ...); classes are numbered in alphabetical order. Shards are pairs of
+memory-mapped files `images_000.npy`, u8[N, H, W, 3], and `labels_000.npy`, integers [N].
 
-A source gives images by number, and a loader makes batches of them. The image in row `i` of epoch `e`, and its random
-crop, depend on the seed, `e` and `i` alone: a run may stop anywhere and go on with the batches it would have seen.
-Where grain is installed its threads read the images, otherwise threads of this file do; the batches are the same.
+A source returns images by index, and a loader makes batches. The image in row `i` of epoch `e`, and its random crop,
+depend only on the seed, `e` and `i`, so a run can stop at any step and resume with the same batches. If grain is
+installed, its threads read the images; otherwise this file starts threads. The batches are the same.
 """
 
 import collections
@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image
 
 SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".webp"}
-PADDING = -1  # the label of rows that fill up the last batch
+PADDING = -1  # the label of the rows that pad the last batch
 FAKE_CLASSES = 4
 HAS_GRAIN = importlib.util.find_spec("grain") is not None
 
@@ -32,34 +32,34 @@ Crop = Callable[[Image.Image, int, np.random.Generator], Image.Image]
 
 
 class Source(Protocol):
-    """Images by number, each with a label in 0..classes-1."""
+    """Images by index, each with a label in 0..classes-1."""
 
     labels: np.ndarray  # i32[N]
     classes: int
 
     def name(self, index: int) -> str:
-        """Where the image is, for messages."""
+        """The location of the image, for error messages."""
 
     def image(self, index: int) -> Image.Image:
-        """The image, decoded or not."""
+        """The image; it may be decoded lazily."""
 
 
 class Folder:
-    """A folder with one folder of images for each class."""
+    """A folder that contains one folder of images per class."""
 
     def __init__(self, root: Path, class_names: Sequence[str] | None = None):
-        """Finds the images; `class_names` numbers the classes, if not the order of the names found."""
+        """Lists the images; `class_names` sets the order of the classes, which is alphabetical by default."""
         found = {d.name: sorted(f for f in os.listdir(d) if Path(f).suffix.lower() in SUFFIXES) for d in folders(root)}
         self.class_names = list(found if class_names is None else class_names)
         unknown = found.keys() - set(self.class_names)
         if unknown:
-            raise ValueError(f"{root} has classes that the training images have not: {', '.join(sorted(unknown)[:5])}")
+            raise ValueError(f"{root} has classes that are missing in train: {', '.join(sorted(unknown)[:5])}")
         number = {name: i for i, name in enumerate(self.class_names)}
         self.root, self.classes = root, len(number)
         self._files = [os.path.join(name, file) for name, files in found.items() for file in files]
         self.labels = np.array([number[name] for name, files in found.items() for _ in files], np.int32)
         if not self._files:
-            raise ValueError(f"{root} holds neither class_name/*.jpg (or {', '.join(SUFFIXES)}) nor images_*.npy")
+            raise ValueError(f"{root} contains neither class_name/*.jpg (or {', '.join(SUFFIXES)}) nor images_*.npy")
 
     def name(self, index: int) -> str:
         return str(self.root / self._files[index])
@@ -72,18 +72,18 @@ class Shards:
     """A folder with pairs of files `images_*.npy` and `labels_*.npy`."""
 
     def __init__(self, root: Path):
-        """Maps the files into memory, and checks that they fit."""
+        """Maps the files into memory and checks that images and labels match."""
         self._paths = sorted(root.glob("images_*.npy"))
         self._images = [np.load(path, mmap_mode="r") for path in self._paths]
         labels = [np.load(path.with_name(path.name.replace("images", "labels", 1))) for path in self._paths]
         for path, x, y in zip(self._paths, self._images, labels, strict=True):
             if x.ndim != 4 or x.shape[3] != 3 or x.dtype != np.uint8:
-                raise ValueError(f"{path} must hold u8[N, H, W, 3]; it holds {x.dtype}{list(x.shape)}")
+                raise ValueError(f"{path} must contain u8[N, H, W, 3], got {x.dtype}{list(x.shape)}")
             if y.shape != x.shape[:1] or not np.issubdtype(y.dtype, np.integer) or (y < 0).any():
-                raise ValueError(f"{path} has {len(x)} images; its labels must be as many integers, 0 or more")
+                raise ValueError(f"{path} has {len(x)} images; the labels must be {len(x)} integers, 0 or more")
         self.labels = np.concatenate(labels).astype(np.int32)
         if not self.labels.size:
-            raise ValueError(f"The files {root}/images_*.npy hold no image")
+            raise ValueError(f"The files {root}/images_*.npy contain no images")
         self.classes = int(self.labels.max()) + 1
         self._ends = np.cumsum([len(y) for y in labels])
 
@@ -101,20 +101,20 @@ class Shards:
 
 
 def folders(root: Path) -> list[Path]:
-    """The folders in a folder, by name."""
+    """The subfolders in alphabetical order."""
     return sorted(d for d in root.iterdir() if d.is_dir() and not d.name.startswith("."))
 
 
 def open_images(root: Path) -> tuple[Source, Source]:
-    """Opens `root/train` and `root/val`, each a folder of images or of shards.
+    """Opens `root/train` and `root/val`; each contains class folders or shards.
 
     Raises:
-        ValueError: If one of them is missing, empty or malformed, or if they do not have the same classes.
+        ValueError: If one of them is missing, empty or malformed, or if their classes differ.
     """
     sources: list[Source] = []
     for part in (root / "train", root / "val"):
         if not part.is_dir():
-            raise ValueError(f"There is no folder {part}")
+            raise ValueError(f"The folder {part} does not exist")
         like = sources[0].class_names if sources and isinstance(sources[0], Folder) else None
         sources.append(Shards(part) if any(part.glob("images_*.npy")) else Folder(part, like))
     train, held_out = sources
@@ -124,8 +124,8 @@ def open_images(root: Path) -> tuple[Source, Source]:
 
 
 def random_crop(image: Image.Image, size: int, rng: np.random.Generator) -> Image.Image:
-    """A random part, of 8 to 100 % of the area and an aspect ratio of 3/4 to 4/3; half of the time mirrored."""
-    width = height = min(image.size)  # should no part fit, which happens in long images
+    """A random crop with 8 to 100 % of the area and an aspect ratio of 3/4 to 4/3, mirrored with probability 1/2."""
+    width = height = min(image.size)  # used if no draw fits, which happens with very elongated images
     for _ in range(10):
         side = math.sqrt(image.width * image.height * rng.uniform(0.08, 1))
         stretch = math.sqrt(math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3))))
@@ -139,7 +139,7 @@ def random_crop(image: Image.Image, size: int, rng: np.random.Generator) -> Imag
 
 
 def centre_crop(image: Image.Image, size: int, rng: np.random.Generator) -> Image.Image:
-    """The centre of an image whose shorter side was made 8/7 of `size`: 256 for 224. Nothing is random."""
+    """The centre crop, after the shorter side is resized to 8/7 of `size` (256 for 224). It ignores `rng`."""
     side = min(image.size) * 7 / 8
     left, top = (image.width - side) / 2, (image.height - side) / 2
     return image.resize((size, size), Image.Resampling.BILINEAR, box=(left, top, left + side, top + side))
@@ -147,17 +147,17 @@ def centre_crop(image: Image.Image, size: int, rng: np.random.Generator) -> Imag
 
 @dataclasses.dataclass(frozen=True)
 class Loader:
-    """Batches of a source: shuffled and whole for training; in order, the last one filled up, for evaluation.
+    """Batches of a source: shuffled full batches for training; in order, with a padded last batch, for evaluation.
 
     Attributes:
         source: The images.
         batch_size: Number of images in each batch.
-        image_size: Height and width to which they are cut.
+        image_size: Height and width of the crops.
         crop: `random_crop` or `centre_crop`.
-        shuffle: Whether each epoch has an order of its own; what is left over after whole batches is then left out.
-        seed: Decides orders and crops.
+        shuffle: Whether to shuffle each epoch and drop its incomplete last batch.
+        seed: Seed of orders and crops.
         workers: Number of threads.
-        ahead: Number of batches that are read before they are asked for, 1 or more.
+        ahead: Number of batches to prefetch, 1 or more.
     """
 
     source: Source
@@ -175,7 +175,7 @@ class Loader:
         return images // self.batch_size if self.shuffle else -(-images // self.batch_size)
 
     def batches(self, epoch: int = 0, start: int = 0, stop: int | None = None) -> Iterator[Batch]:
-        """Yields the batches `start`, `start + 1`, ... of an epoch, up to but without `stop`."""
+        """Yields the batches `start`, `start + 1`, ..., `stop - 1` of an epoch."""
         order = self.order(epoch)
         rows = range(len(order))[start * self.batch_size : None if stop is None else stop * self.batch_size]
 
@@ -185,17 +185,17 @@ class Loader:
         return (by_grain if HAS_GRAIN else by_threads)(read, rows, self)
 
     def order(self, epoch: int) -> np.ndarray:
-        """The numbers of the images in the rows of an epoch; `PADDING` fills up the last batch."""
+        """The image index of each row of an epoch; `PADDING` in the padded rows of the last batch."""
         images, rows = len(self.source.labels), len(self) * self.batch_size
         if self.shuffle:
             return np.random.default_rng([*self.seed, epoch]).permutation(images)[:rows]
         return np.pad(np.arange(images), (0, rows - images), constant_values=PADDING)
 
     def read(self, index: int, rng: np.random.Generator) -> Batch:
-        """One image, cut, and its label.
+        """One cropped image and its label.
 
         Raises:
-            ValueError: If the image cannot be read; the message names it.
+            ValueError: If the image cannot be read; the message contains its location.
         """
         if index == PADDING:
             black = np.zeros((self.image_size, self.image_size, 3), np.uint8)
@@ -209,7 +209,7 @@ class Loader:
 
 
 def by_threads(read: Callable[[int], Batch], rows: range, loader: Loader) -> Iterator[Batch]:
-    """Yields batches of rows, in order; an error is raised where its batch would come."""
+    """Yields the batches in order; an error in a thread is raised in place of its batch."""
     pool = ThreadPoolExecutor(loader.workers, "images")
     batches = iter([rows[i : i + loader.batch_size] for i in range(0, len(rows), loader.batch_size)])
     started = ([pool.submit(read, row) for row in batch] for batch in batches)
@@ -224,7 +224,7 @@ def by_threads(read: Callable[[int], Batch], rows: range, loader: Loader) -> Ite
 
 
 def by_grain(read: Callable[[int], Batch], rows: range, loader: Loader) -> Iterator[Batch]:
-    """The same batches, read by the threads of grain."""
+    """Yields the same batches, read by the threads of grain."""
     import grain
 
     options = grain.ReadOptions(num_threads=loader.workers, prefetch_buffer_size=loader.ahead * loader.batch_size)
@@ -236,9 +236,9 @@ def by_grain(read: Callable[[int], Batch], rows: range, loader: Loader) -> Itera
 
 
 def make_images(root: Path, count: int, size: int, seed: int = 0) -> None:
-    """Makes `root/train`, a folder with `count` images, and `root/val`, shards with a quarter of that.
+    """Writes `root/train`, class folders with `count` images, and `root/val`, shards with a quarter as many.
 
-    There are `FAKE_CLASSES` classes. The colour of an image tells its class, and noise hides it a little.
+    There are `FAKE_CLASSES` classes. The colour of an image depends on its class, with some noise.
     """
     rng = np.random.default_rng(seed)
     colours = rng.integers(0, 128, (FAKE_CLASSES, 3))

@@ -1,16 +1,18 @@
-"""Population statistics on several processes: each reads its own part of the data, and all end with the same bits.
+"""A multi-host statistics pass: each process reads its part of the data, and all processes get identical statistics.
 
     python examples/multihost.py
 
-starts two processes on this machine, with two CPU devices each. They give the pass batches of both kinds:
+This starts two processes on this machine, with two CPU devices each, and runs the statistics pass on both kinds of
+batches:
 
-- global arrays over the devices of all processes, as training has them: all run one program, and a batch counts once.
-- batches of their own, each with its replica of the parameters, and not equally many: the pass needs no padding and no
-  agreement on the number of batches.
+- Global arrays over the devices of all processes, as in training: all processes run one program, and each batch counts
+  once.
+- Local batches: each process has a replica of the parameters and its own batches. The numbers of batches may differ;
+  no padding is needed.
 
-Process 0 then compares the statistics with those of all the data in float64.
+Process 0 then compares the statistics with those of all data in float64.
 
-On a pod start the same file once on every host, with `--pod`: JAX finds the others by itself there.
+On a pod, start this file once per host with `--pod`; JAX finds the other processes.
 """
 
 import argparse
@@ -33,7 +35,7 @@ BATCH, FEATURES = 32, 8
 
 
 class Net(nn.Module):
-    """Two normalized layers, of Flax's own kind."""
+    """A network with two of Flax's own BatchNorm layers; the statistics pass supports them without changes."""
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
@@ -43,18 +45,18 @@ class Net(nn.Module):
 
 
 def predict(variables: dict, batch: np.ndarray) -> jax.Array:
-    """The network in use."""
+    """The network in evaluation mode."""
     return Net().apply(variables, batch, train=False)
 
 
 def data_of(process: int) -> np.ndarray:
-    """What a process reads: process 0 five batches of its own, process 1 two and a half, with another mean."""
+    """The data of a process: five batches for process 0; two and a half for process 1, with another mean."""
     rows = BATCH * 5 // (process + 1)
     return np.random.default_rng(process).normal(loc=3 * process, size=(rows, FEATURES)).astype(np.float32)
 
 
 def in_float64(variables: dict, x: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Mean and variance of each layer's input over all data, under the statistics of all data; from the formulas."""
+    """Mean and variance of each layer's input over all data, where earlier layers normalize with all data as well."""
     found, params = {}, jax.tree.map(np.float64, jax.device_get(variables["params"]))
     for i in range(2):
         dense, norm = params[f"Dense_{i}"], params[f"BatchNorm_{i}"]
@@ -65,27 +67,27 @@ def in_float64(variables: dict, x: np.ndarray) -> dict[str, tuple[np.ndarray, np
 
 
 def global_batches(data: Sequence[np.ndarray]) -> list[jax.Array]:
-    """Batches that lie over the devices of all processes, of each of which this one gives its share."""
+    """Makes global batches that are sharded over the devices of all processes, from the shares of this process."""
     mesh = jax.make_mesh((jax.device_count(),), ("data",), (AxisType.Auto,))
     rows = NamedSharding(mesh, PartitionSpec("data"))
     return [jax.make_array_from_process_local_data(rows, part) for part in data]
 
 
 def report_error(title: str, variables: dict, everything: np.ndarray) -> None:
-    """Prints how far statistics are from those of all data."""
+    """Prints the largest difference between the statistics and those of all data."""
     off = max(
         np.abs(np.asarray(variables["batch_stats"][path]["mean"]) - mean).max() / np.sqrt(var.min())
         for path, (mean, var) in in_float64(variables, everything.astype(np.float64)).items()
     )
-    print(f"{title}: all agree to the last bit, and with float64 to {off:.0e} standard deviations.")
+    print(f"{title}: all processes agree bit for bit, and with float64 to {off:.0e} standard deviations.")
 
 
 def work() -> None:
-    """What every process does."""
+    """Runs both statistics passes in one process."""
     processes, process = range(jax.process_count()), jax.process_index()
     variables = Net().init(jax.random.key(0), data_of(0), train=False)  # the same key, the same parameters
 
-    # As on a pod: batches are global arrays, and each process reads an equal share of every one.
+    # As on a pod: batches are global arrays, and each process reads an equal share of each.
     share, fewest = BATCH // len(processes), min(len(data_of(i)) for i in processes)
     shares = [slice(start, start + share) for start in range(0, fewest, share)]
     batches = global_batches([data_of(process)[rows] for rows in shares])
@@ -95,7 +97,7 @@ def work() -> None:
         print(report)
         report_error("Global batches", found, np.concatenate([data_of(i)[:fewest] for i in processes]))
 
-    # Each process by itself, with as many batches as it has; over the devices of this process.
+    # Each process runs all of its own batches on its own devices; the pass merges the results.
     mine = data_of(process)
     own = [mine[start : start + BATCH] for start in range(0, len(mine), BATCH)]
     mesh = jax.make_mesh((jax.local_device_count(),), ("data",), (AxisType.Auto,), devices=jax.local_devices())
@@ -103,11 +105,11 @@ def work() -> None:
     jaxbn.check_replicas(found)
     if process == 0:
         print(report)
-        report_error("Batches of their own", found, np.concatenate([data_of(i) for i in processes]))
+        report_error("Local batches", found, np.concatenate([data_of(i) for i in processes]))
 
 
 def start_processes() -> int:
-    """Starts the processes on this machine and waits; the first exit code that is not 0."""
+    """Starts the processes on this machine and waits; returns the largest exit code."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
@@ -120,11 +122,11 @@ def start_processes() -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the program, as the one that starts the others or as one of them."""
+    """Runs the program: starts the processes, or runs as one of them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pod", action="store_true", help="this is one process of a pod")
-    parser.add_argument("--address", help="of process 0; used by the program itself")
-    parser.add_argument("--process", type=int, help="index of this process; used by the program itself")
+    parser.add_argument("--pod", action="store_true", help="run as one process of a pod")
+    parser.add_argument("--address", help="address of process 0 (internal)")
+    parser.add_argument("--process", type=int, help="index of this process (internal)")
     args = parser.parse_args(argv)
     if args.pod:
         jax.distributed.initialize()

@@ -1,9 +1,9 @@
-"""Residual networks of He et al., for linen and for NNX, with jaxbn's layers: ResNet-50 unless told otherwise.
+"""Residual networks of He et al. in linen and NNX with jaxbn's layers; the default is ResNet-50.
 
-A bottleneck block is `y = relu(norm(conv(...)) + shortcut)`; the norm, the sum and the ReLU are one call of a layer,
-`BatchNorm(activation=relu)(x, residual=shortcut)`. The stride is in the 3x3 convolution (known as v1.5), and the scale
-of the last norm of a block starts at zero, so that a block starts as its shortcut (Goyal et al., 2017). Statistics and
-logits are float32, whatever the `dtype` of the activations. Stages (3, 4, 23, 3) make ResNet-101.
+A bottleneck block is `y = relu(norm(conv(...)) + shortcut)`. The norm, the sum and the ReLU are one call of a layer,
+`BatchNorm(activation=relu)(x, residual=shortcut)`. The stride is in the 3x3 convolution (ResNet v1.5). The scale of the
+last norm of a block is initialized to zero, so that each block starts as the identity (Goyal et al., 2017). Statistics
+and logits are float32 for any `dtype` of the activations. Stages (3, 4, 23, 3) make a ResNet-101.
 """
 
 import functools
@@ -20,7 +20,7 @@ import jaxbn.linen
 import jaxbn.nnx
 
 MOMENTUM = 0.9  # of the running averages; PyTorch calls it 0.1
-EXPANSION = 4  # a block gives four times as many features as its 3x3 convolution has
+EXPANSION = 4  # output features of a block, as a multiple of the features of its 3x3 convolution
 RESNET_50 = (3, 4, 6, 3)
 
 _CONV = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
@@ -29,27 +29,27 @@ _ZEROS = nn.initializers.zeros
 
 
 class Place(NamedTuple):
-    """What is particular to a block: the features of its 3x3 convolution, its stride, and whether it has a shortcut."""
+    """The configuration of one block."""
 
-    width: int
+    width: int  # features of the 3x3 convolution
     stride: int
-    project: bool  # a 1x1 convolution makes the input fit where the number of features changes
+    project: bool  # whether a 1x1 convolution in the shortcut changes the number of features
 
 
 def places(stages: Sequence[int], width: int) -> Iterator[Place]:
-    """The blocks, in order; every stage but the first halves the image, and doubles the width."""
+    """The blocks in order; every stage after the first halves the image and doubles the width."""
     for stage, blocks in enumerate(stages):
         for block in range(blocks):
             yield Place(width * 2**stage, 2 if stage and not block else 1, project=not block)
 
 
 def max_pool(x: jax.Array) -> jax.Array:
-    """The largest of each 3x3 window, with stride 2."""
+    """3x3 max pooling with stride 2."""
     return nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
 
 
 def identity(x: jax.Array) -> jax.Array:
-    """The shortcut where the number of features stays."""
+    """The shortcut of blocks that keep the number of features."""
     return x
 
 
@@ -76,13 +76,13 @@ class LinenBlock(nn.Module):
 
 
 class LinenResNet(nn.Module):
-    """Images `[N, H, W, 3]` to logits `f32[N, num_classes]`.
+    """Maps images `[N, H, W, 3]` to logits `f32[N, num_classes]`.
 
     Attributes:
         stages: Number of blocks in each stage.
         num_classes: Number of logits.
         width: Features of the first convolution.
-        dtype: Of the activations; parameters are float32.
+        dtype: Dtype of the activations; parameters are float32.
     """
 
     stages: Sequence[int] = RESNET_50
@@ -128,13 +128,13 @@ class NnxBlock(nnx.Module):
 
 
 class NnxResNet(nnx.Module):
-    """The same network; `train()` and `eval()` say which statistics it uses.
+    """The same network in NNX; `train()` and `eval()` select the statistics.
 
     Args:
         stages: Number of blocks in each stage.
         num_classes: Number of logits.
         width: Features of the first convolution.
-        dtype: Of the activations; parameters are float32.
+        dtype: Dtype of the activations; parameters are float32.
         rngs: Keys for the initializers.
     """
 

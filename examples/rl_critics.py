@@ -1,21 +1,21 @@
-"""An ensemble of critics with Batch Renormalization, trained off policy without target networks: the CrossQ pattern.
+"""CrossQ: an ensemble of critics with Batch Renormalization, trained off-policy without target networks.
 
     python examples/rl_critics.py
 
-learns to bring a point mass to rest at the origin (a double integrator with a bounded force), from a replay buffer:
+This learns to bring a point mass to rest at the origin (a double integrator with a bounded force) from a replay buffer:
 
-    critics   two of them, one module under `nn.vmap`, so that every parameter and every statistic has a leading axis;
-              Batch Renormalization before each dense layer, which is plain batch norm for the first steps
-    update    states and next states go through the critics in ONE batch, so that both are normalized alike; no target
-              network is needed then (Bhatt et al., CrossQ, 2024)
-    actor     deterministic; it is given the critics' stored statistics
-    postproc  when training is over, a pass over the replay buffer estimates the population statistics of each member.
-              Its batches are drawn from all of the buffer, as in training; others have other statistics. Sweeps go on
-              until these are the ones of the network that is used. Batch Renormalization trains with its averages, so
-              these are near already
+    critics   two critics as one module under `nn.vmap`, so every parameter and every statistic has a leading axis.
+              Batch Renormalization precedes each dense layer; it is plain batch normalization in the first steps
+    update    the critics run on states and next states in ONE batch, so both are normalized with the same statistics.
+              Target networks are then not needed (Bhatt et al., CrossQ, 2024)
+    actor     deterministic; its loss uses the running statistics of the critics
+    postproc  after training, a statistics pass over the replay buffer estimates the population statistics of each
+              critic. Its batches are drawn from the whole buffer, as in training. The statistics are consistent: every
+              layer is normalized with population statistics. Batch Renormalization trains with running averages, so
+              these are already close to the population statistics
 
-The best linear policy is known here, as the solution of a Riccati equation: the program prints the return of the
-learned one beside it, and how far each critic, asked for ONE state at a time, is from the returns that were had.
+The best linear policy solves a Riccati equation. The program prints its return and the return of the learned policy. It
+also prints the error of each critic, evaluated on ONE state at a time, against the returns of the learned policy.
 """
 
 import argparse
@@ -38,15 +38,15 @@ import jaxbn.linen
 
 MEMBERS, WIDTH, BATCH, PLAYERS, HORIZON = 2, 64, 256, 16, 60
 DISCOUNT, NOISE, RENORM_FROM = 0.95, 0.3, 500
-WALLS = 2.0  # of position and velocity
-CHUNK = 250  # steps in one compiled scan, between two strokes of the progress bar
+WALLS = 2.0  # bound of position and velocity
+CHUNK = 250  # steps of one compiled scan, and of one update of the progress bar
 DYNAMICS, FORCE = np.array([[1.0, 0.1], [0.0, 1.0]]), np.array([[0.005], [0.1]])
 COSTS = np.diag([0.1, 0.01]), np.array([[0.001]])  # of position and velocity, of the force
 CRITIC_OPTIMIZER, ACTOR_OPTIMIZER = optax.adam(1e-3, b1=0.5), optax.adam(5e-4, b1=0.5)
 
 
 class Critic(nn.Module):
-    """The value of an action in a state, for each row."""
+    """The value of each action in its state."""
 
     @nn.compact
     def __call__(self, state: jax.Array, action: jax.Array, train: bool) -> jax.Array:
@@ -59,7 +59,7 @@ class Critic(nn.Module):
         return nn.Dense(1)(x)[..., 0]
 
 
-# Members differ in their parameters and statistics, and see the same rows: [MEMBERS, rows] comes out.
+# The members have their own parameters and statistics and see the same rows. The output is [MEMBERS, rows].
 Critics = nn.vmap(
     Critic,
     variable_axes={"params": 0, "batch_stats": 0},
@@ -71,7 +71,7 @@ Critics = nn.vmap(
 
 
 class Actor(nn.Module):
-    """The force for each row, within its bounds."""
+    """The force in each state, in [-1, 1]."""
 
     @nn.compact
     def __call__(self, state: jax.Array) -> jax.Array:
@@ -84,19 +84,19 @@ CRITICS, ACTOR = Critics(), Actor()
 
 
 class Learner(NamedTuple):
-    """All that moves: a pytree of arrays."""
+    """The complete training state, a pytree of arrays."""
 
-    critics: Any  # variables of linen, statistics included
-    critics_moments: Any  # of their optimizer
+    critics: Any  # linen variables, including the statistics
+    critics_moments: Any  # state of their optimizer
     actor: Any
     actor_moments: Any
-    players: jax.Array  # f32[PLAYERS, 2]: where they are
+    players: jax.Array  # f32[PLAYERS, 2]: current states
     replay: dict[str, jax.Array]
     step: jax.Array  # i32[]
 
 
 def advance(state: jax.Array, action: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(reward, next state) of each row."""
+    """Returns (reward, next state) of each row."""
     position, velocity = COSTS[0].diagonal()
     cost = position * state[:, 0] ** 2 + velocity * state[:, 1] ** 2 + COSTS[1].item() * action[:, 0] ** 2
     after = state @ jnp.asarray(DYNAMICS.T, jnp.float32) + action @ jnp.asarray(FORCE.T, jnp.float32)
@@ -104,12 +104,12 @@ def advance(state: jax.Array, action: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def starts(key: jax.Array, count: int) -> jax.Array:
-    """Positions and velocities to start from."""
+    """Random initial positions and velocities."""
     return jax.random.uniform(key, (count, 2), minval=-1.0, maxval=1.0)
 
 
 def begin(key: jax.Array, steps: int) -> Learner:
-    """Nothing learned, nothing seen."""
+    """The initial training state, with an empty replay buffer."""
     of_critics, of_actor, of_players = jax.random.split(key, 3)
     players = starts(of_players, PLAYERS)
     critics = CRITICS.init(of_critics, players, jnp.zeros((PLAYERS, 1)), True)
@@ -122,7 +122,7 @@ def begin(key: jax.Array, steps: int) -> Learner:
 
 
 def play(learner: Learner, key: jax.Array) -> Learner:
-    """One step of every player, with noise, into the replay buffer; a few start anew."""
+    """Takes one noisy step with every player and writes it into the replay buffer; restarts some players."""
     of_noise, of_starts, of_new = jax.random.split(key, 3)
     noise = NOISE * jax.random.normal(of_noise, (PLAYERS, 1))
     action = jnp.clip(ACTOR.apply(learner.actor, learner.players) + noise, -1, 1)
@@ -137,13 +137,13 @@ def play(learner: Learner, key: jax.Array) -> Learner:
 
 
 def both(batch: dict[str, jax.Array], actor: Any) -> tuple[jax.Array, jax.Array]:
-    """States with their actions, and next states with those of the actor, as one batch: what the critics see."""
+    """The input of the critics: states with their actions and next states with the actor's actions, in one batch."""
     actions = jnp.concatenate([batch["action"], ACTOR.apply(actor, batch["next"])])
     return jnp.concatenate([batch["state"], batch["next"]]), actions
 
 
 def critic_loss(params: Any, learner: Learner, batch: dict[str, jax.Array]) -> tuple[jax.Array, Any]:
-    """Squared temporal differences, and the moved statistics."""
+    """Squared temporal differences, and the updated statistics."""
     variables = learner.critics | {"params": params}
     values, updates = CRITICS.apply(variables, *both(batch, learner.actor), True, mutable=["batch_stats"])
     now, later = jnp.split(values, 2, axis=1)
@@ -152,18 +152,18 @@ def critic_loss(params: Any, learner: Learner, batch: dict[str, jax.Array]) -> t
 
 
 def actor_loss(actor: Any, critics: Any, state: jax.Array) -> jax.Array:
-    """Minus the value of what the actor does, with the stored statistics."""
+    """Minus the value of the actor's actions, computed with the running statistics."""
     return -CRITICS.apply(critics, state, ACTOR.apply(actor, state), False).mean()
 
 
 def learn(learner: Learner, key: jax.Array) -> Learner:
-    """One step of the critics, and one of the actor, on rows drawn from all that was seen."""
+    """Takes one step of the critics and one of the actor on rows drawn from the filled part of the buffer."""
     rows = jax.random.randint(key, (BATCH,), 0, (learner.step + 1) * PLAYERS)
     batch = {name: values[rows] for name, values in learner.replay.items()}
     params = learner.critics["params"]
-    grads, moved = jax.grad(critic_loss, has_aux=True)(params, learner, batch)
+    grads, statistics = jax.grad(critic_loss, has_aux=True)(params, learner, batch)
     updates, critics_moments = CRITIC_OPTIMIZER.update(grads, learner.critics_moments, params)
-    critics = {"params": optax.apply_updates(params, updates), **moved}
+    critics = {"params": optax.apply_updates(params, updates), **statistics}
     grads = jax.grad(actor_loss)(learner.actor, critics, batch["state"])
     updates, actor_moments = ACTOR_OPTIMIZER.update(grads, learner.actor_moments, learner.actor)
     actor = optax.apply_updates(learner.actor, updates)
@@ -172,7 +172,7 @@ def learn(learner: Learner, key: jax.Array) -> Learner:
 
 @functools.partial(jax.jit, donate_argnums=0)
 def run_chunk(learner: Learner, key: jax.Array) -> Learner:
-    """Some steps of playing and learning."""
+    """Takes `CHUNK` steps of playing and learning."""
 
     def one(learner: Learner, key: jax.Array) -> tuple[Learner, None]:
         of_play, of_learn = jax.random.split(key)
@@ -183,7 +183,7 @@ def run_chunk(learner: Learner, key: jax.Array) -> Learner:
 
 
 def replayed(learner: Learner, count: int, seed: int) -> list[dict[str, jax.Array]]:
-    """Batches drawn from all of the buffer, as those of training are; others would have other statistics."""
+    """Draws batches from the whole buffer, as training does; other batches would have other statistics."""
     draws = np.random.default_rng(seed).integers(0, len(learner.replay["reward"]), (count, BATCH))
     batches = []
     for rows in draws:
@@ -194,12 +194,12 @@ def replayed(learner: Learner, count: int, seed: int) -> list[dict[str, jax.Arra
 
 
 def call(variables: Any, batch: dict[str, jax.Array]) -> jax.Array:
-    """How the critics run, for the pass."""
+    """Runs the critics; the statistics pass calls it."""
     return CRITICS.apply(variables, batch["state"], batch["action"], False)
 
 
 def value_one_by_one(variables: Any, state: jax.Array, action: jax.Array) -> jax.Array:
-    """The values [rows, MEMBERS] of states that come one at a time."""
+    """The values [rows, MEMBERS], computed for one state at a time."""
 
     def one(state: jax.Array, action: jax.Array) -> jax.Array:
         return CRITICS.apply(variables, state[None], action[None], False)[:, 0]
@@ -208,19 +208,19 @@ def value_one_by_one(variables: Any, state: jax.Array, action: jax.Array) -> jax
 
 
 def returns(policy: Any, state: jax.Array) -> jax.Array:
-    """The discounted reward that a policy has from each state on."""
+    """The discounted return of a policy from each state."""
 
     def one(carry: Any, _: None) -> tuple[Any, None]:
         state, weight, total = carry
         reward, after = advance(state, policy(state))
         return (after, weight * DISCOUNT, total + weight * reward), None
 
-    steps = 4 * HORIZON  # what comes later weighs less than 1e-5
+    steps = 4 * HORIZON  # later rewards have a weight below 1e-5
     return jax.lax.scan(one, (state, jnp.ones(()), jnp.zeros(len(state))), None, steps)[0][2]
 
 
 def best_linear_policy() -> np.ndarray:
-    """The gain of the linear policy that is best if the force had no bounds: the discounted Riccati equation."""
+    """The gain of the best linear policy for an unbounded force, from the discounted Riccati equation."""
     cost, (state_cost, force_cost) = COSTS[0], COSTS
     for _ in range(1000):
         ahead = DISCOUNT * FORCE.T @ cost
@@ -230,7 +230,7 @@ def best_linear_policy() -> np.ndarray:
 
 
 def tabulate(learner: Learner, variables: Any, seed: int) -> tuple[list[Table], dict[str, float]]:
-    """What was learned, as tables, and as numbers by name."""
+    """Makes the tables of results; returns them, and the numbers by name."""
     state, gain = starts(jax.random.key(seed + 1000), 256), jnp.asarray(best_linear_policy(), jnp.float32)
     untrained = ACTOR.init(jax.random.key(seed), state)
     had = returns(lambda state: ACTOR.apply(learner.actor, state), state)
@@ -259,8 +259,8 @@ def tabulate(learner: Learner, variables: Any, seed: int) -> tuple[list[Table], 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     """Runs the program; returns its numbers by name."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=4000, help=f"of training, a multiple of {CHUNK} (4000)")
-    parser.add_argument("--seed", type=int, default=0, help="of everything (0)")
+    parser.add_argument("--steps", type=int, default=4000, help=f"training steps, a multiple of {CHUNK} (4000)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed (0)")
     parser.add_argument("--no-progress", action="store_true", help="show no progress bars")
     args = parser.parse_args(argv)
     if args.steps < CHUNK or args.steps % CHUNK or not 0 <= args.seed < 2**31:

@@ -1,16 +1,16 @@
-"""From the trained network to the one that answers: fold batch normalization away, export, and compare.
+"""Serving: fold BatchNorm layers into convolutions, export the network as a program, and compare speed and outputs.
 
     python examples/digits.py
     python examples/serve.py
 
-takes the network that `digits.py` saved, folds its ten normalizations into its convolutions, and says of each layer
-where it went. It writes the folded network as a program, a file that any process with jaxbn can run: no code of the
-model, any number of images, CPU, CUDA or TPU. A fresh process, which has only that file and the held-out digits,
-answers. Then it prints what folding changed: how many numbers the networks hold, how many bytes they move when they are
-compiled, and how long they take. They are timed in turns, so that what else the machine does hits both; intervals are
-those of the median.
+This loads the network that `digits.py` saved, folds its ten BatchNorm layers into the convolutions, and reports where
+each layer was folded. It exports the folded network as a program: a file that any process with jaxbn can run on CPU,
+CUDA or TPU, for any number of images, without the code of the model. A fresh process, which gets only that file and the
+held-out digits, predicts. Then the program prints how folding changed the number of parameters, the memory traffic of
+the compiled networks, and the run time. The two networks are timed in alternation, so that background load affects both
+alike; the intervals are 95 % confidence intervals of the median.
 
-`--api nnx` does it with a network that `digits.py --api nnx` has saved.
+`--api nnx` uses a network that `digits.py --api nnx` saved.
 """
 
 import argparse
@@ -40,7 +40,7 @@ import jaxbn.serving
 SIZES = (1, 64)  # images at a time
 WARM_UP = 5  # runs that are not counted
 
-# All that a server does.
+# The complete code of a server.
 SERVER = """
 import sys
 import jaxbn.serving
@@ -48,28 +48,28 @@ import numpy as np
 
 program, images, answers = sys.argv[1:]
 np.save(answers, jaxbn.serving.load_program(program)(np.load(images)))
-assert "digits" not in sys.modules  # where the model is written
+assert "digits" not in sys.modules  # the code of the model is not needed
 """
 
 
 class Network(NamedTuple):
-    """A network in evaluation: what to export, and a pure function of its arrays and images to compile and to time."""
+    """A network in evaluation mode: `call` is exported, and the pure function `predict` is compiled and timed."""
 
     call: Callable[[Any, Any], jax.Array]
-    variables: Any  # what `call` takes: a Frozen of linen, or an NNX model
+    variables: Any  # the first argument of `call`: a Frozen of linen, or an NNX model
     predict: Callable[[Any, Any], jax.Array]
-    arrays: Any
+    arrays: Any  # the first argument of `predict`
 
 
 class Cost(NamedTuple):
-    """What a network costs with one number of images."""
+    """The cost of a network for one batch size."""
 
-    bytes: float  # that the compiled program reads and writes, as XLA counts them
+    bytes: float  # read and written by the compiled program, as counted by XLA
     seconds: np.ndarray  # of each run
 
 
 def load_linen(path: Path, example: np.ndarray) -> tuple[Network, Network, Any]:
-    """The network in the file, the folded one, and what was folded; of linen."""
+    """Loads a linen network; returns it, the folded network, and the report of `fold`."""
     like = jax.eval_shape(lambda: DigitNet().init(jax.random.key(0), example, train=False))
     frozen = jaxbn.serving.load(path, like=like)
 
@@ -82,7 +82,7 @@ def load_linen(path: Path, example: np.ndarray) -> tuple[Network, Network, Any]:
 
 
 def load_nnx(path: Path, example: np.ndarray) -> tuple[Network, Network, Any]:
-    """The same in NNX."""
+    """Loads an NNX network; returns it, the folded network, and the report of `fold`."""
     model = jaxbn.nnx.install_frozen(nnx.eval_shape(lambda: NNXDigitNet(nnx.Rngs(0))), jaxbn.serving.load(path))
     folded, report = jaxbn.nnx.fold(model, example)
 
@@ -99,7 +99,7 @@ def load_nnx(path: Path, example: np.ndarray) -> tuple[Network, Network, Any]:
 
 
 def answer(program: Path, images: np.ndarray) -> np.ndarray:
-    """The answers of a fresh process, which has nothing but the program and the images."""
+    """The outputs of a fresh process, which gets only the program and the images."""
     with tempfile.TemporaryDirectory() as folder:
         asked, answered = Path(folder, "images.npy"), Path(folder, "answers.npy")
         np.save(asked, images)
@@ -108,7 +108,7 @@ def answer(program: Path, images: np.ndarray) -> np.ndarray:
 
 
 def measure(networks: Sequence[Network], inputs: np.ndarray, *, rounds: int, progress: bool) -> list[Cost]:
-    """Compiles the networks for these images, and times them in turns."""
+    """Compiles the networks for these images and times them in alternation."""
     inputs = jax.device_put(inputs)
     compiled = [jax.jit(network.predict).lower(network.arrays, inputs).compile() for network in networks]
     seconds = np.empty((WARM_UP + rounds, len(networks)))
@@ -123,12 +123,12 @@ def measure(networks: Sequence[Network], inputs: np.ndarray, *, rounds: int, pro
 
 
 def tabulate(networks: Sequence[Network], costs: dict[int, list[Cost]]) -> Table:
-    """A row per quantity, with the network before and after, and the ratio."""
-    table = Table("", title="The trained network and the folded one, in evaluation")
+    """Makes a table with a row per quantity: the trained network, the folded network, and their ratio."""
+    table = Table("", title="The trained and the folded network in evaluation")
     for name in ("Trained", "Folded", "Ratio"):
         table.add_column(name, justify="right")
     count = [sum(leaf.size for leaf in jax.tree.leaves(network.arrays)) for network in networks]
-    table.add_row("Numbers in it", *(f"{n:,}" for n in count), f"{count[1] / count[0]:.3f}")
+    table.add_row("Parameters and statistics", *(f"{n:,}" for n in count), f"{count[1] / count[0]:.3f}")
     for size, (before, after) in costs.items():
         cells = [f"{one.bytes:,.0f}" for one in (before, after)]
         table.add_row(f"Bytes, {images(size)}", *cells, f"{after.bytes / before.bytes:.3f}")
@@ -144,9 +144,10 @@ def images(count: int) -> str:
 
 
 def median(values: np.ndarray, digits: int) -> str:
-    """The median, and two of the values between which it is in 95 % of cases, as text.
+    """The median and its 95 % confidence interval, as text.
 
-    The number of values below the true median is binomial, with standard deviation sqrt(n) / 2.
+    The number of values below the true median is binomial, with standard deviation sqrt(n) / 2, so the interval ends
+    at two of the sorted values.
     """
     ordered, middle, reach = np.sort(values), len(values) / 2, 0.98 * math.sqrt(len(values))
     low, high = ordered[max(0, math.floor(middle - reach))], ordered[min(len(values) - 1, math.ceil(middle + reach))]
@@ -156,22 +157,22 @@ def median(values: np.ndarray, digits: int) -> str:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Reads and checks the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--api", choices=("linen", "nnx"), default="linen", help="with which it was trained (linen)")
-    parser.add_argument("--network", type=Path, default="digits.jaxbn", metavar="PATH", help="to load (digits.jaxbn)")
-    parser.add_argument("--program", type=Path, default="digits.program", metavar="PATH", help="to write (.program)")
-    parser.add_argument("--seed", type=int, default=0, help="with which it was trained, for the held-out digits (0)")
+    parser.add_argument("--api", choices=("linen", "nnx"), default="linen", help="API of the saved network (linen)")
+    parser.add_argument("--network", type=Path, default="digits.jaxbn", metavar="PATH", help="file (digits.jaxbn)")
+    parser.add_argument("--program", type=Path, default="digits.program", metavar="PATH", help="file to write")
+    parser.add_argument("--seed", type=int, default=0, help="seed of training, which selects the held-out digits (0)")
     parser.add_argument("--rounds", type=int, default=300, help="runs of each network to time (300)")
     parser.add_argument("--no-progress", action="store_true", help="show no progress bars")
     args = parser.parse_args(argv)
     if not args.network.is_file():
-        parser.error(f"there is no {args.network}: python examples/digits.py --api {args.api} saves it")
+        parser.error(f"{args.network} does not exist; create it with: python examples/digits.py --api {args.api}")
     if not args.program.parent.is_dir() or args.rounds < 1:
-        parser.error("the folder of --program must exist, and --rounds be 1 or more")
+        parser.error("the folder of --program must exist, and --rounds must be 1 or more")
     return args
 
 
 def main(argv: Sequence[str] | None = None) -> dict[int, list[Cost]]:
-    """Runs the program; returns what the networks cost, by the number of images."""
+    """Runs the program; returns the costs of both networks by batch size."""
     args, console = parse(argv), Console(highlight=False, markup=False)
     progress = not args.no_progress and Console(stderr=True).is_terminal
     _, (digits, labels) = load_digits(args.seed)
@@ -186,9 +187,9 @@ def main(argv: Sequence[str] | None = None) -> dict[int, list[Cost]]:
     costs = {size: measure([before, after], digits[:size], rounds=args.rounds, progress=progress) for size in SIZES}
     console.print(tabulate([before, after], costs))
     kilobytes, right = args.program.stat().st_size / 1e3, np.mean(served.argmax(-1) == labels)
-    console.print(f"Saved {args.program}, {kilobytes:.0f} kB. A fresh process that has it alone:", soft_wrap=True)
-    console.print(f"{same.sum()} of {same.size} answers are those of the trained network, {right:.3f} are right;")
-    console.print(f"outputs, of up to {np.abs(trained).max():.1f}, differ by at most {off:.1e}.")
+    console.print(f"Saved {args.program}, {kilobytes:.0f} kB. A fresh process with only this file:", soft_wrap=True)
+    console.print(f"{same.sum()} of {same.size} predictions equal those of the trained network; accuracy {right:.3f}.")
+    console.print(f"Outputs are up to {np.abs(trained).max():.1f} and differ by at most {off:.1e}.")
     return costs
 
 

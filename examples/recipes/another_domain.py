@@ -1,8 +1,8 @@
-"""Another domain's data (AdaBN): keep all weights, and give the network the statistics of the data it will see.
+"""AdaBN: adapt a trained network to another domain by re-estimating its statistics; the weights do not change.
 
     python examples/recipes/another_domain.py
 
-A pass over data of the new domain, which needs no labels, is all there is to it.
+One statistics pass over data of the new domain is enough. It needs no labels.
 
 Li et al., Revisiting Batch Normalization For Practical Domain Adaptation, 2016.
 """
@@ -15,13 +15,13 @@ import jaxbn.linen
 
 
 def adapt(variables: Any, unlabelled: list[Batch]) -> Any:
-    """The recipe: the same params, with the statistics of this data."""
+    """The recipe: the same params with the population statistics of the new data."""
     adapted, _ = jaxbn.linen.postproc(predict, variables, unlabelled)
     return adapted
 
 
 def main(epochs: int = 4) -> dict[str, float]:
-    """Prints the held-out accuracy on either domain; returns it."""
+    """Prints and returns the held-out accuracy on both domains."""
     data, held_out = load()
     variables = trained(data, epochs)
     elsewhere = another_camera(held_out)

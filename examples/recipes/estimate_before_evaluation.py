@@ -1,10 +1,10 @@
-"""Estimates before each evaluation: what validation shows while the running averages have not caught up.
+"""Validate during training with statistics that are estimated just before each evaluation (PreciseBN).
 
     python examples/recipes/estimate_before_evaluation.py
 
-A few batches are enough, and the training state is left as it is: training goes on as if nothing had been evaluated.
-At momentum 0.99 it takes some hundred steps until the running averages are of use; after a jump of the learning rate,
-or with large batches, they lag again (Wu & Johnson, Rethinking "Batch" in BatchNorm, 2021, section 3).
+With momentum 0.99 the running averages need several hundred steps before they are useful. They lag again after a jump
+of the learning rate, and with large batches (Wu & Johnson, Rethinking "Batch" in BatchNorm, 2021, section 3). A few
+batches are enough for a good estimate. The pass does not change the training state.
 """
 
 from shared import SGD, Batch, Net, accuracy, in_batches, load, make_predict, train
@@ -17,13 +17,13 @@ predict = make_predict(NET)
 
 
 def evaluate(state: jaxbn.linen.TrainState, data: Batch, held_out: Batch) -> float:
-    """The recipe: held-out accuracy with statistics estimated on a few batches. The state is only read."""
+    """The recipe: held-out accuracy with statistics estimated on a few batches. Does not change the state."""
     variables, _ = jaxbn.linen.postproc(predict, state.variables, in_batches(data)[:BATCHES])
     return accuracy(predict(variables, held_out), held_out)
 
 
 def main(epochs: int = 4) -> list[tuple[float, float]]:
-    """Prints the held-out accuracy after each epoch with either statistics; returns it."""
+    """Prints and returns the held-out accuracy after each epoch, with both kinds of statistics."""
     data, held_out = load()
     found, per_epoch = [], len(in_batches(data))
     print(f"epoch   running averages   estimated on {BATCHES} batches")

@@ -1,9 +1,9 @@
-"""Fine-tuning with frozen layers: small batches of one class each, which would spoil the statistics.
+"""Fine-tuning with frozen BatchNorm layers, on small batches of one class that would spoil the running statistics.
 
     python examples/recipes/fine_tuning.py
 
-`freeze_layers` holds the statistics of layers and normalizes with them, whatever flag the model passes. Their scale and
-bias are parameters, which the optimizer holds: `affine_mask` says which they are.
+`freeze_layers` makes the layers normalize with their running statistics and keeps these constant, even if the model
+passes `train=True`. Scale and bias are parameters, so the optimizer has to leave them out: `affine_mask` selects them.
 """
 
 from collections.abc import Callable
@@ -25,14 +25,14 @@ Step = Callable[[Any, Any, Batch], tuple[Any, Any]]
 
 
 def holding(variables: Any, optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
-    """The optimizer for all parameters but the scales and biases of the layers, and the first kernel with its bias."""
+    """Freezes the scales and biases of the layers and the whole first dense layer; trains all other parameters."""
     held = jaxbn.linen.affine_mask(variables, LAYERS)
     held |= {"Dense_0": jax.tree.map(lambda _: True, held["Dense_0"])}
     return optax.multi_transform({False: optimizer, True: optax.set_to_zero()}, held)
 
 
 def make_step(apply: Callable[..., Any], optimizer: optax.GradientTransformation) -> Step:
-    """A training step of any `apply`."""
+    """Makes a training step for `NET.apply`, or for an `apply` with frozen layers."""
 
     @jax.jit
     def step(variables: Any, opt_state: Any, batch: Batch) -> tuple[Any, Any]:
@@ -48,13 +48,13 @@ def make_step(apply: Callable[..., Any], optimizer: optax.GradientTransformation
 
 
 def fine_tune(variables: Any, batches: list[Batch]) -> Any:
-    """The recipe: the same step with another `apply` and another optimizer."""
+    """The recipe: the training step stays the same; `apply` and the optimizer are wrapped."""
     optimizer = holding(variables, SLOW)
     return run(make_step(jaxbn.linen.freeze_layers(NET.apply, LAYERS), optimizer), optimizer, variables, batches)
 
 
 def run(step: Step, optimizer: optax.GradientTransformation, variables: Any, batches: list[Batch]) -> Any:
-    """The variables after a step for each batch."""
+    """Takes one step per batch and returns the variables."""
     opt_state = optimizer.init(variables["params"])
     for batch in batches:
         variables, opt_state = step(variables, opt_state, batch)
@@ -62,7 +62,7 @@ def run(step: Step, optimizer: optax.GradientTransformation, variables: Any, bat
 
 
 def fine_tune_nnx(model: nnx.Module, batches: list[Batch]) -> nnx.Module:
-    """The recipe in NNX, where `freeze_layers` gives a model and `"norms"` is the list of all its layers."""
+    """The recipe in NNX: `freeze_layers` returns a model, and `"norms"` selects its list of normalization layers."""
     model = jaxbn.nnx.freeze_layers(model, "norms")
     held = jaxbn.nnx.affine_mask(model, "norms")
     optimizer = nnx.Optimizer(model, optax.chain(SLOW, optax.masked(optax.set_to_zero(), held)), wrt=nnx.Param)
@@ -84,17 +84,17 @@ def one_class_each(data: Batch, size: int = 8) -> list[Batch]:
 
 
 def main(epochs: int = 4) -> dict[str, float]:
-    """Prints the accuracy on another camera's held-out digits; returns it."""
+    """Prints and returns the accuracy on held-out digits of another camera."""
     data, held_out = load()
     variables = trained(data, epochs)
     few, elsewhere = another_camera(take(data, slice(0, 640))), another_camera(held_out)
     batches = one_class_each(few)
-    adapted, _ = jaxbn.linen.postproc(predict, variables, in_batches(few))  # the statistics to hold
+    adapted, _ = jaxbn.linen.postproc(predict, variables, in_batches(few))  # estimate first, then freeze
     networks = {
         "before": variables,
         "with the statistics of the new data": adapted,
         "fine-tuned, layers frozen": fine_tune(adapted, batches),
-        "fine-tuned, nothing frozen": run(make_step(NET.apply, SLOW), SLOW, adapted, batches),
+        "fine-tuned, no frozen layers": run(make_step(NET.apply, SLOW), SLOW, adapted, batches),
     }
     return compare({name: predict(network, elsewhere) for name, network in networks.items()}, held_out)
 

@@ -1,14 +1,14 @@
-"""The distribution of every layer's input over training, drawn: what the literature calls internal covariate shift.
+"""Plots how the distribution of every layer's input changes during training (internal covariate shift).
 
     python examples/recipes/input_distributions.py
 
-trains a network with normalized layers and the same without, measures the input of each layer after each step on one
-batch, and draws mean and standard deviation over the steps. `capture_moments` needs no change of the model, so this
-works on any network that holds statistics, jaxbn's layers or Flax's.
+It trains one network with normalization and one without. After each step it measures the input of each layer on a fixed
+batch, and it plots the mean and standard deviation over the steps. `capture_moments` needs no change of the model, so
+this works for any network with jaxbn's or Flax's BatchNorm layers.
 
-Ioffe & Szegedy, Batch Normalization, 2015, section 4.1 and figure 1, draw quantiles of one unit. Whether a steadier
-input is why batch normalization helps is disputed: Santurkar et al., How Does Batch Normalization Help Optimization?,
-2018.
+Ioffe & Szegedy, Batch Normalization, 2015, section 4.1 and figure 1, plot quantiles of one unit. Whether batch
+normalization helps because it stabilizes the inputs is disputed: Santurkar et al., How Does Batch Normalization Help
+Optimization?, 2018.
 """
 
 import sys
@@ -27,7 +27,7 @@ WIDTHS = (64, 64, 64, 64)
 
 
 class Record(NamedTuple):
-    """Of one layer: mean and standard deviation of its input over the rows of a batch, by step and channel."""
+    """Mean and standard deviation of one layer's input over the rows of a batch, per step and channel."""
 
     mean: np.ndarray  # [T, C]
     std: np.ndarray  # [T, C]
@@ -35,7 +35,7 @@ class Record(NamedTuple):
 
 def record(net: Net, states: Iterable[jaxbn.linen.TrainState], batch: Batch) -> dict[str, Record]:
     """The recipe: the moments of every layer's input, after each step."""
-    # Each layer normalizes with the statistics of the batch, as in training; without normalization, as it always does.
+    # Layers normalize with batch statistics, as in training. Layers of the plain network keep mean 0 and variance 1.
     measure = jax.jit(jaxbn.linen.capture_moments(make_predict(net), mode="batch" if net.normalize else "eval"))
     found = jax.device_get([measure(state.variables, batch)[1] for state in states])
     by_step = {path: [moments[path] for moments in found] for path in found[0]}
@@ -46,13 +46,14 @@ def record(net: Net, states: Iterable[jaxbn.linen.TrainState], batch: Batch) -> 
 
 
 def draw(records: dict[str, dict[str, Record]], path: Path) -> None:
-    """A row for each network and a panel for each layer."""
+    """Draws one row of panels for each network, and one panel for each layer."""
     figure = Figure(figsize=(11, 5.6), layout="constrained")
     axes = figure.subplots(len(records), len(WIDTHS), sharex=True, sharey=True, squeeze=False)
     for row, (name, layers) in zip(axes, records.items(), strict=True):
         for i, (ax, layer) in enumerate(zip(row, layers.values(), strict=True), 1):
             steps, mean = np.arange(1, len(layer.mean) + 1), layer.mean.mean(1)
-            std = np.sqrt((layer.std**2).mean(1) + layer.mean.var(1))  # of all values of the layer
+            # Over all values of the layer: the variance within the channels plus the variance of their means.
+            std = np.sqrt((layer.std**2).mean(1) + layer.mean.var(1))
             band = ax.fill_between(steps, mean - std, mean + std, color="#56B4E9", alpha=0.5, linewidth=0)
             channel, *_ = ax.plot(steps, layer.mean[:, :8], color="0.35", linewidth=0.5)
             (centre,) = ax.plot(steps, mean, color="#0072B2", linewidth=1.8)
@@ -71,7 +72,7 @@ def draw(records: dict[str, dict[str, Record]], path: Path) -> None:
 
 
 def main(epochs: int = 4, path: Path = Path("input_distributions.png")) -> dict[str, dict[str, Record]]:
-    """Draws; prints and returns how the inputs of each layer changed."""
+    """Saves the plot; prints how the input of each layer changed, and returns the measurements."""
     data, _ = load()
     batch = take(data, slice(0, 256))
     nets = {"normalized": Net(WIDTHS), "plain": Net(WIDTHS, normalize=False)}

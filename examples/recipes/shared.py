@@ -1,4 +1,4 @@
-"""What the recipes share: handwritten digits, a small network, a training loop. The recipe is in the other file."""
+"""Shared by all recipes: handwritten digits, a small network and a training loop."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -22,11 +22,11 @@ Batch = dict[str, np.ndarray]  # "x": f32[N, 64], "y": i32[N]
 
 
 class Net(nn.Module):
-    """Dense layers, each normalized, and a linear one."""
+    """Dense layers with batch normalization, and a linear output layer."""
 
     widths: tuple[int, ...] = (64, 32)
-    momentum: float = 0.9  # for loops as short as these; the default, 0.99, needs several hundred steps
-    normalize: bool = True  # False: layers keep the statistics 0 and 1, and do nothing but scale and shift
+    momentum: float = 0.9  # these loops are short; the default 0.99 needs several hundred steps
+    normalize: bool = True  # False: layers keep mean 0 and variance 1, so they only scale and shift
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
@@ -38,7 +38,7 @@ class Net(nn.Module):
 
 
 class NNXNet(nnx.Module):
-    """The same in NNX, where `train()` and `eval()` set how layers normalize."""
+    """The same network in NNX; `train()` and `eval()` select the statistics."""
 
     def __init__(self, rngs: nnx.Rngs, widths: tuple[int, ...] = (64, 32)):
         self.denses, self.norms = nnx.List(), nnx.List()
@@ -57,7 +57,7 @@ NET = Net()
 
 
 def make_predict(net: nn.Module) -> Callable[[Any, Batch], jax.Array]:
-    """The logits, with the stored statistics: what `postproc` and `capture_moments` take as the call."""
+    """Returns a function that computes logits with the running statistics; `postproc` and `capture_moments` take it."""
     return jax.jit(lambda variables, batch: net.apply(variables, batch["x"], train=False))
 
 
@@ -70,7 +70,7 @@ def loss_fn(logits: jax.Array, batch: Batch) -> tuple[jax.Array, dict[str, jax.A
 
 
 def load() -> tuple[Batch, Batch]:
-    """Digits to train on and digits held out, pixels scaled from 0..16 to 0..1."""
+    """Loads training digits and held-out digits, with pixels scaled from 0..16 to 0..1."""
     x, y = load_digits(return_X_y=True)
     order = np.random.default_rng(0).permutation(len(y))
     data = {"x": (x[order] / 16).astype(np.float32), "y": y[order].astype(np.int32)}
@@ -78,18 +78,18 @@ def load() -> tuple[Batch, Batch]:
 
 
 def take(data: Batch, rows: Any) -> Batch:
-    """Some rows of the data."""
+    """Selects rows of the data."""
     return jax.tree.map(lambda leaf: leaf[rows], data)
 
 
 def in_batches(data: Batch, size: int = BATCH) -> list[Batch]:
-    """Whole batches, in the order of the data."""
+    """Cuts the data into batches in its order; leaves out an incomplete last batch."""
     return [take(data, slice(start, start + size)) for start in range(0, len(data["y"]) - size + 1, size)]
 
 
-@functools.cache  # the steps are compiled once
+@functools.cache  # so that the steps compile once per process
 def make_steps(optimizer: optax.GradientTransformation, net: nn.Module) -> jaxbn.Steps:
-    """The functions of the loop."""
+    """Makes the functions of the training loop."""
     steps = jaxbn.linen.make_steps(net, loss_fn, optimizer, inputs=lambda batch: batch["x"])
     return steps._replace(train_step=jax.jit(steps.train_step))
 
@@ -107,18 +107,18 @@ def train(
 
 
 def trained(data: Batch, epochs: int = 4) -> dict[str, Any]:
-    """The variables of `NET` after some training, where that is not what the recipe is about."""
+    """Trains `NET` and returns its variables, for recipes that start from a trained network."""
     *_, state = train(SGD, data, epochs)
     return state.variables
 
 
 def accuracy(logits: jax.Array, data: Batch) -> float:
-    """The share of digits that are named right."""
+    """The share of digits that are classified correctly."""
     return float(np.mean(np.argmax(logits, -1) == data["y"]))
 
 
 def compare(logits: dict[str, jax.Array], data: Batch) -> dict[str, float]:
-    """Prints the accuracy for each name; returns it."""
+    """Prints and returns the accuracy for each name."""
     found = {name: accuracy(output, data) for name, output in logits.items()}
     for name, value in found.items():
         print(f"{name:{max(map(len, found))}}   {value:.3f}")
@@ -126,7 +126,7 @@ def compare(logits: dict[str, jax.Array], data: Batch) -> dict[str, float]:
 
 
 def another_camera(data: Batch) -> Batch:
-    """The same digits as a noisy camera of less contrast would see them, one pixel more so than the other."""
+    """The same digits from a noisy camera with less contrast; gain and offset differ between pixels."""
     rng = np.random.default_rng(1)
     gain, offset = rng.uniform(0.2, 0.6, 64), rng.uniform(0.0, 0.4, 64)
     noise = rng.normal(0, 0.08, data["x"].shape)

@@ -1,10 +1,10 @@
-"""TENT: adapt to another domain while predicting, by a gradient step on scale and bias that lowers the entropy.
+"""TENT: adapt to another domain at test time by gradient steps on scale and bias that minimize the entropy.
 
     python examples/recipes/tent.py
 
-Layers normalize with the statistics of the test batch, which `mode="batch"` sees to whatever flag the model passes;
-nothing else moves. Batches must be large (200 in the paper) and mixed. On so small a problem the statistics alone bring
-about all that there is to gain.
+Layers normalize with the statistics of the test batch: `mode="batch"` does this even if the model passes `train=False`.
+All other variables stay constant. Batches must be large (200 in the paper) and contain mixed classes. On this small
+problem the batch statistics alone account for almost all of the gain.
 
 Wang et al., Tent: Fully Test-Time Adaptation by Entropy Minimization, 2021, section 3.
 """
@@ -30,7 +30,7 @@ def entropy(logits: jax.Array) -> jax.Array:
 
 
 def make_tent(variables: Any, learning_rate: float = LEARNING_RATE) -> tuple[Any, Callable[..., Any]]:
-    """The recipe: an optimizer state, and a step that gives new params and the logits from before it."""
+    """The recipe: an optimizer state, and a step that returns new params and the logits of the old ones."""
     mask = jaxbn.linen.affine_mask(variables, "")
     optimizer = optax.multi_transform({True: optax.adam(learning_rate), False: optax.set_to_zero()}, mask)
     in_batch_mode = jaxbn.linen.capture_moments(predict, mode="batch")
@@ -49,7 +49,7 @@ def make_tent(variables: Any, learning_rate: float = LEARNING_RATE) -> tuple[Any
 
 
 def make_tent_nnx(model: nnx.Module, learning_rate: float = LEARNING_RATE) -> Callable[[Batch], jax.Array]:
-    """The recipe in NNX, where a filter says what learns; the step changes the model."""
+    """The recipe in NNX: a filter selects the trainable parameters, and the step updates the model in place."""
     affine = {path for path, found in nnx.to_flat_state(jaxbn.nnx.affine_mask(model, "")) if found}
     learns = nnx.All(nnx.Param, lambda path, _: path in affine)
     optimizer = nnx.Optimizer(model, optax.adam(learning_rate), wrt=learns)
@@ -69,7 +69,7 @@ def make_tent_nnx(model: nnx.Module, learning_rate: float = LEARNING_RATE) -> Ca
 
 
 def main(epochs: int = 4, passes: int = 5) -> dict[str, float]:
-    """Prints accuracy and entropy on another camera's held-out digits; returns the accuracy."""
+    """Prints accuracy and entropy on held-out digits of another camera; returns the accuracy."""
     data, held_out = load()
     variables = trained(data, epochs)
     unlabelled, elsewhere = another_camera(data), another_camera(held_out)
@@ -80,8 +80,8 @@ def main(epochs: int = 4, passes: int = 5) -> dict[str, float]:
 
     in_batch_mode = jaxbn.linen.capture_moments(predict, mode="batch")
     logits = {
-        "statistics of training": predict(variables, elsewhere),
-        "statistics of the batch": in_batch_mode(variables, elsewhere)[0],
+        "running statistics": predict(variables, elsewhere),
+        "batch statistics": in_batch_mode(variables, elsewhere)[0],
         "TENT": in_batch_mode(variables | {"params": params}, elsewhere)[0],
     }
     found = {name: accuracy(output, held_out) for name, output in logits.items()}

@@ -1,10 +1,10 @@
-"""Weight decay on the scale of a normalization towards one, on its bias not at all, on kernels towards zero.
+"""Weight decay with BatchNorm: decay kernels towards zero and scales towards one; do not decay biases.
 
     python examples/recipes/weight_decay.py
 
-Decay towards zero, which `optax.add_decayed_weights` does to all it is given, pulls a scale to where its channel is
-switched off; one is where the normalization does nothing more than normalize (Summers & Dinneen, Four Things Everyone
-Should Know to Improve Batch Normalization, 2020; they decay biases too, towards zero).
+`optax.add_decayed_weights` decays every parameter towards zero. For the scale of a normalization layer that switches
+the channel off, whereas a scale of one leaves the normalized values unchanged (Summers & Dinneen, Four Things Everyone
+Should Know to Improve Batch Normalization, 2020; they also decay biases towards zero).
 """
 
 from typing import Any
@@ -20,7 +20,7 @@ import jaxbn.linen
 
 
 def decay_towards_one(rate: float) -> optax.GradientTransformation:
-    """Adds the gradient of rate / 2 * (parameter - 1)^2."""
+    """Adds the gradient of the penalty rate / 2 * (parameter - 1)^2."""
 
     def update(updates: Any, params: Any) -> Any:
         return jax.tree.map(lambda u, p: u + rate * (p - 1), updates, params)
@@ -29,7 +29,7 @@ def decay_towards_one(rate: float) -> optax.GradientTransformation:
 
 
 def masks(variables: Any) -> tuple[Any, Any]:
-    """Which parameters are scales of a normalization, and which are kernels: trees like `variables["params"]`."""
+    """Masks like `variables["params"]` that select the scales of normalization layers, and the kernels."""
     of_layers = jaxbn.linen.affine_mask(variables, "")
     scales = traverse_util.path_aware_map(lambda path, affine: affine and path[-1] == "scale", of_layers)
     return scales, traverse_util.path_aware_map(lambda path, _: path[-1] == "kernel", of_layers)
@@ -38,7 +38,7 @@ def masks(variables: Any) -> tuple[Any, Any]:
 def make_optimizer(
     variables: Any, rate: float, optimizer: optax.GradientTransformation
 ) -> optax.GradientTransformation:
-    """The recipe, in front of the optimizer; to decouple it as AdamW does, put it behind `optax.scale_by_adam`."""
+    """The recipe, before the optimizer. For decoupled decay, as in AdamW, put it after `optax.scale_by_adam`."""
     scales, kernels = masks(variables)
     return optax.chain(
         optax.masked(optax.add_decayed_weights(rate), kernels),
@@ -48,7 +48,7 @@ def make_optimizer(
 
 
 def main(epochs: int = 4, rate: float = 0.02) -> dict[str, float]:
-    """Prints where the scales end with either decay; returns their means."""
+    """Prints the final scales for each kind of decay; returns their means."""
     data, _ = load()
     variables = jax.eval_shape(lambda: NET.init(jax.random.key(0), jnp.asarray(data["x"][:2]), train=False))
     optimizers = {

@@ -70,7 +70,7 @@ def test_population_statistics_give_what_running_averages_do_not(api, run, tmp_p
     assert re.fullmatch(
         r"Why: 53% \(0\.99\^63\) of each running average is still its initial value; without it: 0\.\d\d\.", why
     )
-    assert served == "Saved digits.jaxbn; in a fresh process 448 of 448 answers are the same."
+    assert served == "Saved digits.jaxbn; in a fresh process 448 of 448 predictions are the same."
     assert re.fullmatch(r"Saved digits\.png; \d+ s, compilation included\.", saved)
     assert diagnosis[0].startswith("21 batches")
     assert diagnosis[0].endswith(" of 64 examples")
@@ -92,7 +92,7 @@ def test_batches_of_one_digit_are_admitted_to_spoil_the_training(run, tmp_path):
     assert [row[:2] for row in rows(lines)] == [(1, name) for name in METHODS]
     _, *_, why, diagnosis, _, _ = split(lines)
     assert why == (
-        "Why: batches of one digit spoilt the training, which no statistics undo: "
+        "Why: batches of one digit spoiled the training; better statistics cannot repair it: "
         f"batch {batch:.2f}, pooled {pooled:.2f}."
     )
     text = " ".join(map(str.strip, diagnosis))

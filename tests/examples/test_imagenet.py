@@ -210,7 +210,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bits(run, whole, tmp_path):
     assert re.fullmatch(ROW, lines[1])[2] == "2"
     resumed, lines = run(*options, "--checkpoints", str(tmp_path))
 
-    assert lines[0] == f"Going on from step 2 in {tmp_path}"
+    assert lines[0] == f"Resuming from step 2 in {tmp_path}"
     assert [row.step for row in resumed] == [3, 6]
     assert resumed[1].loss == rows[1].loss  # of the second epoch; the first began before the stop
     assert [row[3:5] for row in resumed] == [row[3:5] for row in rows]
@@ -233,7 +233,7 @@ def restored(folder):
 def test_checkpoints_of_another_run_are_refused(imagenet, whole):
     options, *_, folder = whole
 
-    with pytest.raises(SystemExit, match="holds the checkpoints of a run with width=8, not 16, seed=0, not 1"):
+    with pytest.raises(SystemExit, match="contains checkpoints of a run with width=8, not 16, seed=0, not 1"):
         imagenet.main([*options, "--checkpoints", str(folder), "--width", "16", "--seed", "1"])
 
 
@@ -246,7 +246,7 @@ def test_checkpoints_of_another_run_are_refused(imagenet, whole):
         (["--fake", "8", "--stages", "3", "0"], "--stages must be 1 or more"),
         (["--fake", "8", "--batch-size", "12"], "--batch-size must be a multiple of 8, the number of devices"),
         (["--fake", "8", "--label-smoothing", "1"], "--label-smoothing in [0, 1)"),
-        (["--fake", "8", "--warmup", "90"], "--warmup must be 0 or more epochs, and fewer than --epochs"),
+        (["--fake", "8", "--warmup", "90"], "--warmup must be 0 or more, and less than --epochs"),
         (["--fake", "8", "--api", "haiku"], "invalid choice: 'haiku'"),
     ],
 )
@@ -258,7 +258,7 @@ def test_bad_options_end_before_the_work(imagenet, arguments, message, capsys):
 
 
 def test_bad_data_ends_before_the_work(imagenet, tmp_path):
-    with pytest.raises(SystemExit, match=r"imagenet.py: error: There is no folder .*train"):
+    with pytest.raises(SystemExit, match=r"imagenet.py: error: The folder .*train does not exist"):
         imagenet.main([str(tmp_path)])
     with pytest.raises(SystemExit, match="train has 8 images, fewer than --batch-size 16"):
         imagenet.main(["--fake", "8", "--batch-size", "16", "--image-size", "8"])

@@ -230,10 +230,10 @@ def save(root, part, images=None, labels=None):
 @pytest.mark.parametrize(
     ("part", "wrong", "message"),
     [
-        ("train", {"images": np.zeros((4, 8, 8, 3))}, r"must hold u8\[N, H, W, 3\]; it holds float64\[4, 8, 8, 3\]"),
-        ("train", {"images": np.zeros((4, 3, 8, 8), np.uint8)}, r"it holds uint8\[4, 3, 8, 8\]"),
-        ("train", {"labels": np.arange(3)}, "has 4 images; its labels must be as many"),
-        ("train", {"labels": np.arange(4) / 2}, "must be as many integers"),
+        ("train", {"images": np.zeros((4, 8, 8, 3))}, r"must contain u8\[N, H, W, 3\], got float64\[4, 8, 8, 3\]"),
+        ("train", {"images": np.zeros((4, 3, 8, 8), np.uint8)}, r"got uint8\[4, 3, 8, 8\]"),
+        ("train", {"labels": np.arange(3)}, "has 4 images; the labels must be 4 integers"),
+        ("train", {"labels": np.arange(4) / 2}, "must be 4 integers"),
         ("train", {"labels": np.arange(4) - 1}, "0 or more"),
         ("val", {"labels": np.arange(4) + 1}, "has a label 4; .*train has 4 classes"),
     ],
@@ -249,15 +249,15 @@ def test_shards_that_do_not_fit_are_errors(images, tmp_path, part, wrong, messag
 
 def test_folders_that_do_not_fit_are_errors(images, folder):
     root = folder.parent
-    with pytest.raises(ValueError, match="There is no folder .*val"):
+    with pytest.raises(ValueError, match="The folder .*val does not exist"):
         images.open_images(root)
     (root / "val").mkdir()
-    with pytest.raises(ValueError, match=r"val holds neither class_name/\*.jpg .* nor images_\*.npy"):
+    with pytest.raises(ValueError, match=r"val contains neither class_name/\*.jpg .* nor images_\*.npy"):
         images.open_images(root)
     (root / "val" / "class_3").mkdir()
     Image.new("RGB", (8, 8)).save(root / "val" / "class_3" / "x.JPEG")
     _, held_out = images.open_images(root)
     assert held_out.labels.tolist() == [3]  # as in training, though it is the only class here
     (root / "val" / "zebra").mkdir()
-    with pytest.raises(ValueError, match="classes that the training images have not: zebra"):
+    with pytest.raises(ValueError, match="classes that are missing in train: zebra"):
         images.open_images(root)

@@ -54,11 +54,11 @@ def test_it_folds_exports_and_compares(api, serve, capsys, monkeypatch, tmp_path
         assert re.search(rf"│ µs, {size} images? +│ +\d+ \[\d+, \d+\] │ +\d+ \[\d+, \d+\] │ +\d\.\d\d \[", out)
     # 10 layers have mean, variance, scale and bias of their channels, and the folded ones a bias.
     channels = 5 * 16 + 5 * 32
-    found = re.search(r"│ Numbers in it +│ +([\d,]+) │ +([\d,]+) │", out)
+    found = re.search(r"│ Parameters and statistics +│ +([\d,]+) │ +([\d,]+) │", out)
     trained, folded = (int(number.replace(",", "")) for number in found.groups())
     assert trained - folded == 3 * channels
-    assert "448 of 448 answers are those of the trained network" in lines[-2]
-    reach, off = re.fullmatch(r"outputs, of up to ([\d.]+), differ by at most (\S+)\.", lines[-1]).groups()
+    assert "448 of 448 predictions equal those of the trained network" in lines[-2]
+    reach, off = re.fullmatch(r"Outputs are up to ([\d.]+) and differ by at most (\S+)\.", lines[-1]).groups()
     assert float(off) <= 1e-5 * float(reach)
     assert jaxbn.serving.load_program("digits.program").inputs.shape[1:] == (8, 8, 1)
 
@@ -72,4 +72,4 @@ def test_a_network_that_is_not_there(serve, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit):
         serve.main(["--api", "nnx"])
-    assert "there is no digits.jaxbn: python examples/digits.py --api nnx saves it" in capsys.readouterr().err
+    assert "digits.jaxbn does not exist; create it with: python examples/digits.py --api nnx" in capsys.readouterr().err

@@ -282,7 +282,8 @@ def test_the_example_runs_as_a_user_runs_it(tmp_path):
     done = subprocess.run([sys.executable, EXAMPLE], cwd=tmp_path, capture_output=True, text=True, timeout=SECONDS)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()  # among those of Gloo, in which the processes may cut each other short
-    for title, batches in (("Global batches", 5), ("Batches of their own", 8)):
+    for title, batches in (("Global batches", 5), ("Local batches", 8)):
         assert any(line.startswith(f"pooled statistics from {batches} batches; 3 sweeps") for line in lines)
-        (result,) = (line for line in lines if line.startswith(f"{title}: all agree to the last bit, and with float64"))
+        agrees = f"{title}: all processes agree bit for bit, and with float64"
+        (result,) = (line for line in lines if line.startswith(agrees))
         assert float(result.split()[-3]) < 1e-5
