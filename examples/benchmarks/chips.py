@@ -1,6 +1,6 @@
-"""The machines that `compiled_cost.py` compiles for, of which only the compiler need be installed.
+"""The devices that `compiled_cost.py` compiles for; only their compilers have to be installed.
 
-Import it before JAX, whose import is the first time that they say that there is no device.
+Import this module before JAX: it silences the messages of plugins that find no device, which start with the import.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ import numpy as np
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keeps from the screen what is written to it past Python, as plugins do that find no device."""
+    """Hides output that native code, such as a plugin that finds no device, writes to stderr."""
     screen = os.dup(2)
     with open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), 2)
@@ -33,7 +33,7 @@ with quiet():
     from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 
-# What XLA must know of an H100 with 80 GB, where there is none to ask.
+# The properties of an H100 with 80 GB that XLA needs if the device is not present.
 H100 = """
 platform_name: "CUDA"
 device_description_str: "NVIDIA H100 80GB HBM3"
@@ -66,12 +66,12 @@ class Device(NamedTuple):
     """One chip, or several that share a batch."""
 
     title: str
-    package: str  # that has the compiler
-    module: str  # of the package
+    package: str  # PyPI package with the compiler
+    module: str  # module of this package
     topology: dict[str, str]
     chips: int
-    batch: int  # examples for each chip in training, if the user does not say
-    options: dict[str, Any] = {}  # of the compiler
+    batch: int  # default number of examples per chip in training
+    options: dict[str, Any] = {}  # compiler options
 
 
 _V5E = {"platform": "tpu", "topology_name": "v5e:2x4"}
@@ -83,7 +83,7 @@ DEVICES = {
         topology={"platform": "cuda", "topology_name": "", "topology": "1x1x1", "target_config": H100},
         chips=1,
         batch=256,
-        options={"xla_gpu_autotune_level": 0},  # to choose algorithms by their time would need the device
+        options={"xla_gpu_autotune_level": 0},  # autotuning needs the device
     ),
     "v5e": Device("TPU v5e", "libtpu", "libtpu", _V5E, chips=1, batch=64),
     "v5e-2x4": Device("TPU v5e 2x4", "libtpu", "libtpu", _V5E, chips=8, batch=64),
@@ -91,19 +91,19 @@ DEVICES = {
 
 
 class Program(NamedTuple):
-    """What is compiled: `run(variables, *data)`."""
+    """A program `run(variables, *data)` to compile."""
 
     run: Callable[..., Any]
-    variables: Any  # shapes; the same on all chips
-    data: tuple[jax.ShapeDtypeStruct, ...]  # divided among them
-    donates: bool = False  # whether what it gives takes the place of the variables
+    variables: Any  # shapes; replicated on all chips
+    data: tuple[jax.ShapeDtypeStruct, ...]  # sharded over the chips
+    donates: bool = False  # whether the variables are donated
 
 
 def is_installed(device: str) -> bool:
-    """Whether there is a compiler for it."""
+    """Whether the compiler for the device is installed."""
     try:
         return importlib.util.find_spec(DEVICES[device].module) is not None
-    except ModuleNotFoundError:  # the package around it
+    except ModuleNotFoundError:  # the parent package is missing
         return False
 
 
@@ -124,7 +124,7 @@ def compile_for(device: str, program: Program) -> jax.stages.Compiled | None:
 
 @contextlib.contextmanager
 def _uncached() -> Iterator[None]:
-    """Keeps JAX from writing to its persistent cache: it could not read programs for an absent device from there."""
+    """Keeps JAX from writing to its persistent cache, since it cannot load programs for absent devices from it."""
     name = "jax_persistent_cache_min_compile_time_secs"
     before = getattr(jax.config, name)
     jax.config.update(name, math.inf)
@@ -136,9 +136,9 @@ def _uncached() -> Iterator[None]:
 
 @functools.cache
 def _shardings(device: str) -> tuple[Sharding, Sharding]:
-    """Where what is the same on all chips lies, and where what is divided among them."""
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # or libtpu asks the network which machine this is
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # there is no chip that two processes could fight for
+    """The shardings of replicated and of sharded arrays."""
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # keep libtpu from querying the metadata server
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # safe, because no process uses a chip
     topology = topologies.get_topology_desc(**DEVICES[device].topology)
     chips = np.array(topology.devices[: DEVICES[device].chips])
     if chips.size == 1:

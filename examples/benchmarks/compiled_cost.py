@@ -1,23 +1,23 @@
-"""What batch normalization costs by the program that XLA compiles, on an NVIDIA H100 and a TPU v5e, without either.
+"""Compiled cost of batch normalization on an NVIDIA H100 and a TPU v5e; neither device is needed.
 
     pip install "jax-cuda12-plugin==$(python -c 'import jax; print(jax.__version__)')" libtpu
     python examples/benchmarks/compiled_cost.py --device h100 --what train
 
-compiles, for a machine that need not be there, one layer forward and backward (alone, with a ReLU behind it, and with a
-residual and a ReLU), a training step of ResNet-50 (He et al., 2015; SGD, the last scale of a block starts at zero), and
-its evaluation; for no normalization, Flax's layers, and jaxbn's, which may have activation and residual inside (fused),
-be recomputed for the backward pass, or be folded. Of each program it prints, in all and as multiples of those of Flax's
-layer as it comes (`use_fast_variance=True`):
+This compiles, ahead of time, one layer forward and backward (alone, followed by a ReLU, and with a residual and a
+ReLU), a training step of ResNet-50 (He et al., 2015; SGD, the last scale of a block starts at zero), and its
+evaluation. It compares no normalization, Flax's layers and jaxbn's layers; the latter with activation and residual
+inside (fused), with recomputation in the backward pass, and folded. For each program it prints these numbers, and their
+ratios to those of Flax's default layer (`use_fast_variance=True`):
 
-    moved        bytes that the kernels read and write; `hlo_cost.py` says how they are counted, and what they miss
-    by norm      what of it is due to the norm: the difference to the program without one
-    temporary    the memory that it needs besides its inputs and outputs
-    kernels      how many are started
-    accessed     the bytes as XLA counts them, those on the chip too, where it does (TPU)
-    collectives  between the chips
+    moved        bytes that the kernels read and write; `hlo_cost.py` documents how they are counted
+    by norm      bytes moved by the norm: the difference to the program without a norm
+    temporary    memory in addition to inputs and outputs
+    kernels      number of kernel launches
+    accessed     bytes accessed according to XLA, on-chip memory included, if XLA reports them (TPU)
+    collectives  number of collectives between the chips
 
-Of a layer, bytes are multiples of N, the size of its input. Numbers are those of one chip, and so is the batch size.
-Nothing is timed and nothing runs: the same versions give the same numbers on any machine.
+For a single layer, bytes are multiples of N, the size of its input. Numbers and batch sizes are per chip. No program
+runs, so the same versions give the same numbers on every machine.
 """
 
 import argparse
@@ -50,33 +50,33 @@ import jaxbn.nnx
 from jaxbn import checkpoint_policies as policies
 
 IMAGE, CLASSES, STAGES, EXPANSION = (224, 224, 3), 1000, (3, 4, 6, 3), 4
-LAYER = (28, 28, 128)  # the input of a layer but for the batch: that of a 3x3 convolution in the second stage
-NO_NORM, FLAX = "none", "flax"  # what the bytes of a norm are the difference to, and what is the 1 of all ratios
+LAYER = (28, 28, 128)  # input of a single layer without the batch axis, as in the second stage
+NO_NORM, FLAX = "none", "flax"  # the baselines of the column "by norm" and of the ratios
 
 
 class Form(NamedTuple):
-    """A way to normalize: a row of every table in which it differs from the others."""
+    """A way to normalize; a row of each table in which it differs from the other forms."""
 
-    layer: Callable[..., Callable[..., jax.Array]]  # its fields -> what is called with x, and a residual if it is fused
-    fused: bool = False  # activation and residual go into the layer
-    policy: Callable[..., Any] | None = None  # what is kept for the backward pass; the rest is done again,
-    in_halves: bool = False  # for half of the network at once, or else for a block
-    fold: Callable[..., Any] | None = None  # what is done to the network before it is evaluated
+    layer: Callable[..., Callable[..., jax.Array]]  # maps fields to a layer; a fused layer also takes a residual
+    fused: bool = False  # whether activation and residual are inside the layer
+    policy: Callable[..., Any] | None = None  # checkpoint policy of recomputation in the backward pass
+    in_halves: bool = False  # whether to recompute half of the network at once, instead of each block
+    fold: Callable[..., Any] | None = None  # transformation of the network before evaluation
 
     @property
     def in_layers(self) -> bool:
-        """Whether it is a layer of its own, and no way to run a network."""
+        """Whether the layer itself differs, and not only the way in which the network runs."""
         return self.policy is None and self.fold is None
 
 
 def no_norm(**fields: Any) -> Callable[..., jax.Array]:
-    """Nothing."""
+    """A layer without normalization."""
     del fields
     return lambda x: x
 
 
 def in_linen(layer: Callable[..., nnx.Module]) -> Callable[..., Callable[..., jax.Array]]:
-    """A layer of NNX for a linen network."""
+    """Wraps an NNX layer for a linen network."""
 
     def make(**fields: Any) -> Callable[..., jax.Array]:
         return lambda x, **call: bridge.ToLinen(layer, args=x.shape[-1:], kwargs=fields)(x, **call)
@@ -84,14 +84,14 @@ def in_linen(layer: Callable[..., nnx.Module]) -> Callable[..., Callable[..., ja
     return make
 
 
-_nothing = jax.checkpoint_policies.nothing_saveable
+_recompute_all = jax.checkpoint_policies.nothing_saveable
 _fused = functools.partial(Form, jaxbn.linen.BatchNorm, fused=True)
 FORMS = {
     NO_NORM: Form(no_norm),
     FLAX: Form(nn.BatchNorm),
     "flax-safe": Form(functools.partial(nn.BatchNorm, use_fast_variance=False)),
     "flax-nnx": Form(in_linen(nnx.BatchNorm)),
-    "flax-remat": Form(nn.BatchNorm, policy=_nothing),
+    "flax-remat": Form(nn.BatchNorm, policy=_recompute_all),
     "jaxbn": Form(jaxbn.linen.BatchNorm),
     "jaxbn-nnx": Form(in_linen(jaxbn.nnx.BatchNorm)),
     "fused": _fused(),
@@ -100,14 +100,14 @@ FORMS = {
     "fused-inputs": _fused(policy=policies.save_norm_inputs, in_halves=True),
     "fused-inner": _fused(policy=policies.save_inner_norm_inputs),
     "fused-statistics": _fused(policy=policies.save_norm_statistics),
-    "fused-remat": _fused(policy=_nothing),
+    "fused-remat": _fused(policy=_recompute_all),
     "flax-fold": Form(nn.BatchNorm, fold=jaxbn.linen.fold),
     "fused-fold": _fused(fold=jaxbn.linen.fold),
 }
 
 
 class Normed(nn.Module):
-    """A norm, the sum with a residual, and an activation, in one layer or in three."""
+    """A norm, the sum with a residual, and an activation, in one layer or as separate operations."""
 
     form: Form
     train: bool
@@ -132,7 +132,7 @@ class Normed(nn.Module):
 
 
 class Block(nn.Module):
-    """A bottleneck: 1x1, 3x3 and 1x1 convolutions, beside a shortcut."""
+    """A bottleneck block: 1x1, 3x3 and 1x1 convolutions with a shortcut."""
 
     width: int
     stride: int
@@ -151,7 +151,7 @@ class Block(nn.Module):
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions, beside a shortcut."""
+    """A basic block: two 3x3 convolutions with a shortcut."""
 
     width: int
     stride: int
@@ -168,7 +168,7 @@ class BasicBlock(nn.Module):
 
 
 class Half(nn.Module):
-    """Two stages: blocks of one width, and of twice the width on half the image."""
+    """Two consecutive stages of the network."""
 
     first: int
     stages: Sequence[int]
@@ -184,7 +184,7 @@ class Half(nn.Module):
 
 
 class ResNet(nn.Module):
-    """ResNet-50 unless told otherwise, with the stride in the 3x3 convolutions."""
+    """A ResNet, by default ResNet-50, with the stride in the 3x3 convolutions."""
 
     form: Form
     train: bool
@@ -206,7 +206,7 @@ class ResNet(nn.Module):
         return nn.Dense(CLASSES, dtype=self.dtype)(x.mean((1, 2))).astype(jnp.float32)
 
     def _in_pieces(self) -> tuple[Callable[..., nn.Module], Callable[..., Half]]:
-        """One of the two is done again in the backward pass, if the form says so."""
+        """The modules of a block and of a half; one of them is rematerialized if the form has a policy."""
         form = self.form
         if form.policy is None:
             return self.block, Half
@@ -215,14 +215,14 @@ class ResNet(nn.Module):
 
 
 def shapes_of(module: nn.Module, *data: jax.ShapeDtypeStruct) -> Any:
-    """The variables of a module."""
+    """Shapes of the variables of a module."""
     return jax.eval_shape(module.init, jax.random.key(0), *data)
 
 
 def layer_program(
     form: Form, dtype: DTypeLike, batch: int, *, activation: Callable[..., Any] | None, residual: bool
 ) -> Program:
-    """Forward and backward through one layer."""
+    """The forward and backward pass of one layer."""
     layer = Normed(form, True, dtype, activation)
     x = jax.ShapeDtypeStruct((batch, *LAYER), dtype)
     inputs = (x, x) if residual else (x,)
@@ -240,7 +240,7 @@ def layer_program(
 
 
 def train_program(form: Form, dtype: DTypeLike, batch: int, *, size: int = IMAGE[0], **network: Any) -> Program:
-    """A step of stochastic gradient descent."""
+    """A training step with stochastic gradient descent."""
     net = ResNet(form, True, dtype, **network)
     images = jax.ShapeDtypeStruct((batch, size, size, IMAGE[-1]), dtype)
     labels = jax.ShapeDtypeStruct((batch,), jnp.int32)
@@ -261,7 +261,7 @@ def train_program(form: Form, dtype: DTypeLike, batch: int, *, size: int = IMAGE
 
 
 def eval_program(form: Form, dtype: DTypeLike, batch: int) -> Program:
-    """The logits of a batch."""
+    """The evaluation of a batch."""
     net = ResNet(form, False, dtype)
     images = jax.ShapeDtypeStruct((batch, *IMAGE), dtype)
     if form.fold is None:
@@ -272,12 +272,12 @@ def eval_program(form: Form, dtype: DTypeLike, batch: int) -> Program:
 
 
 class What(NamedTuple):
-    """A program to compile in every form."""
+    """A program to compile for every form."""
 
     title: str
     program: Callable[[Form, DTypeLike, int], Program]
-    batch: int | None = None  # examples for each chip; None: the device says
-    forms: Callable[[Form], bool] = lambda form: True  # those that differ here
+    batch: int | None = None  # examples per chip; None: the default of the device
+    forms: Callable[[Form], bool] = lambda form: True  # selects the forms that differ in this program
 
 
 def _layer(title: str, *, activation: Callable[..., Any] | None = None, residual: bool = False) -> What:
@@ -296,16 +296,16 @@ WHAT = {
 
 
 class Group(NamedTuple):
-    """A table: what its programs have in common."""
+    """The settings that all programs of a table share."""
 
     device: str
     what: str
     dtype: str
-    batch: int  # examples for each chip
+    batch: int  # examples per chip
 
     @property
     def unit(self) -> tuple[str, float]:
-        """Of the bytes in the table."""
+        """The unit of bytes in the table: its name and size."""
         if self.what.startswith("layer"):
             size = self.batch * int(np.prod(LAYER)) * jnp.dtype(self.dtype).itemsize
             return f"N = {size / 1e6:.1f} MB", size
@@ -313,7 +313,7 @@ class Group(NamedTuple):
 
 
 def cost_of(group: Group, form: str) -> Cost | None:
-    """Compiles a program and reads what it costs; None if it does not fit into the memory of the device."""
+    """Compiles a program and measures its cost; None if it does not fit into the memory of the device."""
     batch = DEVICES[group.device].chips * group.batch
     with chips.quiet():
         program = WHAT[group.what].program(FORMS[form], jnp.dtype(group.dtype), batch)
@@ -322,10 +322,10 @@ def cost_of(group: Group, form: str) -> Cost | None:
 
 
 class Column(NamedTuple):
-    """A number of a cost."""
+    """A column of a table."""
 
     title: str
-    of: Callable[[Cost, Cost | None], float | None]  # a cost, and that of the program without a norm
+    of: Callable[[Cost, Cost | None], float | None]  # takes a cost, and the cost of the program without a norm
     in_bytes: bool = True
 
 
@@ -339,7 +339,7 @@ COLUMNS = [
 
 
 def cells(column: Column, costs: dict[str, Cost | None], unit: float) -> Iterator[tuple[str, str]]:
-    """A number of each program, and what multiple of that of Flax's it is."""
+    """The number of each program, and its ratio to the number of Flax's layer."""
     known = {name: cost and column.of(cost, costs.get(NO_NORM)) for name, cost in costs.items()}
     for number in known.values():
         if number is None:
@@ -352,7 +352,7 @@ def cells(column: Column, costs: dict[str, Cost | None], unit: float) -> Iterato
 def table(group: Group, costs: dict[str, Cost | None]) -> Table:
     """A row for each form, without the columns that would be empty."""
     device, (unit, size) = DEVICES[group.device], group.unit
-    examples = f"{group.batch} examples{' for each chip' if device.chips > 1 else ''}"
+    examples = f"{group.batch} examples{' per chip' if device.chips > 1 else ''}"
     made = Table("Norm", title=f"{device.title}, {WHAT[group.what].title}, {group.dtype}, {examples} ({unit})")
     found = [list(costs)]
     for column in COLUMNS:
@@ -372,19 +372,19 @@ def table(group: Group, costs: dict[str, Cost | None]) -> Table:
 
 
 def records(group: Group, costs: dict[str, Cost | None]) -> list[dict[str, Any]]:
-    """The same as JSON has it, bytes as bytes."""
+    """The costs in JSON format."""
     return [group._asdict() | {"norm": name, "cost": cost and cost._asdict()} for name, cost in costs.items()]
 
 
 def show(made: Table, console: Console) -> None:
-    """Prints a table whole, if need be wider than the screen."""
+    """Prints a table without line breaks, even if it is wider than the screen."""
     whole = console.options.update(max_width=1000)
     console.width = max(console.width, Measurement.get(console, whole, made).maximum)
     console.print(made)
 
 
 def versions() -> dict[str, str]:
-    """Of what the numbers depend on."""
+    """Versions of the packages that determine the numbers."""
     found = {}
     for package in ("jax", "jaxlib", "flax", "jax-cuda12-plugin", "libtpu"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -401,17 +401,17 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--norms", choices=FORMS, default=list(FORMS), **several, help=", ".join(FORMS))
     dtypes = ["bfloat16", "float32"]
     parser.add_argument("--dtype", choices=dtypes, default=dtypes[:1], **several, help="bfloat16 (default), float32")
-    parser.add_argument("--batch", type=int, nargs="+", metavar="N", help="examples for each chip")
+    parser.add_argument("--batch", type=int, nargs="+", metavar="N", help="examples per chip")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there")
     add_progress_option(parser)
     args = parser.parse_args(argv)
     if args.batch and min(args.batch) < 1:
-        parser.error("a batch has 1 example or more")
+        parser.error("--batch must be 1 or more")
     return args
 
 
 def groups(args: argparse.Namespace) -> Iterator[Group]:
-    """The tables that are asked for and can be made."""
+    """The requested tables whose compiler is installed."""
     for device in filter(chips.is_installed, args.device):
         for what in args.what:
             for dtype in args.dtype:
@@ -420,9 +420,9 @@ def groups(args: argparse.Namespace) -> Iterator[Group]:
 
 
 def main(argv: Sequence[str] | None = None) -> dict[Group, dict[str, Cost | None]]:
-    """Runs the program; returns what it counted."""
+    """Runs the program; returns the costs."""
     args, console = parse(argv), Console(highlight=False, markup=False)
-    jax.config.update("jax_platforms", "cpu")  # a device that is there has nothing to do
+    jax.config.update("jax_platforms", "cpu")  # leave local devices alone: nothing runs
     found, bar = {}, bars(args)
     for group in groups(args):
         forms = [name for name in args.norms if WHAT[group.what].forms(FORMS[name])]

@@ -1,23 +1,23 @@
-"""The meter of `compiled_cost.py`: what a compiled program moves, read from its text; no device is needed.
+"""Estimates the memory traffic of a compiled program from its HLO text, for `compiled_cost.py`; no device is needed.
 
-A kernel is a scheduled instruction that does work. It reads each of its operands from the memory of the device once,
-and writes its result once; `Cost.moved` is the sum of these bytes over all kernels. Beyond that,
+A kernel is a scheduled instruction that does work. The model assumes that it reads each operand from device memory
+once and writes its result once. `Cost.moved` is the sum of these bytes over all kernels, with these rules:
 
-- a fusion that uses an operand only in slices reads the slices;
-- what is updated in place is neither read nor written but for the update;
-- a loop counts as often as it runs, of a conditional the dearest branch counts;
-- an asynchronous operation counts once, where it is done;
-- what lies in the memory of the chip itself (`S(1)` in a layout: the vector memory of a TPU) is free.
+- A fusion that only uses slices of an operand reads the slices.
+- An in-place update reads and writes only the updated part.
+- A loop counts once per iteration. A conditional counts as its most expensive branch.
+- An asynchronous operation counts once, at its end.
+- On-chip memory (`S(1)` in a layout: the vector memory of a TPU) is free.
 
-It is blind to
+The model ignores
 
-- caches: what a kernel finds in them is counted as read;
-- a fusion that reads an operand more than once, as where two halves of one array are concatenated and reduced: that
-  looks cheaper than it is;
-- scratch memory of libraries, and which algorithm a library takes: compiled without a device, cuDNN has none chosen;
-- the padding of arrays in the tiles of a TPU: sizes are those of the shapes;
-- loops whose number of turns is not in the text: they count once;
-- time. Kernels of equal bytes may take different time.
+- caches: data in a cache counts as read;
+- repeated reads of an operand by one fusion, for example if two halves of an array are concatenated and reduced: the
+  estimate is then too low;
+- scratch memory and choice of algorithms in libraries: without a device, cuDNN does not choose an algorithm;
+- the padding of arrays to the tiles of a TPU: sizes are computed from shapes;
+- trip counts of loops that are missing in the text: such loops count once;
+- time: kernels that move equal bytes may take different times.
 """
 
 import math
@@ -52,12 +52,12 @@ class Instruction(NamedTuple):
 
     @property
     def operands(self) -> list[str]:
-        """The names of the instructions that it takes."""
+        """The names of its operands."""
         return _OPERAND.findall(self.arguments)
 
     @property
     def called(self) -> str:
-        """The name of the computation that it runs."""
+        """The name of the computation that it calls."""
         return _CALLED.search(self.attributes).group(1)
 
 
@@ -72,26 +72,26 @@ class Program(NamedTuple):
 
 
 class Kernel(NamedTuple):
-    """Work of the device."""
+    """A kernel and the number of its launches."""
 
     name: str
-    moved: int  # bytes, in all of its turns
-    turns: int
+    moved: int  # bytes, over all launches
+    turns: int  # number of launches
     collectives: tuple[str, ...]
 
 
 class Cost(NamedTuple):
-    """What a compiled program costs, on one of its devices."""
+    """The cost of a compiled program on one of its devices."""
 
     moved: int  # bytes
     temporary: int  # bytes
     kernels: int
     collectives: dict[str, int]
-    accessed: int | None  # bytes, as XLA counts them, on chip too; None where it does not say
+    accessed: int | None  # bytes according to XLA, including on-chip memory; None if XLA does not report them
 
 
 def measure(compiled: Any) -> Cost:
-    """Reads the cost of a `jax.stages.Compiled`."""
+    """Measures the cost of a `jax.stages.Compiled`."""
     kernels = list(run(parse(compiled.as_text())))
     collectives = Counter()
     for kernel in kernels:
@@ -107,7 +107,7 @@ def measure(compiled: Any) -> Cost:
 
 
 def parse(text: str) -> Program:
-    """Takes the text of a module apart."""
+    """Parses the text of a module."""
     entry, computations, current = "", {}, None
     for line in text.splitlines():
         if current is not None and (found := _NAMED.match(line)):
@@ -118,7 +118,7 @@ def parse(text: str) -> Program:
         elif line.startswith("}"):
             current = None
     if not entry:
-        raise ValueError("The text has no ENTRY computation; it must be that of a compiled module.")
+        raise ValueError("The text has no ENTRY computation; pass the text of a compiled module.")
     return Program(entry, computations)
 
 
@@ -131,7 +131,7 @@ def _instruction(line: str, found: re.Match) -> Instruction:
 
 
 def _end(text: str) -> int:
-    """Behind the bracket that closes the one that the text begins with."""
+    """The position after the bracket that closes the bracket at the start of the text."""
     depth = 0
     for bracket in re.finditer(r"[()]", text):
         depth += 1 if bracket.group() == "(" else -1
@@ -141,7 +141,7 @@ def _end(text: str) -> int:
 
 
 def size(type_text: str) -> int:
-    """Bytes of all arrays of a type that lie in the memory of the device."""
+    """Bytes of all arrays of a type in device memory."""
     total = 0
     for dtype, shape, layout in _ARRAY.findall(type_text):
         bits = 8 if dtype == "pred" else int(re.search(r"\d+", dtype).group())
@@ -151,12 +151,12 @@ def size(type_text: str) -> int:
 
 
 def _off_chip(type_text: str) -> str:
-    """The type of a part in the memory of the device, wherever the part itself lies."""
+    """The type without its memory space, so that `size` counts it even if it is on chip."""
     return re.sub(r"S\([1-4]\)", "", type_text)
 
 
 def run(program: Program, name: str | None = None, turns: int = 1) -> Iterator[Kernel]:
-    """The kernels of a computation, and of those that it calls, in their order."""
+    """Yields the kernels of a computation and of the computations that it calls, in order."""
     computation = program.computations[name or program.entry]
     for instruction in computation.values():
         op = instruction.op
@@ -181,9 +181,9 @@ def _branches(instruction: Instruction) -> list[str]:
 
 
 def _whole(done: Instruction, computation: Computation) -> Instruction:
-    """An asynchronous operation as if it were not: what it takes is at its start, what it gives at its end."""
+    """The synchronous form of an asynchronous operation: the operands of its start, and the type of its end."""
     start = computation[done.operands[0]]
-    while not start.op.endswith("-start"):  # an update is between
+    while not start.op.endswith("-start"):  # skip updates between start and end
         start = computation[start.operands[0]]
     return start._replace(op=start.op.removesuffix("-start"), type=done.type)
 
@@ -199,7 +199,7 @@ def _kernel(program: Program, computation: Computation, instruction: Instruction
         arguments = [(operand, _read(body, computation[operand])) for operand in instruction.operands]
         written = _written(computation, instruction, instruction.type)
     reads: dict[str, int] = {}
-    for operand, read in arguments:  # one that is given twice is read once
+    for operand, read in arguments:  # an operand that occurs twice is read once
         reads[operand] = max(reads.get(operand, 0), min(read, size(computation[operand].type)))
     collectives = tuple(i.op.removesuffix("-start") for i in body.values())
     collectives = tuple(op for op in collectives if op in COLLECTIVES)
@@ -207,7 +207,7 @@ def _kernel(program: Program, computation: Computation, instruction: Instruction
 
 
 def _read(body: Computation, source: Instruction) -> int:
-    """Bytes of an array that a kernel reads."""
+    """Bytes that a kernel reads of an array: the slices, if it only uses slices."""
     whole, parts = size(source.type), 0
     for user in body.values():
         if source.name not in user.operands:
@@ -222,7 +222,7 @@ def _read(body: Computation, source: Instruction) -> int:
 
 
 def _written(body: Computation, root: Instruction, type_text: str) -> int:
-    """Bytes of a result that a kernel writes, if `root` makes it; a library's scratch memory is none."""
+    """Bytes of the result `root` that a kernel writes, without the scratch memory of libraries."""
     if root.op == "tuple":
         return sum(_written(body, body[name], body[name].type) for name in root.operands)
     if root.op in _VIEWS and root.operands[0] in body:

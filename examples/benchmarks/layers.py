@@ -1,20 +1,21 @@
-"""What one batch normalization layer takes, beside those of other libraries, on the device that is there.
+"""Run time of one batch normalization layer of jaxbn, Flax and other libraries on the local device.
 
     pip install ".[bench]" && python examples/benchmarks/layers.py
 
-times Flax's layers (linen with the fast and with the safe variance, and NNX), jaxbn's, and those of Haiku, Equinox,
-Keras on JAX and PyTorch, if they are installed, on inputs as ResNet-50 and a perceptron have them:
+This times the layers of Flax (linen with fast and with safe variance, and NNX), of jaxbn, and of Haiku, Equinox, Keras
+on JAX and PyTorch as far as they are installed. The inputs are those of layers of ResNet-50 and of a perceptron:
 
-    train        forward and backward, with the statistics of the batch
-    train-relu   the same with a ReLU behind the layer; "fused" is jaxbn's layer with `activation=jax.nn.relu`
-    eval-relu    with the running averages, and a ReLU behind
+    train        forward and backward with batch statistics
+    train-relu   the same, followed by a ReLU; "fused" is jaxbn's layer with `activation=jax.nn.relu`
+    eval-relu    evaluation with the running averages, followed by a ReLU
 
-All layers take turns on one input, each as often as it takes to run for a while (`--seconds`), for `--rounds` rounds;
-`timing.py` says what the ratios and their 95 % intervals are, `peers.py` how each library is called. A ratio below 1 is
-faster than Flax. The last rows of a table are the geometric means over its inputs. On a GPU the bytes that have to
-be moved at least, eight times the input in training and two times in evaluation, are also shown as the share of what
-the device would have copied in the time; a share above 1 is possible where the input fits into a cache. What takes less
-than some 50 microseconds there says more about how fast programs are started: take a larger `--batch`.
+For each input the layers are timed in alternation for `--rounds` rounds, each for at least `--seconds` per round.
+`timing.py` documents the ratios and their 95 % intervals, `peers.py` how each library is called. A ratio below 1 is
+faster than Flax. The last rows of a table are geometric means over the inputs.
+
+On a GPU, "of copy" shows the minimal memory traffic (eight times the input in training, twice the input in evaluation)
+as a share of the bytes that the device copies in the same time. It can exceed 1 if the input fits into a cache. Times
+below about 50 microseconds measure the launch overhead; use a larger `--batch` there.
 """
 
 import argparse
@@ -42,7 +43,7 @@ from timing import (
     write_json,
 )
 
-# Inputs: [..., features] of an example, and how many rows an example of the perceptron stands for.
+# Inputs: the shape of an example, and the number of rows of the perceptron per image of the batch.
 INPUTS = {
     "112x112x64": (112, 112, 64),
     "56x56x256": (56, 56, 256),
@@ -52,14 +53,15 @@ INPUTS = {
     "mlp 1024": (1024,),
 }
 MLP_ROWS = 64
-WHAT = {"train": (False, True), "train-relu": (True, True), "eval-relu": (True, False)}  # whether with ReLU, backward
-MOVES = {True: 8, False: 2}  # at least, in sizes of the input: 3 forward and 5 backward; in evaluation
+WHAT = {"train": (False, True), "train-relu": (True, True), "eval-relu": (True, False)}  # (ReLU, backward)
+# Minimal memory traffic in sizes of the input, by whether the layer trains: 3 forward plus 5 backward, or evaluation.
+MOVES = {True: 8, False: 2}
 BATCH = {"cpu": 4}
 ALL = "mean"
 
 
 class Group(NamedTuple):
-    """What a table is about."""
+    """The program and dtype of a table."""
 
     what: str
     dtype: str
@@ -70,14 +72,14 @@ Found = dict[Group, dict[str, Seconds]]  # by the name of the input
 
 
 def case_of(group: Group, name: str, batch: int) -> Case:
-    """What the layers have to do with an input."""
+    """The task of the layers for one input."""
     shape, (relu, train) = INPUTS[name], WHAT[group.what]
     rows = batch if len(shape) > 1 else MLP_ROWS * batch
     return Case((rows, *shape), group.dtype, relu, train)
 
 
 def measure(case: Case, args: argparse.Namespace) -> Seconds:
-    """Seconds of a call of each layer, by the round."""
+    """Seconds per call of each layer, [rounds]."""
     rng = np.random.default_rng(0)
     x, dy = rng.standard_normal((2, *case.shape), np.float32)
     runs, counts = {}, {}
@@ -91,12 +93,12 @@ def measure(case: Case, args: argparse.Namespace) -> Seconds:
 
 
 def ratios_to(under: str, inputs: dict[str, Seconds], name: str) -> dict[str, np.ndarray]:
-    """Of a layer on each input, [rounds]."""
+    """Ratios of the times of two layers on each input, [rounds]."""
     return {key: s[name] / s[under] for key, s in inputs.items() if name in s and under in s}
 
 
 def rows(group: Group, inputs: dict[str, Seconds], args: argparse.Namespace) -> Iterator[Sequence[str]]:
-    """Times and ratios on each input, and the means over them."""
+    """Table rows: times and ratios for each input, and the means over the inputs."""
     unders = [under for under in (FLAX_FAST, FLAX_SAFE) if under in args.norms]
     for key, seconds in inputs.items():
         case = case_of(group, key, args.batch)
@@ -113,7 +115,7 @@ def rows(group: Group, inputs: dict[str, Seconds], args: argparse.Namespace) -> 
 
 
 def records(found: Found) -> Iterator[dict[str, Any]]:
-    """The same as JSON has it: seconds of every round."""
+    """The times of all rounds in JSON format."""
     for group, inputs in found.items():
         for key, seconds in inputs.items():
             for name, taken in seconds.items():
@@ -121,7 +123,7 @@ def records(found: Found) -> Iterator[dict[str, Any]]:
 
 
 def plot(found: Found, args: argparse.Namespace, file: Path) -> None:
-    """Draws how long each layer takes in multiples of Flax's, with the intervals, one panel for each table."""
+    """Plots the time of each layer relative to Flax's with its interval, one panel per table."""
     try:
         from matplotlib import colormaps
         from matplotlib.figure import Figure
@@ -148,11 +150,11 @@ def plot(found: Found, args: argparse.Namespace, file: Path) -> None:
 
 
 def installed(args: argparse.Namespace, console: Console) -> list[str]:
-    """The layers that can run; a line about each other."""
-    found, nothing = [], np.zeros((2, 2), np.float32)
+    """The layers whose packages are installed; prints a line about each other layer."""
+    found, probe = [], np.zeros((2, 2), np.float32)
     for name in args.norms:
         try:
-            program_of(name, Case(nothing.shape, "float32", relu=True, train=False), nothing, nothing)
+            program_of(name, Case(probe.shape, "float32", relu=True, train=False), probe, probe)
         except ImportError as error:
             console.print(f"{name} is skipped: {error}")
         else:
@@ -170,23 +172,23 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--inputs", choices=INPUTS, default=list(INPUTS), **several, help=", ".join(INPUTS))
     parser.add_argument("--norms", choices=NAMES, default=NAMES, **several, help=", ".join(NAMES))
     batch = BATCH.get(jax.default_backend(), 256)
-    parser.add_argument("--batch", type=int, default=batch, help=f"images in a batch ({batch})")
-    parser.add_argument("--rounds", type=int, default=20, help="in which every layer runs once (20)")
-    parser.add_argument("--seconds", type=float, default=0.01, help="that a layer runs for in a round, at least (0.01)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all times there")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the ratios there")
+    parser.add_argument("--batch", type=int, default=batch, help=f"images per batch ({batch})")
+    parser.add_argument("--rounds", type=int, default=20, help="number of rounds (20)")
+    parser.add_argument("--seconds", type=float, default=0.01, help="minimal time of a layer per round (0.01)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all times to this file")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="plot the ratios to this file")
     add_progress_option(parser)
     args = parser.parse_args(argv)
     if min(args.batch, args.rounds) < 1:
-        parser.error("all numbers must be 1 or more")
+        parser.error("--batch and --rounds must be 1 or more")
     if args.plot and FLAX_FAST not in args.norms:
-        parser.error(f"--plot shows multiples of {FLAX_FAST}, which is not among the norms")
+        parser.error(f"--plot shows ratios to {FLAX_FAST}; add it to --norms")
     args.bar = bars(args)
     return args
 
 
 def main(argv: Sequence[str] | None = None) -> Found:
-    """Runs the program; returns seconds."""
+    """Runs the program; returns the times in seconds."""
     args, console = parse(argv), Console(highlight=False, markup=False)
     args.norms = installed(args, console)
     args.bandwidth = copy_bandwidth() if jax.default_backend() == "gpu" else 0.0
@@ -200,7 +202,7 @@ def main(argv: Sequence[str] | None = None) -> Found:
         console.print(table(title, ["Input", "Layer"], numbers, rows(group, inputs, args)))
     console.print(machine_line())
     if args.bandwidth:
-        console.print(f"A copy moves {args.bandwidth / 1e9:.0f} GB/s.")
+        console.print(f"Copy bandwidth: {args.bandwidth / 1e9:.0f} GB/s.")
     write_json(args.json, list(records(found)))
     if args.plot:
         plot(found, args, args.plot)

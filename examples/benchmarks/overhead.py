@@ -1,13 +1,13 @@
-"""What a library of normalization costs before anything runs: the size of its programs, and the time to make them.
+"""Tracing, lowering, compilation and import time of jaxbn compared with Flax.
 
     python examples/benchmarks/overhead.py
 
-makes a network of 50 convolutions, each with a norm and a ReLU behind it, forward in training and a whole training
-step, with Flax's layers and with jaxbn's; "fused" has the ReLU inside. Printed are the equations that JAX traces (those
-inside of others too), the seconds to trace, to lower to StableHLO and to compile, and multiples of Flax's layer in the
-same half of Flax, linen or NNX. All take turns, for `--rounds` rounds, and nothing is cached from one to the next;
-`timing.py` says what the ratios and their 95 % intervals are. At last, the time that importing jaxbn adds to that of
-JAX and Flax, in fresh processes.
+This builds a network of 50 convolutions, each followed by a norm and a ReLU, with Flax's and with jaxbn's layers;
+"fused" means that the ReLU is inside the layer. It traces the forward pass in training and a full training step, and
+prints the number of equations (nested ones included), the seconds to trace, to lower to StableHLO and to compile, and
+the ratios to Flax's layer of the same API (linen or NNX). The programs are timed in alternation for `--rounds` rounds
+with cleared caches; `timing.py` documents the ratios and their 95 % intervals. Finally it measures, in fresh processes,
+the time that importing jaxbn adds to importing JAX and Flax.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from timing import add_progress_option, bars, machine_line, ratio, table, take_t
 import jaxbn.linen
 import jaxbn.nnx
 
-IMAGES, FEATURES = (8, 8, 8), 16  # a batch of them, small, as nothing runs
+IMAGES, FEATURES = (8, 8, 8), 16  # a small batch, because the programs do not run
 IMPORTS = """
 import time
 start = time.perf_counter()
@@ -44,10 +44,10 @@ WHAT, STAGES = ("forward", "step"), ("tracing", "lowering", "compilation")
 
 
 class Norm(NamedTuple):
-    """A layer, and whose multiples are shown."""
+    """A normalization layer."""
 
     layer: Callable[..., Any]
-    flax: str
+    flax: str  # the name of the layer to compare with
     fused: bool = False
 
 
@@ -63,7 +63,7 @@ Key = tuple[str, str]  # of a program: forward or step, and the norm
 
 
 class LinenNet(nn.Module):
-    """Convolutions, each with a norm and a ReLU."""
+    """Convolutions, each followed by a norm and a ReLU."""
 
     norm: Norm
     layers: int
@@ -80,7 +80,7 @@ class LinenNet(nn.Module):
 
 
 class NnxNet(nnx.Module):
-    """The same in NNX."""
+    """The same network in NNX."""
 
     def __init__(self, norm: Norm, layers: int):
         rngs, fields = nnx.Rngs(0), {"activation": jax.nn.relu} if norm.fused else {}
@@ -95,14 +95,14 @@ class NnxNet(nnx.Module):
 
 
 class Program(NamedTuple):
-    """What is traced, with shapes in the place of arrays."""
+    """A function to trace, and the shapes of its arguments."""
 
     run: Callable[..., Any]
     arguments: tuple[Any, ...]
 
 
 def programs_of(norm: Norm, layers: int) -> dict[str, Program]:
-    """Forward in training, with the running averages, and a step of gradient descent."""
+    """The forward pass in training with updated averages, and a step of gradient descent."""
     x = jax.ShapeDtypeStruct((*IMAGES, FEATURES), jnp.float32)
     if norm.flax == "flax":
         net = LinenNet(norm, layers)
@@ -128,7 +128,7 @@ def programs_of(norm: Norm, layers: int) -> dict[str, Program]:
 
 
 def make(program: Program) -> list[float]:
-    """Seconds to trace, to lower and to compile a program that JAX has not seen."""
+    """Seconds to trace, to lower and to compile a program with empty caches."""
     jax.clear_caches()
     fresh = jax.jit(program.run)
     times = [time.perf_counter()]
@@ -142,7 +142,7 @@ def make(program: Program) -> list[float]:
 
 
 def count_equations(program: Any) -> int:
-    """The equations of a program, those inside of others too."""
+    """The number of equations of a program, nested ones included."""
     inner = [leaf for e in program.eqns for leaf in jax.tree.leaves(e.params) if hasattr(leaf, "eqns")]
     return len(program.eqns) + sum(map(count_equations, inner))
 
@@ -155,7 +155,7 @@ def time_imports() -> list[float]:
 
 @contextlib.contextmanager
 def uncached() -> Iterator[None]:
-    """Keeps JAX from reading what it has compiled from a disk."""
+    """Disables the compilation cache on disk."""
     before = jax.config.jax_enable_compilation_cache
     use_cache(False)
     try:
@@ -165,29 +165,29 @@ def uncached() -> Iterator[None]:
 
 
 def use_cache(used: bool) -> None:
-    """JAX looks at its flag once, and again after a reset."""
+    """Enables or disables the cache; JAX reads the flag again only after a reset."""
     jax.config.update("jax_enable_compilation_cache", used)
     compilation_cache.reset_cache()
 
 
 def show_counts(count: int, flax: int) -> tuple[str, str]:
-    """The number of equations, and multiples of Flax's."""
+    """The number of equations, and the ratio to Flax's."""
     return str(count), f"{count / flax:.2f}"
 
 
 def show_seconds(seconds: np.ndarray, flax: np.ndarray) -> tuple[str, str]:
-    """The median, and multiples of Flax's."""
+    """The median, and the ratio to Flax's."""
     return f"{np.median(seconds):.2f}", str(ratio(seconds, flax))
 
 
 def rows(found: dict[Key, Any], show: Callable[[Any, Any], tuple[str, str]]) -> Iterator[Sequence[str]]:
-    """One for each norm, with both programs."""
+    """Table rows: one per norm, with both programs."""
     for name, norm in NORMS.items():
         yield name, *(cell for what in WHAT for cell in show(found[what, name], found[what, norm.flax]))
 
 
 def records(equations: dict[Key, int], seconds: dict[Key, np.ndarray]) -> Iterator[dict[str, Any]]:
-    """The same as JSON has it: seconds of every round."""
+    """The numbers of all rounds in JSON format."""
     for (what, name), times in seconds.items():
         stages = dict(zip(STAGES, times.T.tolist(), strict=True))
         yield {"program": what, "norm": name, "equations": equations[what, name]} | stages
@@ -196,19 +196,19 @@ def records(equations: dict[Key, int], seconds: dict[Key, np.ndarray]) -> Iterat
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Reads and checks the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--layers", type=int, default=50, help="of the network (50)")
-    parser.add_argument("--rounds", type=int, default=5, help="in which every program is made once (5)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there")
+    parser.add_argument("--layers", type=int, default=50, help="layers of the network (50)")
+    parser.add_argument("--rounds", type=int, default=5, help="number of rounds (5)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers to this file")
     add_progress_option(parser)
     args = parser.parse_args(argv)
     if min(args.layers, args.rounds) < 1:
-        parser.error("all numbers must be 1 or more")
+        parser.error("--layers and --rounds must be 1 or more")
     args.bar = bars(args)
     return args
 
 
 def main(argv: Sequence[str] | None = None) -> tuple[dict[Key, int], dict[Key, np.ndarray], np.ndarray]:
-    """Runs the program; returns equations and seconds of each program, and seconds of imports."""
+    """Runs the program; returns equations and seconds of each program, and import times."""
     args, console = parse(argv), Console(highlight=False, markup=False)
     made = {name: programs_of(norm, args.layers) for name, norm in NORMS.items()}
     programs = {(what, name): made[name][what] for name in made for what in WHAT}
@@ -223,7 +223,7 @@ def main(argv: Sequence[str] | None = None) -> tuple[dict[Key, int], dict[Key, n
     for title, found in tables.items():
         console.print(table(f"{args.layers} layers: {title}", ["Norm"], ["forward", "/ Flax", "step", "/ Flax"], found))
     flax, ours = np.median(imports, axis=0)
-    console.print(f"Importing jaxbn takes {ours:.2f} s, after JAX and Flax, which take {flax:.2f} s.")
+    console.print(f"Importing jaxbn takes {ours:.2f} s in addition to {flax:.2f} s for JAX and Flax.")
     console.print(machine_line())
     write_json(args.json, {"programs": list(records(equations, seconds)), "imports": imports.tolist()})
     return equations, seconds, imports

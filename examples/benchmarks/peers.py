@@ -1,10 +1,10 @@
-"""One batch normalization layer of every library, forward and backward or in evaluation, for `layers.py`.
+"""One batch normalization layer of each library, in training or in evaluation, for `layers.py`.
 
-All get the same input, normalize over all axes but the features, learn a scale and a bias, keep running averages with
-a momentum of 0.99, and give the dtype that they get. Parameters and statistics are float32; Haiku has parameters, and
-Equinox both, in the dtype of the input. Layers of JAX are jitted, forward and backward in one program, in which the
-gradient of the output does not come before the output is there, as in a network. PyTorch runs as its users run it, not
-compiled, with channels last in memory; Equinox with channels first, as it wants them, under `vmap`.
+All layers get the same input, normalize over all axes except the features, have a scale and a bias, update running
+averages with a momentum of 0.99, and keep the dtype of the input. Parameters and statistics are float32, except for the
+parameters of Haiku and both of Equinox, which have the dtype of the input. JAX layers are jitted with forward and
+backward in one program; as in a network, the backward pass starts only after the output is computed. PyTorch runs in
+eager mode with channels last in memory. Equinox runs under `vmap` with channels first, as it requires.
 """
 
 import functools
@@ -25,38 +25,38 @@ import jaxbn.nnx
 
 
 class Case(NamedTuple):
-    """What a layer has to do."""
+    """The task of a layer."""
 
     shape: tuple[int, ...]  # of the input; the features are last
     dtype: str
     relu: bool  # whether a ReLU follows
-    train: bool  # forward and backward with the statistics of the batch; else evaluation
+    train: bool  # True: forward and backward with batch statistics; False: evaluation
 
 
 class Layer(NamedTuple):
-    """A layer of JAX as pure functions."""
+    """A JAX layer as pure functions."""
 
     train: Callable[..., tuple[jax.Array, Any]]  # (params, state, x) -> y, state
     evaluate: Callable[..., jax.Array]  # (params, state, x) -> y
     params: Any
     state: Any
-    fused: bool = False  # it has the ReLU inside
+    fused: bool = False  # whether the ReLU is inside the layer
     channels_first: bool = False
 
 
-Run = Callable[[int], Any]  # does it so often
-Results = Callable[[], tuple[np.ndarray, ...]]  # the output, and in training the gradient of the input
+Run = Callable[[int], Any]  # runs the layer the given number of times
+Results = Callable[[], tuple[np.ndarray, ...]]  # returns the output, and in training the gradient of the input
 
 
 class Program(NamedTuple):
-    """A layer at work."""
+    """A layer on a given input."""
 
     run: Run
     results: Results
 
 
 def make_program(layer: Layer, case: Case, x: np.ndarray, dy: np.ndarray) -> Program:
-    """A layer of JAX at work on an input and a gradient of the output."""
+    """Makes the program of a JAX layer for an input and a gradient of the output."""
     activation = jax.nn.relu if case.relu and not layer.fused else lambda y: y
 
     def train(params: Any, state: Any, x: jax.Array, dy: jax.Array) -> Any:
@@ -65,6 +65,7 @@ def make_program(layer: Layer, case: Case, x: np.ndarray, dy: np.ndarray) -> Pro
             return activation(y), new_state
 
         y, pull, new_state = jax.vjp(forward, params, x, has_aux=True)
+        # The barrier makes the backward pass wait for the output, as in a network.
         y, dy = lax.optimization_barrier((y, dy))
         dparams, dx = pull(dy)
         return y, dx, dparams, new_state
@@ -78,8 +79,9 @@ def make_program(layer: Layer, case: Case, x: np.ndarray, dy: np.ndarray) -> Pro
     placed = [jnp.asarray(array, case.dtype) for array in arrays]
     leaves, structure = jax.tree.flatten((layer.params, layer.state, *placed))
 
+    # Flat lists of arrays, so that the time to flatten the pytrees of each library is not measured.
     @jax.jit
-    def call(*leaves: jax.Array) -> list[jax.Array]:  # a list, as to flatten the trees of each library takes its time
+    def call(*leaves: jax.Array) -> list[jax.Array]:
         return jax.tree.leaves((train if case.train else evaluate)(*jax.tree.unflatten(structure, leaves)))
 
     def results() -> tuple[np.ndarray, ...]:
@@ -135,7 +137,7 @@ def haiku(case: Case) -> Layer:
 
 
 def equinox(case: Case) -> Layer:
-    """equinox.nn.BatchNorm, in the mode that is not its old one and keeps running averages as the others do."""
+    """equinox.nn.BatchNorm with mode="ema", which updates running averages as the other libraries do."""
     import equinox as eqx
 
     layer, state = eqx.nn.make_with_state(eqx.nn.BatchNorm)(case.shape[-1], "batch", mode="ema", dtype=case.dtype)
@@ -150,12 +152,12 @@ def equinox(case: Case) -> Layer:
 
 
 def keras(case: Case) -> Layer:
-    """keras.layers.BatchNormalization on JAX, with the policy "mixed_bfloat16" for bfloat16."""
+    """keras.layers.BatchNormalization on JAX; uses the policy "mixed_bfloat16" for bfloat16."""
     os.environ.setdefault("KERAS_BACKEND", "jax")
     import keras
 
     if keras.backend.backend() != "jax":
-        raise ImportError("Keras runs on another backend than JAX; set KERAS_BACKEND=jax.")
+        raise ImportError("Keras does not use the JAX backend; set KERAS_BACKEND=jax.")
     policy = "mixed_bfloat16" if case.dtype == "bfloat16" else case.dtype
     layer = keras.layers.BatchNormalization(epsilon=1e-5, dtype=policy)
     layer.build(case.shape)
@@ -169,7 +171,7 @@ def keras(case: Case) -> Layer:
 
 def torch(case: Case, x: np.ndarray, dy: np.ndarray) -> Program:
     """torch.nn.BatchNorm1d or BatchNorm2d."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # or its threads take the cores even while they wait
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # by default, waiting OpenMP threads occupy the cores
     import torch
 
     device = "cpu" if jax.default_backend() == "cpu" else "cuda"
@@ -210,7 +212,7 @@ RELU = {"activation": jax.nn.relu}
 OURS, OURS_NNX = jaxbn.linen.BatchNorm, jaxbn.nnx.BatchNorm
 FLAX_FAST, FLAX_SAFE = "flax fast", "flax safe"
 
-# Layers of JAX; those of other packages by the name of the module that must be there.
+# JAX layers. Those of other packages have the name of the module to import.
 LAYERS: dict[str, Callable[[Case], Layer]] = {
     FLAX_FAST: linen,
     FLAX_SAFE: functools.partial(linen, use_fast_variance=False),
@@ -227,7 +229,7 @@ NAMES = [*LAYERS, "torch"]
 
 
 def program_of(name: str, case: Case, x: np.ndarray, dy: np.ndarray) -> Program | None:
-    """The program of a layer; None for a fused one where there is nothing to fuse.
+    """The program of a layer; None for a fused layer if the case has no ReLU.
 
     Raises:
         ImportError: If the package is not installed.

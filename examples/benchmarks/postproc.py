@@ -1,24 +1,24 @@
-"""What a statistics pass costs: `postproc` beside a bare forward pass, a Flax loop, and PyTorch, on this machine.
+"""Cost of a statistics pass: `postproc` compared with a forward pass, a Flax loop, and PyTorch, on this machine.
 
     python examples/benchmarks/postproc.py
 
-runs one small residual network (ten normalized layers) over the same batches in several ways:
+This runs a small residual network with ten BatchNorm layers over the same batches in several ways:
 
-    forward      the network in training mode, jitted, and nothing else
-    Flax loop    what users write today: the same, and `batch_stats` that move with every batch (momentum 0.99)
-    postproc     jaxbn.linen.postproc or jaxbn.nnx.postproc, from the call to the new statistics and the report
+    forward      the jitted network in training mode
+    Flax loop    the usual workaround in Flax: forward passes that update `batch_stats` (momentum 0.99)
+    postproc     jaxbn.linen.postproc or jaxbn.nnx.postproc, including installation and report
     update_bn    torch.optim.swa_utils.update_bn, if PyTorch is installed
-    fvcore       fvcore.nn.precise_bn.update_bn_stats, if fvcore is installed too
+    fvcore       fvcore.nn.precise_bn.update_bn_stats, if fvcore is also installed
 
-The first three run in linen and in NNX, with jaxbn's layers and with stock ones. In each round every program runs once,
-in one order and in the next round in the other, and only times of one round are divided by each other: what else the
-machine does then hits all alike. Times and ratios are medians over the rounds; the ratio decides whether a goal is met.
-CPU time is that of all threads of this process, which does not grow while other processes have the cores. The first
-batch, with tracing and compilation, is shown apart, and in none of the other numbers.
+The first three run in linen and in NNX, with jaxbn's and with Flax's layers. Each program runs once per round, in
+alternating order, and ratios only compare times of the same round, so that background load affects all programs alike.
+Times and ratios are medians over the rounds; the median ratio decides whether a goal is met. CPU time covers all
+threads of this process and does not include waiting for other processes. The first batch includes tracing and
+compilation; it is reported separately and excluded from all other numbers.
 
-The pass need not compute what comes after the last norm, which `forward` does. PyTorch runs as its users run it, not
-compiled, with channels last in memory as in JAX, which is faster. `--compiled` adds what XLA says that a batch costs,
-of a pass the step `postproc_step`; that is the same in every run.
+The pass skips the operations after the last norm, which `forward` computes. PyTorch runs in eager mode, the usual way,
+with the faster channels-last memory format. `--compiled` adds the cost per batch according to XLA (`postproc_step` for
+the pass), which is the same in every run.
 """
 
 import argparse
@@ -43,9 +43,9 @@ import jaxbn.nnx
 IMAGE, CLASSES = (32, 32, 3), 10
 FORWARD, LOOP, POSTPROC = "forward", "Flax loop", "postproc"
 TORCH, UPDATE_BN, FVCORE = "PyTorch", "update_bn", "fvcore"
-# The most that a pass should take, in multiples of another program on the same network.
+# The largest acceptable time of a pass, relative to another program on the same network.
 GOALS = {"jaxbn": {FORWARD: 1.05, LOOP: 1.0}, "stock": {FORWARD: 1.15, LOOP: 1.0}}
-HOSTS = {"both": ("linen", "NNX"), "linen": ("linen",), "nnx": ("NNX",)}
+APIS = {"both": ("linen", "NNX"), "linen": ("linen",), "nnx": ("NNX",)}
 
 Key = tuple[str, str]  # of a program: its network and its name
 Shape = tuple[int, int]  # of a network: the width of its first convolution, and the number of blocks
@@ -54,25 +54,25 @@ Shape = tuple[int, int]  # of a network: the width of its first convolution, and
 class Program(NamedTuple):
     """A way to run a network."""
 
-    run: Callable[[int], Any]  # over the first batches, as many as it is told; what it gives may be under way still
-    lower: Callable[[], Any] | None = None  # the step of a batch, to be compiled
+    run: Callable[[int], Any]  # takes a number of batches; the result may still be in progress
+    lower: Callable[[], Any] | None = None  # lowers the step of one batch
 
 
 class Found(NamedTuple):
-    """What was measured of a program."""
+    """The measurements of a program."""
 
     first: float  # seconds for its first batch, compilation included
     times: Times  # for all batches
 
 
 class Ratio(NamedTuple):
-    """A program in multiples of another, by the round."""
+    """The time of a program relative to another one, per round."""
 
     over: Key
     under: Key
     wall: np.ndarray  # [rounds]
     cpu: np.ndarray  # [rounds]
-    goal: float | None  # the most that it should be
+    goal: float | None  # the largest acceptable median
 
 
 def places(shape: Shape) -> Iterator[tuple[int, int, int]]:
@@ -144,7 +144,7 @@ def torch_net(torch: Any, shape: Shape) -> Any:
 
 
 def features_of(shape: Shape) -> int:
-    """What the linear layer takes."""
+    """The number of inputs of the linear layer."""
     return [features for _, features, _ in places(shape)][-1]
 
 
@@ -159,7 +159,7 @@ def linen_programs(norm: Callable[..., Any], shape: Shape, batches: list[jax.Arr
         return net.apply(variables, x, train=True, mutable=["batch_stats"])[0]
 
     @jax.jit
-    def move(params: Any, stats: Any, x: jax.Array) -> Any:
+    def update(params: Any, stats: Any, x: jax.Array) -> Any:
         _, updates = net.apply({"params": params, "batch_stats": stats}, x, train=True, mutable=["batch_stats"])
         return updates["batch_stats"]
 
@@ -167,7 +167,7 @@ def linen_programs(norm: Callable[..., Any], shape: Shape, batches: list[jax.Arr
         return net.apply(variables, x, train=False)
 
     def run_loop(count: int) -> Any:
-        return functools.reduce(functools.partial(move, params), batches[:count], stats)
+        return functools.reduce(functools.partial(update, params), batches[:count], stats)
 
     def run_postproc(count: int) -> None:
         jaxbn.linen.postproc(call, variables, batches[:count], progress=False)  # the report waits for the statistics
@@ -177,7 +177,7 @@ def linen_programs(norm: Callable[..., Any], shape: Shape, batches: list[jax.Arr
         FORWARD: Program(
             lambda count: [forward(variables, x) for x in batches[:count]], lambda: forward.lower(variables, example)
         ),
-        LOOP: Program(run_loop, lambda: move.lower(params, stats, example)),
+        LOOP: Program(run_loop, lambda: update.lower(params, stats, example)),
         POSTPROC: Program(run_postproc, lambda: lower(steps, example)),
     }
 
@@ -186,20 +186,20 @@ def nnx_programs(norm: Callable[..., Any], shape: Shape, batches: list[jax.Array
     """The programs of an NNX network."""
     model, example = NnxNet(norm, shape, nnx.Rngs(0)), batches[0]
     graphdef, state = nnx.split(model)
-    moving = nnx.clone(model)
+    updated = nnx.clone(model)
 
     @jax.jit
     def forward(state: Any, x: jax.Array) -> Any:
         return nnx.merge(graphdef, state)(x)
 
     @nnx.jit
-    def move(model: NnxNet, x: jax.Array) -> None:
+    def update(model: NnxNet, x: jax.Array) -> None:
         model(x)
 
     def run_loop(count: int) -> Any:
         for x in batches[:count]:
-            move(moving, x)
-        return nnx.state(moving)
+            update(updated, x)
+        return nnx.state(updated)
 
     def run_postproc(count: int) -> None:
         jaxbn.nnx.postproc(model, batches[:count], progress=False)  # the report waits for the statistics
@@ -209,14 +209,14 @@ def nnx_programs(norm: Callable[..., Any], shape: Shape, batches: list[jax.Array
         FORWARD: Program(
             lambda count: [forward(state, x) for x in batches[:count]], lambda: forward.lower(state, example)
         ),
-        LOOP: Program(run_loop, lambda: move.lower(moving, example)),
+        LOOP: Program(run_loop, lambda: update.lower(updated, example)),
         POSTPROC: Program(run_postproc, lambda: lower(steps, example)),
     }
 
 
 def torch_programs(shape: Shape, batches: list[jax.Array]) -> dict[str, Program]:
-    """The programs of PyTorch, as far as they are installed for the device that JAX has."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # or its threads take the cores even while they wait
+    """The programs of PyTorch that are installed for the device of JAX."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # by default, waiting OpenMP threads occupy the cores
     try:
         import torch
         from torch.optim.swa_utils import update_bn
@@ -250,33 +250,33 @@ def torch_programs(shape: Shape, batches: list[jax.Array]) -> dict[str, Program]
 
 
 def no_loss(outputs: jax.Array, batch: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Nothing is trained here."""
+    """A placeholder loss; this benchmark does not train."""
     del batch
     return outputs.sum(), {}
 
 
 def lower(steps: jaxbn.Steps, x: jax.Array) -> Any:
-    """The step of the pass, to be compiled."""
+    """Lowers one step of the statistics pass."""
     state = jax.eval_shape(steps.init, jax.random.key(0), x)
     return jax.jit(steps.postproc_step).lower(state, jax.eval_shape(steps.start, state, x), x)
 
 
 def make_programs(args: argparse.Namespace) -> dict[Key, Program]:
-    """All programs, over the same batches."""
+    """Makes all programs, over the same batches."""
     images = np.random.default_rng(0).normal(size=(args.batches, args.batch_size, *IMAGE)).astype(np.float32)
     batches, shape = [jnp.asarray(x) for x in images], (args.width, args.blocks)
     makers = {"linen": (linen_programs, jaxbn.linen, nn), "NNX": (nnx_programs, jaxbn.nnx, nnx)}
     networks = {}
-    for host in HOSTS[args.api]:
-        make, ours, stock = makers[host]
-        networks[f"{host}, jaxbn"] = make(ours.BatchNorm, shape, batches)
-        networks[f"{host}, stock"] = make(stock.BatchNorm, shape, batches)
+    for api in APIS[args.api]:
+        make, ours, stock = makers[api]
+        networks[f"{api}, jaxbn"] = make(ours.BatchNorm, shape, batches)
+        networks[f"{api}, stock"] = make(stock.BatchNorm, shape, batches)
     networks[TORCH] = torch_programs(shape, batches)
     return {(network, name): program for network, found in networks.items() for name, program in found.items()}
 
 
 def measure(programs: dict[Key, Program], args: argparse.Namespace) -> dict[Key, Found]:
-    """Runs every program for its first batch, once to warm up, and once in each round."""
+    """Runs every program for its first batch, once as a warm-up, and once per round."""
     runs = {key: functools.partial(program.run, args.batches) for key, program in programs.items()}
     first = {}
     for key in args.bar(list(runs), "Compiling"):
@@ -287,7 +287,7 @@ def measure(programs: dict[Key, Program], args: argparse.Namespace) -> dict[Key,
 
 
 def compare(found: dict[Key, Found]) -> list[Ratio]:
-    """Each pass over what it is compared with, where that was measured."""
+    """The ratios of each pass to the programs that it is compared with, as far as these were measured."""
     ratios = []
     for network, name in found:
         if name == POSTPROC:
@@ -304,7 +304,7 @@ def compare(found: dict[Key, Found]) -> list[Ratio]:
 
 
 def time_rows(found: dict[Key, Found], args: argparse.Namespace) -> Iterator[Sequence[str]]:
-    """Milliseconds for a batch."""
+    """Table rows: milliseconds per batch."""
     for (network, name), (first, times) in found.items():
         wall, cpu = (1000 * seconds / args.batches for seconds in times)
         yield network, name, f"{first:.1f}", f"{np.median(wall):.2f}", f"{np.median(cpu):.2f}"
@@ -314,7 +314,7 @@ def time_rows(found: dict[Key, Found], args: argparse.Namespace) -> Iterator[Seq
 
 
 def ratio_rows(ratios: list[Ratio]) -> Iterator[Sequence[str]]:
-    """Median, smallest and largest, and what the median should be, to the digits that are shown."""
+    """Table rows: median, minimum and maximum of each ratio, and whether the rounded median meets the goal."""
     for (network, over), (_, under), wall, cpu, goal in ratios:
         numbers = np.median(wall), wall.min(), wall.max(), np.median(cpu)
         verdict = "" if goal is None else f"{goal:.2f} {'met' if round(numbers[0], 2) <= goal else 'missed'}"
@@ -322,7 +322,7 @@ def ratio_rows(ratios: list[Ratio]) -> Iterator[Sequence[str]]:
 
 
 def cost_rows(programs: dict[Key, Program]) -> Iterator[Sequence[str]]:
-    """What XLA says of the step of a batch."""
+    """Table rows: the cost per batch according to XLA."""
     for (network, name), program in programs.items():
         if program.lower:
             compiled = program.lower().compile()
@@ -334,23 +334,23 @@ def cost_rows(programs: dict[Key, Program]) -> Iterator[Sequence[str]]:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Reads and checks the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--batches", type=int, default=50, help="in a pass (50)")
-    parser.add_argument("--batch-size", type=int, default=64, help="images in a batch (64)")
+    parser.add_argument("--batches", type=int, default=50, help="batches per pass (50)")
+    parser.add_argument("--batch-size", type=int, default=64, help="images per batch (64)")
     parser.add_argument("--width", type=int, default=16, help="features of the first convolution (16)")
-    parser.add_argument("--blocks", type=int, default=3, help="residual blocks, of three norms each (3)")
-    parser.add_argument("--repeats", type=int, default=10, help="rounds, in which every program runs once (10)")
-    parser.add_argument("--api", choices=HOSTS, default="both", help="of Flax (both)")
-    parser.add_argument("--compiled", action="store_true", help="show the compiled cost of a batch too")
+    parser.add_argument("--blocks", type=int, default=3, help="residual blocks with three norms each (3)")
+    parser.add_argument("--repeats", type=int, default=10, help="number of rounds (10)")
+    parser.add_argument("--api", choices=APIS, default="both", help="API of Flax (both)")
+    parser.add_argument("--compiled", action="store_true", help="also show the compiled cost per batch")
     add_progress_option(parser)
     args = parser.parse_args(argv)
     if min(args.batches, args.batch_size, args.width, args.blocks, args.repeats) < 1:
-        parser.error("all numbers must be 1 or more")
+        parser.error("all sizes and counts must be 1 or more")
     args.bar = bars(args)
     return args
 
 
 def main(argv: Sequence[str] | None = None) -> tuple[dict[Key, Found], list[Ratio]]:
-    """Runs the program; returns what it measured."""
+    """Runs the program; returns its measurements."""
     args, console = parse(argv), Console(highlight=False, markup=False)
     programs = make_programs(args)
     found = measure(programs, args)
@@ -358,10 +358,10 @@ def main(argv: Sequence[str] | None = None) -> tuple[dict[Key, Found], list[Rati
     size = f"{args.batches} batches of {args.batch_size} images, width {args.width}, {1 + 3 * args.blocks} norms"
     numbers = ["First batch (s)", "Per batch (ms)", "CPU (ms)"]
     console.print(table(size, ["Network", "Program"], numbers, time_rows(found, args)))
-    title, numbers = f"A pass over another program, {args.repeats} rounds", ["Ratio", "Min", "Max", "CPU", "Goal"]
+    title, numbers = f"Pass relative to other programs, {args.repeats} rounds", ["Ratio", "Min", "Max", "CPU", "Goal"]
     console.print(table(title, ["Pass", "Over"], numbers, ratio_rows(ratios)))
     if args.compiled:
-        title, numbers = "What XLA says of a batch", ["MFLOP", "MB accessed", "MB temporary"]
+        title, numbers = "Cost per batch according to XLA", ["MFLOP", "MB accessed", "MB temporary"]
         console.print(table(title, ["Network", "Program"], numbers, cost_rows(programs)))
     for name, package in ((UPDATE_BN, "torch"), (FVCORE, "fvcore")):
         if (TORCH, name) not in found:

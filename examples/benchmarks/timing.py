@@ -1,9 +1,9 @@
-"""What the benchmarks that time something share: rounds, intervals, tables, and what machine it was.
+"""Shared by the benchmarks that measure time: rounds, intervals, tables, and a description of the machine.
 
-In each round every program runs once, in one order and in the next round in the other, and only times of one round are
-divided by each other: what else the machine does then hits all alike. A ratio is the median over the rounds. Its 95 %
-interval is a bootstrap's: the rounds are drawn again, with replacement, and the middle 95 % of the medians are it. Over
-several cases ratios have a geometric mean, and the interval of it draws the rounds of each case again.
+Each program runs once per round, in alternating order, and ratios only compare times of the same round, so that
+background load affects all programs alike. A ratio is the median over the rounds, with a 95 % bootstrap interval: the
+rounds are resampled with replacement, and the interval contains the middle 95 % of the medians. Ratios of several cases
+are combined by the geometric mean; its interval resamples the rounds of each case.
 """
 
 import argparse
@@ -31,14 +31,14 @@ _Key = TypeVar("_Key", bound=Hashable)
 
 
 class Times(NamedTuple):
-    """Seconds of a program."""
+    """The run times of a program, in seconds."""
 
     wall: np.ndarray  # [rounds]
     cpu: np.ndarray  # [rounds]: of all threads of this process
 
 
 class Interval(NamedTuple):
-    """A number, and between which it lies."""
+    """A number with its interval."""
 
     value: float
     low: float
@@ -49,28 +49,28 @@ class Interval(NamedTuple):
 
 
 def clock(run: Callable[[], Any]) -> tuple[float, float]:
-    """Seconds until what a program gives is there, and seconds of CPU time."""
+    """Runs a program until its result is ready; returns wall time and CPU time in seconds."""
     wall, cpu = time.perf_counter(), time.process_time()
     jax.block_until_ready(run())
     return time.perf_counter() - wall, time.process_time() - cpu
 
 
 def take_turns(keys: Sequence[_Key], rounds: Iterable[int], measure: Callable[[_Key], Any]) -> dict[_Key, np.ndarray]:
-    """Measures everything once in each round, forwards and backwards in turn; what was found, [rounds, ...]."""
+    """Measures everything once per round, in alternating order; returns the measurements, [rounds, ...]."""
     found = [{key: measure(key) for key in (keys[::-1] if turn % 2 else keys)} for turn in rounds]
     return {key: np.array([measured[key] for measured in found]) for key in keys}
 
 
 def interleave(programs: Mapping[_Key, Callable[[], Any]], rounds: Iterable[int]) -> dict[_Key, Times]:
-    """Runs every program once in each round."""
+    """Times every program once per round."""
     found = take_turns(list(programs), rounds, lambda key: clock(programs[key]))
     return {key: Times(*seconds.T) for key, seconds in found.items()}
 
 
 def repeat(call: Callable[[], Any], count: int) -> Any:
-    """Calls a function of JAX so often, one call after the other.
+    """Calls a JAX function `count` times, one after the other.
 
-    A GPU works in order on what it is given. A CPU would run several calls at once, so that each is waited for.
+    A GPU runs calls in order. A CPU may run several calls at once, so the loop waits for each of them.
     """
     result = None
     for _ in range(count):
@@ -81,8 +81,8 @@ def repeat(call: Callable[[], Any], count: int) -> Any:
 
 
 def repeats_for(run: Callable[[int], Any], seconds: float) -> int:
-    """How often a program, which runs as often as it is told, is to run in one measurement to take so long."""
-    run(1)  # to warm up
+    """The number of runs per measurement, so that a measurement takes at least `seconds`."""
+    run(1)  # warm-up
     taken = min(clock(functools.partial(run, 1))[0] for _ in range(2))
     return max(1, math.ceil(seconds / taken))
 
@@ -102,16 +102,16 @@ def geometric_mean(ratios: Sequence[np.ndarray]) -> Interval:
 
 
 def copy_bandwidth(size: int = 1 << 28) -> float:
-    """Bytes that the device reads and writes in a second where it copies so many float32."""
+    """Bytes per second that the device reads and writes when it copies `size` float32 numbers."""
     x = jnp.ones(size, jnp.float32)
-    copy = jax.jit(lambda x: -x)  # a plain copy might not be made
+    copy = jax.jit(lambda x: -x)  # XLA might elide a plain copy
     run = functools.partial(repeat, functools.partial(copy, x), 10)
     jax.block_until_ready(run())
     return 10 * 2 * x.nbytes / min(clock(run)[0] for _ in range(5))
 
 
 def table(title: str, names: Sequence[str], numbers: Sequence[str], rows: Iterator[Sequence[str]]) -> Table:
-    """Names on the left, numbers on the right; where there are several names, a line where the first changes."""
+    """Makes a table of names and numbers. With several columns of names, a line separates changes of the first."""
     made, last = Table(*names, title=title), None
     for number in numbers:
         made.add_column(number, justify="right")
@@ -124,7 +124,7 @@ def table(title: str, names: Sequence[str], numbers: Sequence[str], rows: Iterat
 
 
 def machine() -> dict[str, Any]:
-    """Where and with what something was measured."""
+    """The machine and the package versions of a measurement."""
     found = {}
     for package in PACKAGES:
         try:
@@ -136,25 +136,25 @@ def machine() -> dict[str, Any]:
 
 
 def machine_line() -> str:
-    """The same for people."""
+    """The description of the machine in one line."""
     found = machine()
     versions = ", ".join(f"{package} {version}" for package, version in found["versions"].items())
     return f"{found['devices']} x {found['device']}, {found['CPU cores']} CPU cores; {versions}"
 
 
 def write_json(file: Path | None, results: Any) -> None:
-    """The results and the machine, where a file is asked for."""
+    """Writes the results and the description of the machine, if a file is given."""
     if file:
         file.write_text(json.dumps({"machine": machine(), "results": results}, indent=2) + "\n")
 
 
 def add_progress_option(parser: argparse.ArgumentParser) -> None:
-    """Which `bars` reads."""
+    """Adds the option that `bars` reads."""
     parser.add_argument("--no-progress", action="store_true", help="show no progress bars")
 
 
 def bars(args: argparse.Namespace) -> Callable[..., Iterable[Any]]:
-    """Shows how far work over a sequence is, if somebody looks."""
+    """A function that shows a progress bar over a sequence, if stderr is a terminal."""
     screen = Console(stderr=True)
     no_bars = args.no_progress or not screen.is_terminal
     return functools.partial(track, console=screen, transient=True, disable=no_bars)

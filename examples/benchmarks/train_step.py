@@ -1,19 +1,20 @@
-"""What a training step of a ResNet takes with each normalization, on the device that is there: time and memory.
+"""Time and memory of a ResNet training step with each normalization, on the local device.
 
     python examples/benchmarks/train_step.py
 
-trains ResNet-18 and ResNet-50 by gradient descent on images that it makes, without a norm, with Flax's layers and with
-jaxbn's: the networks and the norms of `compiled_cost.py`, of which "fused" has the ReLU and the sum of a block inside
-the layer. All take turns, for `--rounds` rounds; `timing.py` says what ratios and their 95 % intervals are. Printed are
+This trains ResNet-18 and ResNet-50 by gradient descent on generated images, without a norm, with Flax's layers and with
+jaxbn's. Networks and norms are those of `compiled_cost.py`; "fused" has the ReLU and the sum of a block inside the
+layer. The norms are timed in alternation for `--rounds` rounds; `timing.py` documents the ratios and their 95 %
+intervals. The columns are
 
-    ms            of a step
-    / flax        the same in multiples of Flax's layer as it comes; below 1 is faster
-    norm's share  how much of the step is the norm: what is left out of it without one
-    memory        the most that the device held during steps of a fresh process, where it counts that; else arguments,
-                  results and temporaries of the compiled step
+    ms            time of a step
+    / flax        ratio to Flax's default layer; below 1 is faster
+    norm's share  the share of the step that the norm takes: the saving if it is left out
+    GB            peak device memory during steps in a fresh process, if the device reports it; otherwise the sum of
+                  arguments, results and temporaries of the compiled step
 
-`--largest` also searches the largest batch that a step can be made with, where the device says how much memory it has.
-Images and networks are small on a CPU.
+`--largest` also searches for the largest batch that fits into memory, if the device reports its memory. Images and
+networks are small on a CPU.
 """
 
 import argparse
@@ -27,9 +28,9 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # or nothing is left for the processes of --largest
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leave memory for the processes of --largest
 
-import jax  # noqa: E402  it reads the setting when it starts, and so do the next that import it
+import jax  # noqa: E402  # JAX reads the setting on import, here and in the modules below
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 from compiled_cost import CLASSES, FLAX, FORMS, NO_NORM, BasicBlock, Block, train_program  # noqa: E402
@@ -54,7 +55,7 @@ NORMS = [NO_NORM, FLAX, "flax-safe", "flax-nnx", "jaxbn", "fused"]
 
 
 class Setting(NamedTuple):
-    """What is trained, but for the norm."""
+    """The network and data of a table, which all its norms share."""
 
     network: str
     dtype: str
@@ -67,15 +68,15 @@ SMALL, LARGE = {"size": 64, "width": 16, "batch": 32}, {"size": 224, "width": 64
 
 
 class Cost(NamedTuple):
-    """Of a step with one norm."""
+    """The cost of a step with one norm."""
 
     seconds: np.ndarray  # [rounds]
     memory: int  # bytes
-    largest: int | None  # batch
+    largest: int | None  # largest batch
 
 
 def values_like(shapes: Any) -> Any:
-    """Numbers to start from: kernels as He et al. would draw them, scales and variances 1, all else 0."""
+    """Initial values: He initialization for kernels, 1 for scales and variances, 0 for all others."""
     rng = np.random.default_rng(0)
 
     def start(path: Any, shape: jax.ShapeDtypeStruct) -> jax.Array:
@@ -87,7 +88,7 @@ def values_like(shapes: Any) -> Any:
 
 
 class Step:
-    """A training step that goes on from where it was."""
+    """A compiled training step with its variables."""
 
     def __init__(self, norm: str, setting: Setting):
         network = {"size": setting.size, "width": setting.width} | NETWORKS[setting.network]
@@ -102,7 +103,7 @@ class Step:
         self.compiled = jax.jit(program.run, donate_argnums=0).lower(self.variables, *self.data).compile()
 
     def run(self, count: int) -> jax.Array | None:
-        """So many steps; gives the loss of the last, which may be under way."""
+        """Takes `count` steps; returns the loss of the last one, without waiting for it."""
         loss = None
         for _ in range(count):
             self.variables, loss = self.compiled(self.variables, *self.data)
@@ -110,25 +111,25 @@ class Step:
 
     @property
     def memory(self) -> int:
-        """Bytes by the compiler's account."""
+        """Bytes according to the compiler."""
         found = self.compiled.memory_analysis()
         held = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
         return held + found.temp_size_in_bytes
 
 
 def memory_stats() -> dict[str, int]:
-    """What the device counts of its memory; nothing on a CPU."""
+    """The memory statistics of the device; empty on a CPU."""
     return jax.local_devices()[0].memory_stats() or {}
 
 
 def peak_memory(norm: str, setting: Setting) -> int:
-    """The most bytes that this process has held after three steps."""
+    """The peak memory of this process after three steps, in bytes."""
     jax.block_until_ready(Step(norm, setting).run(3))
     return memory_stats()["peak_bytes_in_use"]
 
 
 def fits(norm: str, setting: Setting, batch: int) -> bool:
-    """Whether there is memory for steps with this batch."""
+    """Whether steps with this batch fit into memory."""
     try:
         jax.block_until_ready(Step(norm, setting._replace(batch=batch)).run(2))
     except jax.errors.JaxRuntimeError as error:
@@ -139,7 +140,7 @@ def fits(norm: str, setting: Setting, batch: int) -> bool:
 
 
 def search_largest(fits: Callable[[int], bool], start: int) -> int:
-    """The largest batch that fits, to one in sixteen: doubled until one does not, then halving what is between."""
+    """The largest batch that fits, to a precision of 1/16: doubles until it does not fit, then bisects."""
     if not fits(start):
         return 0
     low = start
@@ -153,18 +154,18 @@ def search_largest(fits: Callable[[int], bool], start: int) -> int:
 
 
 def largest_batch(norm: str, setting: Setting) -> int:
-    """The largest batch with which a step can be made."""
+    """The largest batch that fits into memory."""
     return search_largest(functools.partial(fits, norm, setting), setting.batch)
 
 
 def apart(function: Callable[[str, Setting], int], norm: str, setting: Setting) -> int:
-    """Calls a function in a process of its own, whose memory nothing else has touched."""
+    """Calls a function in a fresh process, so that only its own memory counts."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
         return process.submit(function, norm, setting).result()
 
 
 def measure(setting: Setting, args: argparse.Namespace) -> dict[str, Cost]:
-    """Memory first, while this process holds none of it; then times, with all norms in turn."""
+    """Measures memory first, while this process holds none; then times all norms in alternation."""
     stats, largest, memory = memory_stats(), {}, {}
     for norm in args.bar(args.norms if stats else [], f"Memory of {setting.network}"):
         memory[norm] = apart(peak_memory, norm, setting)
@@ -181,13 +182,13 @@ def measure(setting: Setting, args: argparse.Namespace) -> dict[str, Cost]:
 
 
 def share_of_norm(bare: np.ndarray, seconds: np.ndarray) -> str:
-    """What of the time is not there without a norm, in percent."""
+    """The percentage of the step that is saved without a norm."""
     value, low, high = ratio(bare, seconds)
     return "{:.0f} % ({:.0f}-{:.0f})".format(*(100 * (1 - part) for part in Interval(value, high, low)))
 
 
 def rows(costs: dict[str, Cost], args: argparse.Namespace) -> Iterator[Sequence[str]]:
-    """One for each norm."""
+    """Table rows: one per norm."""
     bare, flax = costs.get(NO_NORM), costs.get(FLAX)
     for norm, (seconds, memory, largest) in costs.items():
         yield (
@@ -202,7 +203,7 @@ def rows(costs: dict[str, Cost], args: argparse.Namespace) -> Iterator[Sequence[
 
 
 def records(found: dict[Setting, dict[str, Cost]]) -> list[dict[str, Any]]:
-    """The same as JSON has it."""
+    """The costs in JSON format."""
     return [
         setting._asdict() | {"norm": norm} | cost._asdict() | {"seconds": cost.seconds.tolist()}
         for setting, costs in found.items()
@@ -220,35 +221,35 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     names = ", ".join(NETWORKS)
     parser.add_argument("--networks", choices=NETWORKS, default=list(NETWORKS), **several, help=names)
     parser.add_argument("--norms", choices=FORMS, default=NORMS, **several, help=", ".join(FORMS))
-    parser.add_argument("--dtype", choices=dtypes, default=[dtype], **several, help=f"of the activations ({dtype})")
-    parser.add_argument("--size", type=int, default=default["size"], help=f"of an image ({default['size']})")
+    parser.add_argument("--dtype", choices=dtypes, default=[dtype], **several, help=f"dtype of activations ({dtype})")
+    parser.add_argument("--size", type=int, default=default["size"], help=f"height and width ({default['size']})")
     parser.add_argument("--width", type=int, default=default["width"], help=f"first features ({default['width']})")
-    parser.add_argument("--batch", type=int, default=default["batch"], help=f"images in a batch ({default['batch']})")
-    parser.add_argument("--rounds", type=int, default=10, help="in which every norm runs once (10)")
-    parser.add_argument("--seconds", type=float, default=0.1, help="that a norm runs for in a round, at least (0.1)")
-    parser.add_argument("--largest", action="store_true", help="search the largest batch; takes long")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there")
+    parser.add_argument("--batch", type=int, default=default["batch"], help=f"images per batch ({default['batch']})")
+    parser.add_argument("--rounds", type=int, default=10, help="number of rounds (10)")
+    parser.add_argument("--seconds", type=float, default=0.1, help="minimal time of a norm per round (0.1)")
+    parser.add_argument("--largest", action="store_true", help="search for the largest batch; slow")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers to this file")
     add_progress_option(parser)
     args = parser.parse_args(argv)
     if min(args.size, args.width, args.batch, args.rounds) < 1:
-        parser.error("all numbers must be 1 or more")
+        parser.error("--size, --width, --batch and --rounds must be 1 or more")
     args.bar = bars(args)
     return args
 
 
 def share_compiled(folder: str) -> None:
-    """What one process has compiled the others read, unless they do already."""
+    """Lets all processes share one compilation cache, unless the user has configured one."""
     if not jax.config.jax_compilation_cache_dir:
         os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
         jax.config.update("jax_compilation_cache_dir", folder)
 
 
 def main(argv: Sequence[str] | None = None) -> dict[Setting, dict[str, Cost]]:
-    """Runs the program; returns what it measured."""
+    """Runs the program; returns its measurements."""
     args, console = parse(argv), Console(highlight=False, markup=False)
     stats, found = memory_stats(), {}
     if args.largest and "bytes_limit" not in stats:
-        console.print("The largest batch is skipped: this device does not say how much memory it has.")
+        console.print("--largest is skipped: this device does not report its memory.")
         args.largest = False
     with tempfile.TemporaryDirectory() as folder:
         if stats:
@@ -259,7 +260,7 @@ def main(argv: Sequence[str] | None = None) -> dict[Setting, dict[str, Cost]]:
             title = f"{network}, width {args.width}, {dtype}, {args.batch} images {args.size} x {args.size}"
             numbers = ["ms", "/ flax", "norm's share", "GB", "/ flax"] + ["largest batch"] * args.largest
             console.print(table(title, ["Norm"], numbers, rows(found[setting], args)))
-    console.print("Memory is " + ("what the device counted." if stats else "that of the compiled step."))
+    console.print("GB: " + ("peak memory of the device." if stats else "memory of the compiled step."))
     console.print(machine_line())
     write_json(args.json, records(found))
     return found

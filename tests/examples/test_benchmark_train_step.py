@@ -52,7 +52,7 @@ def test_every_norm_is_measured(train_step, run, tmp_path):
     rows = cells(lines)
     assert [row[0] for row in rows] == train_step.NORMS
     assert rows[0][3] == "-" and rows[1][2] == "1.00 (1.00-1.00)"
-    assert lines[0] == "The largest batch is skipped: this device does not say how much memory it has."
+    assert lines[0] == "--largest is skipped: this device does not report its memory."
     assert [record["norm"] for record in json.loads(file.read_text())["results"]] == train_step.NORMS
 
 
@@ -70,7 +70,7 @@ def test_a_device_that_counts_its_memory_is_believed(train_step, run, monkeypatc
     # A row goes on in a second line where the share of the norm, which is mostly noise here, is a long text.
     rows = [row[4:] for row in cells(lines) if row[0]]
     assert rows == [["3.00", "1.00", "96"]] * 2
-    assert "Memory is what the device counted." in lines
+    assert "GB: peak memory of the device." in lines
 
 
 @pytest.mark.slow
