@@ -151,6 +151,23 @@ def of_einsum(ndim: int, equation: str) -> Linear:
     return Linear(inputs, outputs, uneven=uneven)
 
 
+def of_flax(kind: str, layer: Any, ndim: int, equation: str | None) -> Linear:
+    """Of a linear layer of linen or NNX; the kind is the name of the linen class."""
+    if kind == "Conv":
+        groups, masked = layer.feature_group_count, layer.mask is not None
+        options = {"padding": layer.padding, "input_dilation": layer.input_dilation}
+        return of_conv(ndim, layer.kernel_size, groups=groups, masked=masked, **options)
+    if kind == "ConvTranspose":
+        return of_conv_transpose(ndim, layer.kernel_size, transpose_kernel=layer.transpose_kernel)
+    if kind == "Einsum":
+        return of_einsum(ndim, equation or layer.einsum_str)
+    features = layer.features if hasattr(layer, "features") else layer.out_features
+    if kind == "Dense":
+        return of_dense(ndim, -1, (), features)
+    batch_axes = layer.batch_dims if hasattr(layer, "batch_dims") else tuple(layer.batch_axis)
+    return of_dense(ndim, layer.axis, batch_axes, features)
+
+
 _UNUSED = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 

@@ -13,15 +13,16 @@ from flax import nnx
 from flax.linen.dtypes import promote_dtype
 
 from jaxbn._src.framework.framework import Call
-from jaxbn._src.framework.method import as_affine, loaded
+from jaxbn._src.framework.method import loaded
 from jaxbn._src.framework.norm_layer import call_arguments, evaluating_method
 from jaxbn._src.framework.registry import Registered
 from jaxbn._src.framework.unknown_layers import Watch
 from jaxbn._src.inference import fold_arithmetic as _fold_arithmetic
 from jaxbn._src.inference import fold_plan as _fold_plan
 from jaxbn._src.inference.fold_check import checked_report
-from jaxbn._src.inference.fold_plan import Layer, Tag
+from jaxbn._src.inference.fold_plan import Layer
 from jaxbn._src.inference.fold_report import FoldReport
+from jaxbn._src.inference.fold_tags import called_linear, called_norm, tag_call
 from jaxbn._src.inference.frozen import Frozen
 from jaxbn._src.linen.capture import is_call_of_layer, statistics_of
 from jaxbn._src.linen.kernels import MapKernel
@@ -32,9 +33,10 @@ from jaxbn._src.tracing import dataflow as _dataflow
 from jaxbn._src.tracing.harvest import over_arrays
 
 _MARKS, _MARK = "jaxbn_fold", "mark"
-_LINEAR_CALLS = {
-    inspect.unwrap(cls.__call__) for cls in (nn.Conv, nn.ConvTranspose, nn.Dense, nn.DenseGeneral, nn.Einsum)
+_LINEAR: dict[Any, str] = {
+    cls: cls.__name__ for cls in (nn.Conv, nn.ConvTranspose, nn.Dense, nn.DenseGeneral, nn.Einsum)
 }
+_LINEAR_CALLS = {inspect.unwrap(cls.__call__) for cls in _LINEAR}
 # Fields by which a layer may compute with something else than Flax does.
 _OWN = "conv_general_dilated conv_general_dilated_cls dot_general dot_general_cls".split()
 
@@ -139,18 +141,24 @@ def _follow(call: Call, variables: dict[str, Any], example: Any) -> _Found:
         mark = module.get_variable(_MARKS, _MARK)
         path = "/".join(module.path) if mark is None else mark.path
         name = "inputs" if (registered := known(module)) is None else registered.input_name
-        x = args[0] if args else kwargs[name]
-        tagged = _dataflow.tag(x, Tag(path, "input", mark is not None))
-        args, kwargs = ((tagged, *args[1:]), kwargs) if args else ((), kwargs | {name: tagged})
-        for variable in jax.tree.leaves([module.variables.get(part, {}) for part in ("params", STATISTICS)]):
-            _dataflow.tag(variable, Tag(path, "variable"))
-        y = _called(next_call, args, kwargs, module)
-        if mark is not None and is_norm:
-            watch.serve(path)
-            norms[path] = _norm(module, _at(variables, path), y, *args, **kwargs)
-        elif mark is not None:
-            layers[path] = _layer(module, _at(variables, path), *args, **kwargs)
-        return _dataflow.tag(y, Tag(path, "output", mark is not None))
+
+        def record(y: jax.Array, *args: Any, **kwargs: Any) -> None:
+            if is_norm:
+                watch.serve(path)
+                norms[path] = _norm(module, _at(variables, path), y, *args, **kwargs)
+            else:
+                layers[path] = _layer(module, _at(variables, path), *args, **kwargs)
+
+        return tag_call(
+            path,
+            lambda *args, **kwargs: _called(next_call, args, kwargs, module),
+            args,
+            kwargs,
+            input_name=name,
+            variables=jax.tree.leaves([module.variables.get(part, {}) for part in ("params", STATISTICS)]),
+            record=record,
+            own=mark is not None,
+        )
 
     def run(variables: Any, inputs: Any) -> Any:
         with watch, nn.intercept_methods(intercept):
@@ -201,50 +209,18 @@ def _norm(
     module: Any, variables: dict[str, dict[str, Any]], y: jax.Array, *args: Any, **kwargs: Any
 ) -> _fold_plan.Norm:
     layer, found = as_norm(module, args, kwargs), in_flax_names(cast(Registered, known(module)), variables)
-    x, _, residual, where = call_arguments(layer, args, kwargs)
-    refusal = _fold_plan.MOVES if not evaluates(module, args, kwargs) else _fold_plan.DOMAINS if where else None
-    transform = as_affine(evaluating_method(layer))
-    return _fold_plan.Norm(
-        transform,
-        *loaded(transform, found.get("params", {}), found[STATISTICS]),
-        axis=layer.axis,
-        ndim=x.ndim,
-        dtypes=(x.dtype, y.dtype),
-        bare=residual is None and getattr(layer, "activation", None) is None,
-        refusal=refusal,
-    )
+    params, state = loaded(evaluating_method(layer)(), found.get("params", {}), found[STATISTICS])
+    refusal = None if evaluates(module, args, kwargs) else _fold_plan.MOVES
+    return called_norm(layer, params, state, call_arguments(layer, args, kwargs), y, refusal)
 
 
-def _layer(module: Any, variables: dict[str, dict[str, Any]], inputs: Any, *args: Any, **kwargs: Any) -> Layer:
+def _layer(module: Any, variables: dict[str, dict[str, Any]], *args: Any, **kwargs: Any) -> Layer:
     params, own = variables["params"], [name for name in _OWN if getattr(module, name, None) is not None]
-    mapped = isinstance(module.promote_dtype, MapKernel)
-    if not mapped and module.promote_dtype is not promote_dtype:
+    map_kernel = module.promote_dtype.function if isinstance(module.promote_dtype, MapKernel) else None
+    if map_kernel is None and module.promote_dtype is not promote_dtype:
         own.append("promote_dtype")
-    linear = _linear(module, inputs.ndim, *args, **kwargs)
-    unknown = None if linear else f"is a {type(module).__name__}, which fold does not know"
-    return Layer(
-        linear,
-        _fold_arithmetic.Weights(params["kernel"], params.get("bias")),
-        f"computes with a {own[0]} of its own" if own else unknown,
-        module.promote_dtype.function if mapped else None,
-    )
-
-
-def _linear(module: Any, ndim: int, equation: str | None = None, *, einsum_str: str | None = None) -> Any:
-    """How the layer lies; None for subclasses, which may do anything."""
-    if type(module) is nn.Conv:
-        groups, masked = module.feature_group_count, module.mask is not None
-        options = {"padding": module.padding, "input_dilation": module.input_dilation}
-        return _fold_arithmetic.of_conv(ndim, module.kernel_size, groups=groups, masked=masked, **options)
-    if type(module) is nn.ConvTranspose:
-        return _fold_arithmetic.of_conv_transpose(ndim, module.kernel_size, transpose_kernel=module.transpose_kernel)
-    if type(module) is nn.Dense:
-        return _fold_arithmetic.of_dense(ndim, -1, (), module.features)
-    if type(module) is nn.DenseGeneral:
-        return _fold_arithmetic.of_dense(ndim, module.axis, module.batch_dims, module.features)
-    if type(module) is nn.Einsum:
-        return _fold_arithmetic.of_einsum(ndim, equation or einsum_str or module.einsum_str or "")
-    return None
+    weights = _fold_arithmetic.Weights(params["kernel"], params.get("bias"))
+    return called_linear(module, _LINEAR.get(type(module)), weights, own, map_kernel, *args, **kwargs)
 
 
 def _write(variables: dict[str, Any], plan: _fold_plan.Plan, layers: Mapping[str, Layer]) -> dict[str, Any]:

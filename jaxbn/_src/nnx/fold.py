@@ -11,13 +11,13 @@ from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype
 
 from jaxbn._src.framework.framework import Call
-from jaxbn._src.framework.method import as_affine
-from jaxbn._src.framework.norm_layer import call_arguments, evaluating_method, flax_arguments
+from jaxbn._src.framework.norm_layer import call_arguments, flax_arguments
 from jaxbn._src.inference import fold_arithmetic as _fold_arithmetic
 from jaxbn._src.inference import fold_plan as _fold_plan
 from jaxbn._src.inference.fold_check import checked_report
-from jaxbn._src.inference.fold_plan import Layer, Tag
+from jaxbn._src.inference.fold_plan import Layer
 from jaxbn._src.inference.fold_report import FoldReport
+from jaxbn._src.inference.fold_tags import called_linear, called_norm, tag_call
 from jaxbn._src.methods.protocol import NormParams
 from jaxbn._src.nnx.capture import (
     check_model,
@@ -34,7 +34,13 @@ from jaxbn._src.tracing.harvest import over_arrays
 
 Model = TypeVar("Model")
 
-_LINEAR = (nnx.Conv, nnx.ConvTranspose, nnx.Linear, nnx.LinearGeneral, nnx.Einsum)
+_LINEAR: dict[Any, str] = {
+    nnx.Conv: "Conv",
+    nnx.ConvTranspose: "ConvTranspose",
+    nnx.Linear: "Dense",
+    nnx.LinearGeneral: "DenseGeneral",
+    nnx.Einsum: "Einsum",
+}
 # Arguments by which a layer may compute with something else than Flax does.
 _OWN = "conv_general_dilated dot_general dot_general_cls einsum_op promote_dtype".split()
 
@@ -113,7 +119,7 @@ class _Found:
 
     def record(self, path: str, y: jax.Array, *args: Any, **kwargs: Any) -> None:
         module = self.modules[path]
-        if isinstance(module, _LINEAR):
+        if isinstance(module, tuple(_LINEAR)):
             self.layers[path] = _layer(module, *args, **kwargs)
         else:
             self.norms[path] = _norm(module, y, *args, **kwargs)
@@ -126,7 +132,7 @@ def _modules_of(model: Any) -> dict[str, Any]:
 
 def _is_followed(module: Any) -> bool:
     is_norm = known(module) is not None and not isinstance(module, nnx.bridge.ToNNX)
-    return is_norm or isinstance(module, _LINEAR)
+    return is_norm or isinstance(module, tuple(_LINEAR))
 
 
 def _joined(path: Any) -> str:
@@ -137,8 +143,9 @@ def _follow(call: Call, model: Any, example: Any) -> _Found:
     """Runs a copy of the model with tags, for shapes alone."""
     found, copy = _Found(model), nnx.clone(model)
     for path, module in _modules_of(copy).items():
-        if isinstance(module, _LINEAR):
-            set_class(module, _tagged_linear(type(module)))
+        if isinstance(module, tuple(_LINEAR)):
+            cls: Any = type(module)
+            set_class(module, _tagged_linear(cls))
         else:
             set_call(module, _tagged_norm)
         module.jaxbn_fold = nnx.static((path, weakref.ref(found)))  # programs keep their keys, and must not keep arrays
@@ -171,14 +178,9 @@ def _values_of(model: Any, by_place: dict[str, _dataflow.Value]) -> dict[str, li
 def _tagged(module: Any, call: Callable[..., Any], name: str, *args: Any, **kwargs: Any) -> Any:
     """The call of a module of the copy."""
     path, found = module.jaxbn_fold[0], module.jaxbn_fold[1]()
-    tagged = _dataflow.tag(args[0] if args else kwargs[name], Tag(path, "input"))
-    args, kwargs = ((tagged, *args[1:]), kwargs) if args else ((), kwargs | {name: tagged})
-    for variable in vars(module).values():
-        if isinstance(variable, nnx.Variable):
-            _dataflow.tag(variable[...], Tag(path, "variable"))
-    y = call(*args, **kwargs)
-    found.record(path, y, *args, **kwargs)
-    return _dataflow.tag(y, Tag(path, "output"))
+    variables = [variable[...] for variable in vars(module).values() if isinstance(variable, nnx.Variable)]
+    record = functools.partial(found.record, path)
+    return tag_call(path, call, args, kwargs, input_name=name, variables=variables, record=record)
 
 
 def _tagged_norm(module: Any, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -200,53 +202,24 @@ def _tagged_linear(cls: Any) -> type:
 def _norm(module: Any, y: jax.Array, *args: Any, **kwargs: Any) -> _fold_plan.Norm:
     layer, registered = as_norm(module, args, kwargs), known(module)
     assert registered is not None
-    x, _, residual, where = call_arguments(layer, args, kwargs)
     cls: Any = type(module).__bases__[0] if is_frozen(module) else type(module)
-    refusal = _fold_plan.DOMAINS if where else None
+    refusal = None
     if not (is_frozen(module) or registered.evaluates(module, args, kwargs)):
         refusal = _fold_plan.MOVES
     elif not has_plain_call(module, cls):
         refusal = f"it is a {cls.__name__}, whose call is its own"
-    return _fold_plan.Norm(
-        as_affine(evaluating_method(layer)),
-        layer.params if isinstance(layer, Norm) else NormParams(*(p and p[...] for p in (layer.scale, layer.bias))),
-        state_of(module),
-        axis=layer.axis,
-        ndim=x.ndim,
-        dtypes=(x.dtype, y.dtype),
-        bare=residual is None and getattr(layer, "activation", None) is None,
-        refusal=refusal,
-    )
+    params = layer.params if isinstance(layer, Norm) else NormParams(*(p and p[...] for p in (layer.scale, layer.bias)))
+    return called_norm(layer, params, state_of(module), call_arguments(layer, args, kwargs), y, refusal)
 
 
-def _layer(module: Any, inputs: Any, *args: Any, **kwargs: Any) -> Layer:
+def _layer(module: Any, *args: Any, **kwargs: Any) -> Layer:
     defaults = inspect.signature(type(module).__init__).parameters
-    mapped = isinstance(module.promote_dtype, MapKernel)
     own = [n for n in _OWN if n in defaults and getattr(module, n) is not defaults[n].default]
-    linear = _linear(module, inputs.ndim, *args, **kwargs)
-    refusal = None if linear else f"is a {type(module).__name__}, which fold does not know"
-    if linear and own != ["promote_dtype"] * mapped:
-        refusal = f"computes with a {own[0]} of its own"
-    bias = None if module.bias is None else module.bias[...]
-    map_kernel = module.promote_dtype.function if mapped else None
-    return Layer(linear, _fold_arithmetic.Weights(module.kernel[...], bias), refusal, map_kernel)
-
-
-def _linear(module: Any, ndim: int, equation: str | None = None, *, einsum_str: str | None = None, **_: Any) -> Any:
-    """How the layer lies; None for subclasses, which may do anything."""
-    if type(module) is nnx.Conv:
-        groups, masked = module.feature_group_count, module.mask is not None
-        options = {"padding": module.padding, "input_dilation": module.input_dilation}
-        return _fold_arithmetic.of_conv(ndim, module.kernel_size, groups=groups, masked=masked, **options)
-    if type(module) is nnx.ConvTranspose:
-        return _fold_arithmetic.of_conv_transpose(ndim, module.kernel_size, transpose_kernel=module.transpose_kernel)
-    if type(module) is nnx.Linear:
-        return _fold_arithmetic.of_dense(ndim, -1, (), module.out_features)
-    if type(module) is nnx.LinearGeneral:
-        return _fold_arithmetic.of_dense(ndim, module.axis, tuple(module.batch_axis), module.out_features)
-    if type(module) is nnx.Einsum:
-        return _fold_arithmetic.of_einsum(ndim, equation or einsum_str or module.einsum_str)
-    return None
+    map_kernel = module.promote_dtype.function if isinstance(module.promote_dtype, MapKernel) else None
+    if map_kernel is not None:
+        own.remove("promote_dtype")
+    weights = _fold_arithmetic.Weights(module.kernel[...], None if module.bias is None else module.bias[...])
+    return called_linear(module, _LINEAR.get(type(module)), weights, own, map_kernel, *args, **kwargs)
 
 
 def _edit(model: Any, plan: _fold_plan.Plan, found: _Found) -> None:

@@ -1,0 +1,100 @@
+"""Calls of normalizations and linear layers as `fold_plan` needs them, for any framework."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+
+from jaxbn._src.framework.method import as_affine
+from jaxbn._src.framework.norm_layer import CallArguments, evaluating_method
+from jaxbn._src.inference import fold_arithmetic as _fold_arithmetic
+from jaxbn._src.inference.fold_plan import DOMAINS, Layer, Norm, Tag
+from jaxbn._src.methods.protocol import State
+from jaxbn._src.tracing import dataflow as _dataflow
+
+
+def tag_call(
+    path: str,
+    call: Callable[..., jax.Array],
+    args: Any,
+    kwargs: Any,
+    *,
+    input_name: str,
+    variables: Iterable[Any],
+    record: Callable[..., None],
+    own: bool = True,
+) -> jax.Array:
+    """Runs the call of a layer with tags on its input, its variables and its output.
+
+    Args:
+        path: The path of the layer.
+        call: The call.
+        args: Its arguments.
+        kwargs: Its arguments.
+        input_name: The name of its first argument.
+        variables: The arrays that the layer holds.
+        record: `(y, *args, **kwargs)`, called for layers of this model.
+        own: Whether the layer belongs to this model.
+
+    Returns:
+        The output.
+    """
+    x = _dataflow.tag(args[0] if args else kwargs[input_name], Tag(path, "input", own))
+    args, kwargs = ((x, *args[1:]), kwargs) if args else ((), kwargs | {input_name: x})
+    for variable in variables:
+        _dataflow.tag(variable, Tag(path, "variable"))
+    y = call(*args, **kwargs)
+    if own:
+        record(y, *args, **kwargs)
+    return _dataflow.tag(y, Tag(path, "output", own))
+
+
+def called_norm(
+    layer: Any, params: Any, state: State, arguments: CallArguments, y: jax.Array, refusal: str | None
+) -> Norm:
+    """A normalization in a call with these arguments and this output; `refusal` says why it cannot be folded."""
+    x, _, residual, where = arguments
+    return Norm(
+        as_affine(evaluating_method(layer)),
+        params,
+        state,
+        axis=layer.axis,
+        ndim=x.ndim,
+        dtypes=(x.dtype, y.dtype),
+        bare=residual is None and getattr(layer, "activation", None) is None,
+        refusal=refusal or (DOMAINS if where else None),
+    )
+
+
+def called_linear(
+    module: Any,
+    kind: str | None,
+    weights: _fold_arithmetic.Weights,
+    own: Sequence[str],
+    map_kernel: Callable[[jax.Array], jax.Array] | None,
+    inputs: Any,
+    equation: str | None = None,
+    *,
+    einsum_str: str | None = None,
+    **_: Any,
+) -> Layer:
+    """A linear layer of Flax in a call.
+
+    Args:
+        module: The layer.
+        kind: What it computes, as in `fold_arithmetic.of_flax`; None: not known, as of a subclass.
+        weights: Its kernel and bias.
+        own: The options by which it computes with functions of the user.
+        map_kernel: The function that it applies to its kernel, if it has one.
+        inputs: The input.
+        equation: An argument of the call of `Einsum`.
+        einsum_str: Another name of that.
+
+    Returns:
+        The layer.
+    """
+    refusal = f"computes with a {own[0]} of its own" if own else None
+    if kind is None:
+        return Layer(None, weights, refusal or f"is a {type(module).__name__}, which fold does not know", map_kernel)
+    linear = _fold_arithmetic.of_flax(kind, module, inputs.ndim, equation or einsum_str)
+    return Layer(linear, weights, refusal, map_kernel)
