@@ -374,7 +374,7 @@ def test_what_is_said_of_a_class_is_checked():
         register(UnknownLinen, evaluation={"train": False})
     with pytest.raises(ValueError, match="no field 'epsilon'"):
         register(UnknownLinen, evaluation={"training": False}, axis=-1)
-    with pytest.raises(ValueError, match="registered already, and otherwise"):
+    with pytest.raises(ValueError, match="is already registered with other arguments"):
         register(Copied, evaluation={"training": False}, epsilon=1e-5)
     assert register(Copied, evaluation={"training": False}) is Copied
 

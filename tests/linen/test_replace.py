@@ -235,5 +235,5 @@ def test_what_cannot_be_replaced_is_said(x):
         with pytest.raises(TypeError, match="give one such as BatchRenorm"):
             replace(net, wrong)
     inside = jaxbn.linen.BatchNorm(use_running_average=True, activation=nn.relu)
-    with pytest.raises(ValueError, match="has its activation inside"):
+    with pytest.raises(ValueError, match="has an activation, which the new layer"):
         replace(inside, nn.BatchNorm).init(KEY, x)

@@ -91,5 +91,5 @@ def test_what_cannot_be_replaced_is_said():
         replace(norm, BatchRenorm, "conv")
     with pytest.raises(TypeError, match="give one such as BatchRenorm"):
         replace(norm, nnx.Linear)
-    with pytest.raises(ValueError, match="has its activation inside"):
+    with pytest.raises(ValueError, match="has an activation, which the new layer"):
         replace(jaxbn.nnx.BatchNorm(2, activation=nnx.relu, rngs=nnx.Rngs(0)), nnx.BatchNorm)

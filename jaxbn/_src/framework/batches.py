@@ -1,4 +1,4 @@
-"""What a batch may hold."""
+"""Validation of batches."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from jaxbn._src import internals as _internals
 
 
 def check_batch(batch: Any, number: int) -> None:
-    """Raises a TypeError that names the first leaf of a batch which is no array and no number."""
+    """Raises a TypeError that names the first leaf of a batch that is neither an array nor a number."""
     for path, leaf in jax.tree.leaves_with_path(batch):
         if isinstance(leaf, bool | int | float | complex) or _internals.is_array_of_jax(leaf):
             continue

@@ -1,4 +1,4 @@
-"""Other normalization layers in the place of those of a model: their arguments and their variables."""
+"""Replacement of normalization layers: the arguments and the variables of the new layers."""
 
 import functools
 from collections.abc import Container, Iterable, Mapping
@@ -11,29 +11,29 @@ from jaxbn._src.framework.layers import POPULATION
 
 
 def as_partial(layer: Any, kinds: tuple[type, ...]) -> functools.partial[Any]:
-    """A class of layers of one of these kinds, with the arguments that it was given; else a TypeError."""
+    """The class of layers as a partial; a TypeError if it is not a subclass of one of these."""
     bound = functools.partial(layer) if callable(layer) else None
     if bound is None or not isinstance(bound.func, type) or not issubclass(bound.func, kinds):
         raise TypeError(
-            f"layer={layer!r} is no class of normalization layers: give one such as BatchRenorm, or a "
+            f"layer={layer!r} is not a class of normalization layers: pass one such as BatchRenorm, or a "
             f"functools.partial of one."
         )
     return bound
 
 
 def carried(path: str, old: Any, names: Iterable[str], given: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of the layer that takes the place of the one at `path`: those given, and else those of the old.
+    """The arguments of the layer that replaces the one at `path`: those given, and else the attributes of the old one.
 
-    `names` are those that it takes; the attributes of the old layer have the same.
+    `names` are the arguments that the new layer takes.
     """
     names = set(names)
     if getattr(old, "activation", None) is not None and "activation" not in names:
-        raise ValueError(f"{path!r} has its activation inside, and the layer in its place cannot. Leave it out.")
+        raise ValueError(f"{path!r} has an activation, which the new layer does not support. Exclude it with paths=.")
     return {name: getattr(old, name) for name in names if hasattr(old, name)} | dict(given)
 
 
 def fitting(path: str, given: Any, like: jax.Array, *, copies: bool) -> jax.Array:
-    """A value of another model in the shape and dtype that it has in this one; for `copies`, one for each domain."""
+    """A value of another model in the shape and dtype of this one; with `copies` it may be copied for each domain."""
     value = jnp.asarray(given, like.dtype)
     if copies and value.shape != like.shape and value.shape == like.shape[1:]:
         return jnp.broadcast_to(value, like.shape)
@@ -43,9 +43,9 @@ def fitting(path: str, given: Any, like: jax.Array, *, copies: bool) -> jax.Arra
 
 
 def takes_over(name: str, old: Container[str], new: Container[str]) -> bool:
-    """Whether a layer with the statistics `new` goes on with this one of a layer with the statistics `old`.
+    """Whether a layer with the statistics `new` takes over this statistic of a layer with the statistics `old`.
 
-    What counts the batches in a window starts with the window.
+    Counters of the batches in a window start together with the window.
     """
     starts = "square_window" in new and "square_window" not in old
     return name in POPULATION or name == "count" or not starts

@@ -1,4 +1,4 @@
-"""Which method a layer has, where the variables do not tell: keys of moments that know it, or names of statistics."""
+"""The method of a layer whose variables do not tell it: from the keys of moments, or from the names of statistics."""
 
 import dataclasses
 import functools
@@ -21,13 +21,12 @@ from jaxbn._src.methods.moving_average_batch_norm import MovingAverageBatchNormS
 from jaxbn._src.methods.protocol import NormTransform, State
 from jaxbn._src.numerics.moments import Moments
 
-# Methods that install statistics alike whatever their arguments are, and that are known by the names of those.
+# Methods that install statistics in the same way whatever their arguments are; the names of the statistics tell them.
 _OURS = frozenset("batch_norm batch_renorm domain_batch_norm ghost_batch_norm moving_average_batch_norm".split())
 
 
-# Installs means and variances as they are, as those from before a pass are put back, whatever the layer's method is.
 def _as_they_are() -> NormTransform[Any, Any]:
-    """Batch norm whose `postproc` writes what it is given, NaN too."""
+    """Batch norm whose `postproc` writes its moments unchanged, NaN included, to restore earlier statistics."""
 
     def postproc(state: State, moments: Moments) -> State:
         seen, (mean, var) = moments.count > 0, (state.mean, state.var)
@@ -49,14 +48,14 @@ def is_put_back(path: str) -> bool:
 
 
 class LayerPath(str):
-    """The path of a layer, as a key of moments, that knows the method of the layer.
+    """The path of a layer as a key of moments, with the method of the layer.
 
-    Variables of linen do not tell by which method they are used, so what is measured says it. It equals the plain path,
-    and survives whatever keeps the keys of a dict: jit, `jax.tree.map`, comprehensions. Pickled, it knows the name of
-    the method alone.
+    The variables of a linen model do not tell the method of a layer, so the keys of its moments do. A `LayerPath`
+    equals the plain path, and survives everything that keeps the keys of a dict: jit, `jax.tree.map`, comprehensions. A
+    pickle keeps only the name of the method.
 
-    Paths with different methods differ: keys are a part of what jit compiles for, and a program that installs by one
-    method must not be used again for another.
+    Paths with different methods are not equal, because jit compiles for the keys, and a program that installs
+    statistics for one method must not be reused for another.
     """
 
     method: Method
@@ -89,9 +88,9 @@ class LayerPath(str):
 
 
 def contents_of(value: Any, *, depth: int = 8) -> Any:
-    """What tells a value from others even if it is made anew for each call.
+    """A hashable form of a value that is equal for equal values, even if they are created anew for each call.
 
-    Of functions it is their code, and what they close over. The depth bounds functions that refer to themselves.
+    Functions are compared by their code and their closures. `depth` bounds functions that refer to themselves.
     """
     inside = functools.partial(contents_of, depth=depth - 1)
     if depth == 0 or _internals.is_tracer(value):
@@ -114,7 +113,7 @@ def contents_of(value: Any, *, depth: int = 8) -> Any:
 
 
 def as_key(path: str, method: Method | None) -> str:
-    """The path as a key of moments; a plain one where the method is unknown, or one of ours that is being traced."""
+    """The path as a key of moments; a plain string if the method is unknown or its arguments are traced."""
     if method is None:
         return path
     if any(map(_internals.is_tracer, jax.tree.leaves(method.keywords))):
@@ -123,12 +122,12 @@ def as_key(path: str, method: Method | None) -> str:
 
 
 def by_name(path: str, name: str) -> str:
-    """A key of moments where no more than the name of the method is known: for ours that is enough to install them."""
+    """A key of moments if only the name of the method is known, which is enough for the methods of jaxbn."""
     return path if name in _OURS else LayerPath(path, Method(_unknown, name))
 
 
 def keyed(moments: Mapping[str, Moments], known: Iterable[str]) -> dict[str, Moments]:
-    """The moments under the keys that know the method of the layer; the others are of layers that were not reached."""
+    """The moments under keys with the methods of the layers; layers without a known key were not reached."""
     keys = {str(key): key for key in known}
     return {keys.get(path, LayerPath(path, NOT_REACHED)): found for path, found in moments.items()}
 
@@ -139,28 +138,28 @@ def _not_reached() -> NormTransform[Any, Any]:
 
 def _unknown(name: str) -> NormTransform[Any, Any]:
     raise ValueError(
-        f"Of a layer no more is known than the name of its method, {name}, and not how it installs statistics: its "
-        f"arguments are being traced, or it was read from a file. Give the layer numbers, and take the keys from "
-        f"capture_moments; or use the functions of the method itself."
+        f"Only the name of the method of a layer is known, {name}, but not how it installs statistics: its arguments "
+        f"are traced, or it was read from a file. Give the layer plain numbers, and use the keys that capture_moments "
+        f"returns; or use the functions of the method itself."
     )
 
 
-# Stands for the method of a layer that the model has not called: its statistics stay.
+# The method of a layer that the model did not call: it keeps its statistics.
 NOT_REACHED: Method = Method(_not_reached)
 
 
 def check_single(path: str, single: ArrayLike, seen: str, name: str | None = None) -> None:
-    """Raises a ValueError for variances that are 0 as they are of one value, unless the method of the layer allows it.
+    """Raises a ValueError for variances of a single value, which are 0, unless the method of the layer allows them.
 
     Args:
         path: The key of the moments.
-        single: Which variances.
-        seen: What saw them.
-        name: That of the method, where the key does not tell.
+        single: Which variances are of a single value.
+        seen: The beginning of the message.
+        name: The name of the method, if the key does not tell it.
     """
     method = path.method if isinstance(path, LayerPath) else Method(batch_norm)
     own = name_of(method) if name is None else name
-    # Of a method that asks for nothing it is fine, and in moving average batch norm, whose variance is about zero.
+    # Unknown methods decide for themselves; moving average batch norm uses the second moment about zero.
     allowed = own not in _OURS or own == moving_average_batch_norm.__name__
     if method is AS_THEY_ARE or method.keywords.get("allow_single_value", allowed) or allowed or not np.any(single):
         return
@@ -208,7 +207,7 @@ def averaging_method(path: str, names: Iterable[str], momentum: Any) -> NormTran
     """The functions by which the running averages of a layer are updated; see `jaxbn.linen.move_averages`.
 
     Raises:
-        ValueError: If it is not known how the layer averages, or the momentum is not that of its method.
+        ValueError: If the momentum of the layer is not known, or the one given does not fit its method.
     """
     if isinstance(momentum, NormTransform):
         return momentum

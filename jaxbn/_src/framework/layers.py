@@ -1,4 +1,4 @@
-"""What the hosts share of a capture: how a layer is named in the traced program, and what it normalizes with."""
+"""The part of a capture that all frameworks share: names of layers in the traced program, and their normalization."""
 
 import dataclasses
 import math
@@ -21,17 +21,17 @@ from jaxbn._src.numerics.normalize import statistics_of_input, without_padding
 from jaxbn._src.tracing import records as _records
 from jaxbn._src.tracing import sow as _sow
 
-# What layers normalize with while they are measured: the statistics of their batch, the stored ones, or as they are
-# asked to.
+# The statistics with which layers normalize during a capture: of the batch, running ones, or as the model asks.
 MODES = ("batch", "eval", "as_called")
 
-# As "batch", but for layers that the model asks for their stored statistics. It writes nothing, as "as_called" may.
+# As "batch", but layers that the model runs in evaluation use their running statistics. Unlike "as_called" it never
+# writes statistics.
 HEEDED = "heeded"
 
-# What every layer holds of the population; what else there is beside them, one method has and another does not.
+# The statistics that every layer has; further ones depend on the method.
 POPULATION = ("mean", "var")
 
-# What methods learn, as a rule; a method may learn more.
+# The usual learned parameters; a method may have more.
 AFFINE = ("scale", "bias")
 
 # batch -> weights of its examples, [N]
@@ -39,7 +39,7 @@ Weights = Callable[[Any], Any]
 
 
 class LayerKind(NamedTuple):
-    """What a layer does, as far as others need to know it."""
+    """The method and the epsilon of a layer."""
 
     method: str  # the name of its factory
     epsilon: float | None  # None: a traced value, or a method without
@@ -53,16 +53,16 @@ class LayerKind(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """What tells one layer's marks from another's; static, and different in each mode, so that programs are too."""
+    """The static tag of a sown value. It differs between layers and modes, so that compiled programs do too."""
 
     path: str
     shape: tuple[int, ...]  # of its statistics
     mode: str | Mixture
-    # How many examples a batch has, if the moments are those of the means of the examples.
+    # Number of examples in a batch, for moments of the means of the examples; else None.
     examples: int | None = None
-    # Known only where the layer runs, from where the mark brings it out; it tells nothing apart.
+    # Set when the layer runs, and harvested with the moments; not part of the comparison.
     method: Method | None = dataclasses.field(default=None, compare=False)
-    # Likewise: whether the model asks it for its stored statistics; None: nothing says so.
+    # Likewise: whether the model runs the layer in evaluation; None: not known.
     asked_stored: bool | None = dataclasses.field(default=None, compare=False)
 
     @property
@@ -75,7 +75,7 @@ class Layer:
         return jnp.arange(self.size, dtype=jnp.int32).reshape(self.shape)
 
     def moments_from(self, collected: Mapping[Any, Moments]) -> Moments:
-        """This layer's moments out of what was collected, in its shape; of count 0 if it was not reached."""
+        """The collected moments of this layer in its shape; of count 0 if it was not reached."""
         flat = collected.get(self)
         if flat is None:
             return Moments(*(jnp.zeros(self.shape, jnp.float32) for _ in range(3)))
@@ -85,28 +85,28 @@ class Layer:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """What one run of a model measured: a pytree."""
+    """The measurements of one run of a model: a pytree."""
 
     moments: dict[str, Moments]  # of every layer, by path; of count 0 where it was not reached
-    examples: dict[str, Moments]  # over the examples of their means, where they were asked for; also 0 where unknown
-    # Of those reached, under paths that know the method.
+    examples: dict[str, Moments]  # moments of the means of the examples, on request; of count 0 where unknown
+    # Of the layers that were reached, under paths that carry the method.
     kinds: tuple[tuple[str, LayerKind], ...] = dataclasses.field(metadata={"static": True})
-    # Where examples were asked for: of layers that are called several times each call by itself, [K, *shape].
+    # With examples: the moments of each call of layers that are called several times, [K, *shape].
     calls: dict[str, Moments] = dataclasses.field(default_factory=dict)
-    # Of the layers reached, those which the model asks for their stored statistics in each call.
+    # The layers that the model runs in evaluation in all their calls.
     held: tuple[str, ...] = dataclasses.field(default=(), metadata={"static": True})
 
     @property
     def is_mixed(self) -> bool:
-        """Whether the model asks some layers for their stored statistics and others for those of the batch."""
+        """Whether the model runs some layers in evaluation and others in training."""
         return 0 < len(self.held) < len(self.kinds)
 
 
 def measured(records: Sequence[_records.Record], whole: Mapping[Layer, jax.Array], *, calls: bool = False) -> Measured:
-    """What was harvested from a program into which the positions `whole` of its layers went.
+    """Assembles the values harvested from a program; `whole` holds the positions of all statistics by layer.
 
     Raises:
-        ValueError: If modules that keep running statistics ran, and none was a layer that is known.
+        ValueError: If modules with running statistics ran, and none of them is a known layer.
     """
     records = all_served(records)
     values = {dataclasses.replace(layer, examples=None): index for layer, index in whole.items()}
@@ -132,9 +132,9 @@ def measured(records: Sequence[_records.Record], whole: Mapping[Layer, jax.Array
 def marked(
     y: jax.Array, index: jax.Array, layer: Layer, moments: Moments, x: jax.Array, *, axis: Any, mask: Any
 ) -> jax.Array:
-    """A layer's output, marked with the moments of its input, and of the means of its examples where they are wanted.
+    """Sows the moments of a layer's input on its output, and on request those of the means of the examples.
 
-    An input whose leading axis is not that of the examples has none; nor have statistics of domains.
+    The latter do not exist if the leading axis of the input is not that of the examples, or for statistics of domains.
     """
     y = _sow.sow(y, index, moments, layer=dataclasses.replace(layer, examples=None))
     if layer.examples is None or x.shape[:1] != (layer.examples,) or 0 in _axes.split(x.ndim, axis).features:
@@ -145,7 +145,7 @@ def marked(
 
 
 def count_examples(batch: Any) -> int | None:
-    """Examples in a batch: the leading axis of its arrays; None if they differ."""
+    """Number of examples in a batch: the leading axis of its arrays; None if they differ."""
     leading = {leaf.shape[0] for leaf in jax.tree.leaves(batch) if getattr(leaf, "ndim", 0)}
     return leading.pop() if len(leading) == 1 else None
 
@@ -159,12 +159,12 @@ def example_weights(weights: Weights, batch: Any) -> jax.Array:
 
 
 def carry_weights(weights: jax.Array, layer: Layer) -> jax.Array:
-    """The weights `[*features, N]` as they go into a program beside a layer's statistics, and are cut as those are."""
+    """Broadcasts weights to `[*features, N]`, so that transformations slice them together with the statistics."""
     return jnp.broadcast_to(weights, (*layer.shape, *weights.shape))
 
 
 def weigh(mask: Any, carried: jax.Array, x: jax.Array, path: str, axis: Any) -> jax.Array:
-    """The mask of a layer's input: the weights of the examples, times the mask that the model gives, if it does."""
+    """The weights of the examples, times the mask that the model passes to the layer, if any."""
     weights = carried.reshape(-1, carried.shape[-1])[0]
     if x.shape[:1] != weights.shape or 0 in _axes.split(x.ndim, axis).features:
         raise ValueError(
@@ -177,7 +177,7 @@ def weigh(mask: Any, carried: jax.Array, x: jax.Array, path: str, axis: Any) -> 
 
 
 def merged(found: Measured, axis_name: _collectives.AxisName | None) -> Measured:
-    """What all devices of the axis measured together; as it is where there is no axis, as in tracing for shapes."""
+    """Merges the measurements of all devices of the axis; unchanged if the axis is not bound, as in shape tracing."""
     if axis_name is None or not _collectives.is_bound(axis_name):
         return found
     return dataclasses.replace(
@@ -186,7 +186,7 @@ def merged(found: Measured, axis_name: _collectives.AxisName | None) -> Measured
 
 
 def check_mode(mode: str) -> None:
-    """Raises a ValueError for a mode that does not exist."""
+    """Raises a ValueError for an unknown mode."""
     if mode not in MODES:
         raise ValueError(f"mode={mode!r} is none of {', '.join(map(repr, MODES))}.")
 
@@ -205,7 +205,7 @@ def captured_call(
         layer: The layer, with its mode.
         index: The flat positions of its statistics.
         weights: Of the examples, as `carry_weights` laid them out; None: there are none.
-        norm: What it takes to normalize for the layer.
+        norm: The functions and statistics of the layer.
         arguments: The input, the mask, the residual and other operands of the method.
         plain: The call as the model makes it.
 
@@ -231,10 +231,10 @@ def normalize_as(
     residual: Any,
     where: dict[str, Any],
 ) -> jax.Array:
-    """What a layer makes of its input in a mode that says with what statistics; `moments` are those of the input.
+    """Normalizes an input with moments `moments` in a mode other than "as_called".
 
-    In mode "batch" they are what `postproc` makes of the batch's moments, which is right for every method, and
-    gradients flow through them. An axis that is not there is left out: on one device the batch is all there is.
+    Mode "batch" uses the statistics that `postproc` makes of the moments of the batch, which is right for every method.
+    Gradients flow through them. A named axis that is not bound is ignored: on one device the batch is complete.
     """
     if isinstance(mode, Mixture):
         return normalize_mixed(mode, norm, moments, x, mask, residual, where)
@@ -243,7 +243,7 @@ def normalize_as(
     if norm.axis_name is not None and _collectives.is_bound(norm.axis_name):
         moments = _moments.merge_over(moments, norm.axis_name, norm.axis_index_groups)
     prior = as_prior(norm.stored, moments)
-    # Statistics that are not finite are not installed, but the output of a layer shows them.
+    # postproc does not install statistics that are not finite, but the output of the layer must show them.
     finite = jnp.isfinite(moments.mean) & jnp.isfinite(moments.m2)
     prior = prior._replace(mean=jnp.where(finite, prior.mean, jnp.nan))
     state = norm.transform.postproc(prior, moments)

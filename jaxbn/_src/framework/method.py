@@ -1,8 +1,8 @@
-"""How the layers of both frameworks carry a method: its fields, its operands, its variables.
+"""Fields, operands and variables of the layers of a method, in any framework.
 
-A method may have hyper-parameters, parameters and statistics that no other has. They are the arguments of its factory,
-and the leaves of the NamedTuples that its `init` gives, so the layers need no word on them. A field or an operand that
-was set and that the method does not take is an error, for it would have no effect.
+A method may have hyperparameters, parameters and statistics of its own: the arguments of its factory, and the leaves of
+the NamedTuples that its `init` returns. The layers derive them. A field or an operand that is given although the method
+does not take it is an error, because it would have no effect.
 """
 
 import functools
@@ -17,14 +17,14 @@ from jaxbn._src.methods.batch_norm import batch_norm
 from jaxbn._src.methods.protocol import NormTransform, State
 
 Factory = Callable[..., NormTransform[Any, Any]]
-REQUIRED = inspect.Parameter.empty  # stands for the default of an argument that has none
-# A factory with its arguments, which makes the functions when they are needed.
+REQUIRED = inspect.Parameter.empty  # the default of a required argument
+# A factory with its arguments; call it to make the transform.
 Method = functools.partial[NormTransform[Any, Any]]
 
 
 @functools.cache
 def fields_of(factory: Factory) -> Mapping[str, Any]:
-    """The arguments of a factory, with their defaults; those of `batch_norm` too, if it passes on whatever it gets."""
+    """The arguments of a factory with their defaults, and those of `batch_norm` if it takes `**kwargs`."""
     parameters = inspect.signature(factory).parameters.values()
     named = {p.name: p.default for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
     passes_on = any(p.kind is p.VAR_KEYWORD for p in parameters)
@@ -32,7 +32,7 @@ def fields_of(factory: Factory) -> Mapping[str, Any]:
 
 
 def inherited_defaults(bases: Iterable[type]) -> dict[str, Any]:
-    """The defaults of the arguments of classes of layers, the first class first."""
+    """The defaults of the arguments of classes of layers; the first class has precedence."""
     made = [vars(base)["__init__"] for base in bases if inspect.isfunction(vars(base).get("__init__"))]
     signatures = [inspect.signature(function).parameters for function in reversed(made)]
     return {name: parameter.default for parameters in signatures for name, parameter in parameters.items()}
@@ -40,14 +40,14 @@ def inherited_defaults(bases: Iterable[type]) -> dict[str, Any]:
 
 @functools.cache
 def defaults_of(cls: Hashable) -> Mapping[str, Any]:
-    """The defaults of the arguments of a class of layers, those too that it passes on to its bases."""
+    """The defaults of the arguments of a class of layers, including those of its bases."""
     return inherited_defaults(cast(type, cls).__mro__)
 
 
 def defaults_that_differ(factory: Factory, cls: type) -> dict[str, Any]:
-    """The arguments of a factory that the bases of a class do not have, or not with this default.
+    """The arguments of a factory that the bases of a class lack or have with another default.
 
-    `REQUIRED` stands for no default.
+    Required arguments have the default `REQUIRED`.
     """
     known = inherited_defaults(cls.__mro__[1:])
     return {name: given for name, given in fields_of(factory).items() if name not in known or known[name] != given}
@@ -56,18 +56,18 @@ def defaults_that_differ(factory: Factory, cls: type) -> dict[str, Any]:
 def check_leaves(
     layer: Any, base: type, factory: Factory, params: Any, state: State, initializers: Mapping[str, Any]
 ) -> None:
-    """Checks that a layer can hold the params and the statistics of its method beside its fields.
+    """Checks that the names of the params and statistics of a method do not clash with the fields of its layer.
 
     Args:
         layer: A layer.
         base: The class of all layers of the framework.
-        factory: Of the method.
-        params: Of the method.
-        state: Of the method.
-        initializers: What the layer was given for one of the params, such as `scale_init`, by the name of its field.
+        factory: The factory of the method.
+        params: The params of the method.
+        state: The state of the method.
+        initializers: The fields that configure a param, such as `scale_init`, by name.
 
     Raises:
-        ValueError: If a name is taken, or the method does not have that param.
+        ValueError: If a name is taken, or the method does not have the param that a field configures.
     """
     learned, statistics = params._fields, state._fields
     for name in (*learned, *statistics):
@@ -85,20 +85,20 @@ def check_leaves(
 
 
 def name_of(factory: Factory) -> str:
-    """The name of a method: that of the function where the factory is a partial of one."""
+    """The name of a method, which is the name of its factory or of the function inside a partial."""
     while isinstance(factory, functools.partial):
         factory = factory.func
     return getattr(factory, "__name__", type(factory).__name__)
 
 
 def _fields_of_methods(cls: type) -> set[str]:
-    """The fields of a class of layers that are arguments of a method: of batch norm's, and of those of its bases."""
+    """The fields of a class of layers that are arguments of batch norm or of a method of its bases."""
     made = [vars(base)["factory"] for base in cls.__mro__ if "factory" in vars(base)]
     return set().union(*(fields_of(getattr(factory, "__func__", factory)) for factory in (batch_norm, *made)))
 
 
 def arguments_of(factory: Factory, layer: Any) -> dict[str, Any]:
-    """The arguments of a layer's factory, out of the layer's fields.
+    """The arguments of a factory, taken from the fields of its layer.
 
     Raises:
         ValueError: If a field is set that the method does not take.
@@ -117,14 +117,14 @@ def arguments_of(factory: Factory, layer: Any) -> dict[str, Any]:
 
 
 def for_an_example(method: Method) -> NormTransform[Any, Any]:
-    """The functions of a method for a call that only shows or initializes a layer: on one device, of any size."""
-    method()  # which checks all arguments
+    """The transform for a call that only initializes or displays a layer, on one device with an input of any size."""
+    method()  # checks all arguments
     alone = {"axis_name": None, "axis_index_groups": None, "allow_single_value": True}
     return method(**{name: value for name, value in alone.items() if name in method.keywords})
 
 
 def operands_for(function: Callable[..., Any], **operands: Any) -> dict[str, Any]:
-    """Those operands of a call that are given; a ValueError if the method's function does not take one of them."""
+    """The operands of a call that are not None; a ValueError if the function does not take one of them."""
     given = {name: value for name, value in operands.items() if value is not None}
     if given:
         parameters = inspect.signature(function).parameters
@@ -140,7 +140,7 @@ def operands_for(function: Callable[..., Any], **operands: Any) -> dict[str, Any
 def evaluate(
     transform: NormTransform[Any, Any], params: Any, state: State, x: ArrayLike, *, mask: Any = None, **operands: Any
 ) -> jax.Array:
-    """Normalizes with the statistics of the state. The mask is of training alone: a method's `eval` may do without."""
+    """Normalizes with the statistics of the state. Only training needs a mask, so `eval` may lack that argument."""
     if mask is not None and "mask" in inspect.signature(transform.eval).parameters:
         operands["mask"] = mask
     return transform.eval(params, state, x, **operands_for(transform.eval, **operands))
@@ -149,7 +149,7 @@ def evaluate(
 def loaded(
     transform: NormTransform[Any, Any], params: Mapping[str, Any], statistics: Mapping[str, Any]
 ) -> tuple[Any, State]:
-    """The params and the state of a method, out of the variables of a layer by name; None for missing ones."""
+    """The params and the state of a method from the variables of a layer by name; None for missing variables."""
     shapes = jax.eval_shape(lambda: transform.init(statistics["mean"].shape))
     held = zip(shapes, (params, statistics), strict=True)
     params, state = (type(tree)(**{name: leaves.get(name) for name in tree._fields}) for tree, leaves in held)
@@ -157,7 +157,7 @@ def loaded(
 
 
 def state_of(transform: NormTransform[Any, Any], statistics: Mapping[str, Any]) -> State:
-    """The state of a method, out of the statistics of a layer by name."""
+    """The state of a method from the statistics of a layer by name."""
     return loaded(transform, {}, statistics)[1]
 
 
@@ -169,10 +169,10 @@ def learned(
     grads: Mapping[str, Any],
     loss_scale: ArrayLike,
 ) -> State:
-    """The state of a layer whose method learns from the gradient of its params, which are given by name.
+    """The new state of a layer whose method uses the gradient of its params, given by name.
 
     Raises:
-        ValueError: If the gradient of one of the params is not there.
+        ValueError: If the gradient of one of the params is missing.
     """
     backward = cast(Callable[..., State], transform.backward)
     held = [name for name, leaf in params._asdict().items() if leaf is not None]
@@ -187,5 +187,5 @@ def learned(
 
 
 def as_affine(method: Method) -> NormTransform[Any, Any]:
-    """The functions of a method as an affine map in full precision: without an activation and a dtype."""
+    """The transform of a method without activation and dtype: an affine map in full precision."""
     return method(**{name: None for name in ("activation", "dtype") if name in method.keywords})

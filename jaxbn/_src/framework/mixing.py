@@ -1,10 +1,10 @@
-r"""Evaluation with statistics between the stored ones and those of what is evaluated.
+r"""Evaluation with mixtures of the running statistics and the statistics of the input.
 
 .. math:: \mu = (1 - b) \mu_s + b \mu_t, \qquad
           \sigma^2 = (1 - b) \sigma_s^2 + b \sigma_t^2 \;[\; + \, b (1 - b) (\mu_s - \mu_t)^2 \;]
 
-with s the stored statistics and t those of the batch, or of each example by itself. The last term is there when raw
-moments, E[x] and E[x^2], are mixed, as if the values were pooled, and not when variances are.
+where s denotes the running statistics and t those of the batch or of each single example. The last term appears if raw
+moments, E[x] and E[x^2], are mixed, as in pooling values; it is absent if variances are mixed.
 """
 
 import math
@@ -28,15 +28,15 @@ RULES = ("linear", "raw")
 
 
 class Mixture(NamedTuple):
-    """How the layers of a model mix; static, and a mode of a capture."""
+    """The weights of a mixture; static, and a mode of a capture."""
 
-    prior_count: float | None  # of examples that the stored statistics count for; the batch counts for its own
-    example_weight: float | None  # of each example's own statistics
+    prior_count: float | None  # number of examples that the running statistics count for
+    example_weight: float | None  # weight of the statistics of each example
     rule: str
 
 
 class CalledNorm(NamedTuple):
-    """What is to be known of a layer to normalize for it, with other statistics than it would."""
+    """A layer in a call, with the functions and fields that it takes to normalize with other statistics."""
 
     path: str
     transform: NormTransform[Any, Any]
@@ -48,7 +48,7 @@ class CalledNorm(NamedTuple):
 
 
 def make_mixture(prior_count: float | None, example_weight: float | None, rule: str | None) -> Mixture:
-    """The mixture of these arguments of `adapt`; a ValueError for those that make no sense."""
+    """The mixture for these arguments of `adapt`; a ValueError for invalid ones."""
     if (prior_count is None) == (example_weight is None):
         raise ValueError(
             f"Give one of prior_count= and example_weight=, not {'neither' if prior_count is None else 'both'}: the "
@@ -68,24 +68,24 @@ def make_mixture(prior_count: float | None, example_weight: float | None, rule: 
 
 
 def mix(state: State, moments: Moments, weight: ArrayLike, *, rule: str = "linear") -> Moments:
-    r"""Moments between the stored statistics and those of a batch.
+    r"""Mixes the running statistics with the moments of a batch.
 
     For the pure functions of a method, `transform.postproc(state, jaxbn.mix(state, transform.measure(x), weight))` is a
-    state to evaluate with. `jaxbn.linen.adapt` and `jaxbn.nnx.adapt` adapt whole models, and say when to. The mixture
-    is a differentiable function of its arguments, but `eval` takes a state as a constant; in `adapt` gradients flow.
+    state to evaluate with. `jaxbn.linen.adapt` and `jaxbn.nnx.adapt` adapt whole models, and describe when to. The
+    mixture is differentiable, but `eval` treats a state as a constant; in `adapt` gradients flow.
 
     Args:
         state: A state of any method, with `mean` and `var`.
-        moments: `Moments` of the batch, in the shape of the statistics. Where the count is 0 they weigh nothing.
+        moments: `Moments` of the batch, in the shape of the statistics. Where the count is 0 they have no weight.
         weight: b, the share of the batch, in [0, 1]: a number, or one for each statistic. n / (N + n) for a batch of n
-            examples and stored statistics that count for N.
+            examples and running statistics that count for N.
         rule: `"linear"` mixes variances, `"raw"` the raw moments, E[x] and E[x^2].
 
     Returns:
-        `Moments`, whose count is that of the batch.
+        `Moments` with the count of the batch.
 
     Raises:
-        ValueError: If there is no such rule.
+        ValueError: If the rule is unknown.
 
     Example:
         >>> bn = jaxbn.batch_norm()
@@ -109,7 +109,7 @@ def mix(state: State, moments: Moments, weight: ArrayLike, *, rule: str = "linea
     stored = _explicit_meshes.on_channels((state.mean, state.var), moments.m2, range(moments.m2.ndim))
     stored_mean, stored_var = stored[0].astype(moments.mean.dtype), stored[1].astype(dtype)
 
-    def between(stored: jax.Array, found: jax.Array) -> jax.Array:  # what weighs nothing may be NaN
+    def between(stored: jax.Array, found: jax.Array) -> jax.Array:  # values of weight 0 may be NaN
         share = b.astype(found.dtype)
         return jnp.where(b > 0, (1 - share) * stored + share * found, stored)
 
@@ -121,7 +121,7 @@ def mix(state: State, moments: Moments, weight: ArrayLike, *, rule: str = "linea
 
 
 def as_prior(stored: State, moments: Moments) -> State:
-    """Stored statistics for something to be put in their place: constants, which will not round these moments."""
+    """The running statistics as constants, in dtypes that do not round the moments that are installed in them."""
 
     def widened(leaf: jax.Array) -> jax.Array:
         return lax.stop_gradient(leaf.astype(_dtypes.promote(leaf.dtype, moments.m2.dtype)))
@@ -132,7 +132,7 @@ def as_prior(stored: State, moments: Moments) -> State:
 def normalize_mixed(
     mixture: Mixture, norm: CalledNorm, moments: Moments, x: jax.Array, mask: Any, residual: Any, where: dict[str, Any]
 ) -> jax.Array:
-    """What a layer makes of its input with the mixture; `moments` are those of the input on this device."""
+    """Normalizes an input with the mixture; `moments` are those of the input on this device."""
     space = _check_input(mixture, norm, x)
     x = without_padding(x, mask)
     if mixture.prior_count is not None:
@@ -161,13 +161,13 @@ def normalize_mixed(
 
 
 def _state(norm: CalledNorm, moments: Moments, weight: ArrayLike, rule: str) -> State:
-    """The state with the mixture as its statistics, which each method installs in its own way."""
+    """The state with the mixture as its statistics, installed by the method."""
     stored = as_prior(norm.stored, moments)
     return norm.transform.postproc(stored, mix(stored, moments, weight, rule=rule))
 
 
 def _check_input(mixture: Mixture, norm: CalledNorm, x: jax.Array) -> int:
-    """How many values of a channel an example has; a ValueError where what is mixed would have no variance."""
+    """The number of values per channel in an example; a ValueError if the statistics to mix would have no variance."""
     axes = _axes.split(x.ndim, norm.axis)
     if not axes.reduced or axes.reduced[0] != 0:
         raise ValueError(f"The leading axis of the input of {norm.path!r}, {x.shape}, does not hold examples.")

@@ -1,7 +1,7 @@
-"""What processes tell each other, and what each of them holds of an array.
+"""Communication between processes, and the parts of an array that each of them holds.
 
-All that is exchanged is bytes. A process in which something fails says so instead of staying away, so that all raise
-and none waits for ever.
+Processes exchange bytes. A process in which something fails sends the error, so that all processes raise instead of
+waiting forever.
 """
 
 import hashlib
@@ -26,21 +26,21 @@ _PER_CHANNEL = {"mean", "var", "scale", "bias"}
 
 
 def agree(attempt: Callable[[], tuple[_Result, Any]]) -> tuple[_Result, list[Any]]:
-    """Does something that may fail in one process alone, and lets all know. Every process must call it.
+    """Runs something that may fail in a single process, and makes all processes raise. Every process must call it.
 
     Args:
-        attempt: Returns a result, and what the others are told: anything that JSON can hold.
+        attempt: Returns a result, and a message for the other processes that JSON can hold.
 
     Returns:
-        The result of this process; and what each process tells, by index.
+        The result of this process, and the messages of all processes by index.
 
     Raises:
-        RuntimeError: If it failed in another process; an exception of this process is raised as it is.
+        RuntimeError: If it failed in another process; this process raises its own exception unchanged.
     """
     result, told, error = None, None, None
     try:
         result, told = attempt()
-    except Exception as raised:  # whatever it is, the others must hear of it
+    except Exception as raised:  # the other processes must be told of any error
         error = raised
     failed = None if error is None else f"{type(error).__name__}: {error}"
     everything = [json.loads(message) for message in exchange(json.dumps([failed, told]).encode())]
@@ -53,7 +53,7 @@ def agree(attempt: Callable[[], tuple[_Result, Any]]) -> tuple[_Result, list[Any
 
 
 def exchange(message: bytes) -> list[bytes]:
-    """The messages of all processes, by index. Every process must call it, and as often as the others."""
+    """The messages of all processes by index. Every process must call it equally often."""
     lengths = process_allgather(np.int32(len(message)))
     padded = np.zeros(max(int(lengths.max()), 1), np.uint8)
     padded[: len(message)] = np.frombuffer(message, np.uint8)
@@ -67,14 +67,14 @@ def is_here(leaf: Any) -> bool:
 
 
 def gather(mine: Any) -> list[Any]:
-    """What each process has of something, by index; on the host. Every process must call it."""
+    """The values of all processes by index, on the host. Every process must call it."""
     return [pickle.loads(message) for message in exchange(pickle.dumps(jax.device_get(mine)))]
 
 
 def here(tree: Any) -> Any:
-    """The tree with the arrays that are spread over processes, or replicated over them, whole in this one.
+    """The tree with arrays that are sharded or replicated over processes as whole arrays of this process.
 
-    Every process must call it. Each needs the memory for a replica.
+    Every process must call it, and needs the memory of a replica.
     """
 
     def gathered(leaf: Any) -> Any:
@@ -86,7 +86,7 @@ def here(tree: Any) -> Any:
 
 
 def on_all(tree: Any) -> Any:
-    """The tree with the arrays that are spread over processes whole on all devices. Every process must call it."""
+    """The tree with arrays that are sharded over processes replicated on all devices. Every process must call it."""
 
     def replicated(leaf: Any) -> Any:
         spread = not is_here(leaf) and not leaf.is_fully_replicated
@@ -96,17 +96,15 @@ def on_all(tree: Any) -> Any:
 
 
 def as_it_was(new: Any, used: Any, given: Any) -> Any:
-    """A tree with its arrays where they were given.
-
-    Every process must call it.
+    """A tree with its arrays placed as those of the original tree. Every process must call it.
 
     Args:
-        new: What was made of `used`.
-        used: What was made of `given`, with its arrays elsewhere.
-        given: The tree as it was.
+        new: The result of a computation on `used`.
+        used: A copy of `given` in another placement.
+        given: The original tree.
 
     Returns:
-        `new`, of which the arrays that did not change are those given.
+        `new`; arrays that did not change are the original ones.
     """
 
     def placed(new: Any, used: Any, given: Any) -> Any:
@@ -156,13 +154,13 @@ def check_replicas(tree: Any) -> None:
 
 
 def check_unstacked(tree: Any) -> None:
-    """Raises a ValueError for variables or a state that `pmap` has replicated, of which one replica is wanted."""
+    """Raises a ValueError for variables or a state that are replicated for `pmap`, where one replica is expected."""
     if is_stacked(tree):
         raise_stacked(jax.tree.leaves(tree)[0].shape[:1])
 
 
 def raise_stacked(shape: tuple[int, ...]) -> NoReturn:
-    """Says that something has a leading axis of devices."""
+    """Raises the ValueError for arrays with a leading axis of devices."""
     raise ValueError(
         f"The state has a leading axis, {shape}: it is replicated. Pass one of the replicas, which are equal: "
         f"jax.tree.map(lambda leaf: leaf[0], state). jaxbn.check_replicas(state) names what differs between them."
@@ -170,10 +168,10 @@ def raise_stacked(shape: tuple[int, ...]) -> NoReturn:
 
 
 def is_stacked(tree: Any) -> bool:
-    """Whether this is what `pmap` returns: every array has a leading axis, with one index on each device.
+    """Whether `pmap` returned this: every array has a leading axis with one index on each device.
 
-    That is a state of one network for each device. A network whose arrays are spread over the devices has some that do
-    not divide so: counters, and the statistics and parameters of normalization layers, which have one axis.
+    A network whose arrays are sharded over the devices has arrays without that axis: counters, and the statistics and
+    parameters of normalization layers.
     """
     leaves = [
         (path, leaf)
@@ -191,7 +189,7 @@ def _names(path: Any) -> set[str]:
 
 
 def _copies(leaf: Any, stacked: bool) -> list[tuple[str, Any, np.ndarray]]:
-    """Which part of the array, on which device, and its values; of this process."""
+    """The shards of an array in this process: index, device and values."""
     if not isinstance(leaf, jax.Array):
         return [("", "the host", np.asarray(leaf))]
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):

@@ -1,8 +1,8 @@
-"""Programs compiled for functions of the user, such as their `call`: kept as long as those functions, and no longer.
+"""A cache of compiled programs that does not outlive the functions of the user that they were compiled for.
 
-A compiled program holds all that the function closes over: the arrays as its constants, and so the memory. `jax.jit`
-holds the function that it is given weakly, but one that is a static argument, or the key of a `functools.lru_cache`,
-for ever. Here the user's functions are held weakly, and the program of the same function objects is found again.
+A compiled program keeps the arrays that the function closes over, and so their memory. `jax.jit` holds its function
+weakly, but a function that is a static argument or a key of `functools.lru_cache` is held forever. Here functions of
+the user are held weakly, and the same function objects find their program again.
 """
 
 import collections
@@ -14,14 +14,14 @@ from typing import Any, NamedTuple
 
 import jax
 
-# Programs kept at most: functions that live as long as the process, as `jaxbn.nnx.capture.run_model` does, would
-# otherwise collect one for each structure of a model.
+# Maximum number of programs. Functions that live as long as the process, such as `run_model` of NNX, would otherwise
+# collect one program for each structure of a model.
 _MOST = 32
 _kept: "collections.OrderedDict[Hashable, Callable[..., Any]]" = collections.OrderedDict()
 
 
 class Recipe(NamedTuple):
-    """How a pure function is made of functions of the user. It can be called, as the function that it makes."""
+    """A pure function, described by the functions of the user and static values that it is made of."""
 
     make: Callable[..., Callable[..., Any]]  # a function of a module: (*functions, *static) -> the function
     functions: tuple[Callable[..., Any] | None, ...]
@@ -41,13 +41,13 @@ def compiled(
     """`jax.jit(wrap(recipe, *static))`, the same object each time for the same function objects and equal static parts.
 
     Args:
-        recipe: How the function is made. Where a function of the user is no object that can be held weakly, or a static
-            part cannot be hashed, nothing is kept.
-        wrap: A function of a module.
-        static: What else it takes.
+        recipe: The function. It is not cached if a function of the user cannot be held weakly, or a static value cannot
+            be hashed.
+        wrap: A function defined in a module.
+        static: Further static arguments of `wrap`.
 
     Returns:
-        The compiled function. Hold on to the recipe while you call it.
+        The compiled function. Keep a reference to the recipe while you call it.
     """
     key = (wrap, static, recipe.make, recipe.static, tuple(map(_identity, recipe.functions)))
     try:
@@ -76,14 +76,14 @@ def _forget(key: Hashable, _: Any) -> None:
 
 
 def _identity(function: Any) -> tuple[int, ...]:
-    """Which function object it is; a method is a new object each time, its instance is not."""
+    """The identity of a function. A bound method is a new object at each access, so its instance and function count."""
     if isinstance(function, types.MethodType):
         return id(function.__self__), id(function.__func__)
     return (id(function),)
 
 
 def _reference(function: Any, forget: Callable[[Any], None]) -> Callable[[], Any]:
-    """A weak reference; a TypeError if there can be none."""
+    """A weak reference, or a TypeError if the object does not support them."""
     if function is None:
         return _strongly(None)
     return (weakref.WeakMethod if isinstance(function, types.MethodType) else weakref.ref)(function, forget)

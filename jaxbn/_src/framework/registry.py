@@ -1,4 +1,4 @@
-"""Classes of layers that are batch normalization, and neither Flax's nor jaxbn's: what their parts are called."""
+"""The registry of classes that are batch normalization, with the names of their variables and fields."""
 
 import dataclasses
 import functools
@@ -15,7 +15,7 @@ FIELDS = ("axis", "epsilon", "momentum")
 
 @dataclasses.dataclass(frozen=True)
 class Registered:
-    """What is known of a class."""
+    """The description of a registered class."""
 
     cls: type
     evaluation: Mapping[str, Any]  # arguments of the call, or fields, with which it evaluates
@@ -23,7 +23,7 @@ class Registered:
     fields: Mapping[str, Any]  # axis, epsilon and momentum -> the name of a field, or the value
 
     def field(self, layer: Any, name: str) -> Any:
-        """A hyper-parameter of a layer."""
+        """The value of a hyperparameter of a layer."""
         given = self.fields[name]
         if isinstance(given, str) and not hasattr(layer, given):
             raise ValueError(f"A {type(layer).__name__} has no {given!r}: register its class with another {name}=.")
@@ -31,21 +31,21 @@ class Registered:
 
     @functools.cached_property
     def signature(self) -> inspect.Signature:
-        """Of the call, without the layer."""
+        """The signature of the call, without `self`."""
         signature = inspect.signature(self.cls.__call__)
         return signature.replace(parameters=list(signature.parameters.values())[1:])
 
     @property
     def input_name(self) -> str:
-        """The first argument of the call."""
+        """The name of the first argument of the call."""
         return next(iter(self.signature.parameters))
 
     def bind(self, args: Any, kwargs: Any) -> inspect.BoundArguments:
-        """The arguments of a call by their names."""
+        """Binds the arguments of a call to their names."""
         return self.signature.bind(*args, **kwargs)
 
     def evaluates(self, layer: Any, args: Any, kwargs: Any) -> bool | None:
-        """Whether a call normalizes with the stored statistics; None: nothing says so."""
+        """Whether a call normalizes with the running statistics; None: not known."""
         bound = self.bind(args, kwargs)
         bound.apply_defaults()
         given = {name: bound.arguments.get(name) for name in self.evaluation}
@@ -55,16 +55,16 @@ class Registered:
         return all(bool(found[name] == value) for name, value in self.evaluation.items())
 
     def translated(self, bound: inspect.BoundArguments, flag: bool | None) -> tuple[tuple[Any], dict[str, Any]]:
-        """The arguments of a call as Flax's layer takes them, and the flag with them if there is one."""
+        """The arguments of a call as Flax's layer takes them, with `use_running_average` if the flag is known."""
         given = self.signature.bind(*bound.args, **bound.kwargs)
         given.apply_defaults()
         arguments = {"mask": given.arguments["mask"]} if "mask" in given.arguments else {}
         return (given.arguments[self.input_name],), arguments | ({} if flag is None else {"use_running_average": flag})
 
     def split_evaluation(self, is_field: Callable[[str], bool]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The fields, and the arguments of the call, with which it evaluates; what may be both is a field.
+        """The fields and the arguments of the call with which the layer evaluates.
 
-        As an argument it is then left out: many a call refuses to be told twice.
+        A name that may be either is set as a field only, because many layers refuse a flag that is given twice.
         """
         fields: dict[str, Any] = {}
         arguments: dict[str, Any] = {}
@@ -76,32 +76,32 @@ class Registered:
 
 
 class Registry:
-    """The classes that are known, of all frameworks, those of Flax and jaxbn among them."""
+    """The registered classes of all frameworks, including those of Flax and jaxbn."""
 
     def __init__(self) -> None:
         self._known: dict[type, Registered] = {}
         self._pairs = {POPULATION: None}  # the names of mean and variance, in the order of registration
 
     def add(self, registered: Registered) -> None:
-        """Registers a class; a ValueError if it is registered as something else."""
+        """Registers a class; a ValueError if it is registered with another description."""
         earlier = self._known.setdefault(registered.cls, registered)
         if earlier != registered:
-            raise ValueError(f"{registered.cls.__name__} is registered already, and otherwise: {_told(earlier)}.")
+            raise ValueError(f"{registered.cls.__name__} is already registered with other arguments: {_told(earlier)}.")
         self._pairs[registered.names["mean"], registered.names["var"]] = None
 
     def of(self, cls: type) -> Registered | None:
-        """What is known of the class, or of the nearest class that it inherits from."""
+        """The description of the class or of its nearest registered base."""
         return next((self._known[base] for base in cls.__mro__ if base in self._known), None)
 
     def names_in(self, variables: Collection[str]) -> dict[str, str]:
-        """What the mean and the variance are called among variables beside each other; empty: there are none."""
+        """The names of mean and variance among the variables of a module; empty if it has none."""
         for mean, var in self._pairs:
             if mean in variables and var in variables:
                 return {"mean": mean, "var": var}
         return {}
 
     def names_of(self, statistics: Collection[str], params: Collection[str]) -> Mapping[str, str]:
-        """What the variables of a layer that has these are called, mean, var, scale and bias; empty: it is none."""
+        """The names of mean, var, scale and bias of a layer with these variables; empty if it is not a known layer."""
         for one in self._known.values():
             if {one.names["mean"], one.names["var"]} <= set(statistics) and set(params) <= set(one.names.values()):
                 return one.names

@@ -1,11 +1,11 @@
-"""Layers chosen by their paths."""
+"""Selection and order of layers by their paths."""
 
 import re
 from collections.abc import Iterable, Sequence
 
 
 def select(paths: str | Sequence[str], known: Iterable[str]) -> list[str]:
-    """The layers at or below the paths; a ValueError for a path that leads to none. The path "" leads to all."""
+    """The layers at or below the paths; a ValueError for a path without layers. The path "" selects all."""
     known, chosen = list(known), []
     for path in [paths] if isinstance(paths, str) else paths:
         found = [layer for layer in known if is_at_or_below(layer, path)]
@@ -18,10 +18,10 @@ def select(paths: str | Sequence[str], known: Iterable[str]) -> list[str]:
 
 
 def is_at_or_below(layer: str, path: str) -> bool:
-    """Whether a path is that of a layer or of a module around it."""
+    """Whether a path leads to the layer or to a module around it."""
     return path in ("", layer) or layer.startswith(f"{path}/")
 
 
 def natural(path: str) -> list[tuple[int, int | str]]:
-    """Sorts numbers in names by value: BatchNorm_2 before BatchNorm_10, which is the order of Flax's own names."""
+    """A sort key that compares numbers in names by value: BatchNorm_2 comes before BatchNorm_10."""
     return [(0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"(\d+)", path)]

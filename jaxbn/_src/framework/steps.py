@@ -17,26 +17,26 @@ _Tree = TypeVar("_Tree")
 class Steps(NamedTuple):
     """Training, postproc and evaluation as functions, made by `make_steps`. All but `finalize` are pure.
 
-    They may be jitted (`train_step` with `donate_argnums=0`), or mapped by `pmap` and `shard_map` with the state, the
-    accumulator and the frozen network the same on all devices.
+    You may jit them (`train_step` with `donate_argnums=0`), or map them with `pmap` and `shard_map`, with the state,
+    the accumulator and the frozen network replicated.
     """
 
     # (rng, batch) -> state: initial parameters, statistics and optimizer state, one pytree
     init: Callable[[Any, Any], Any]
     # (state, batch, rng=None) -> (state, metrics): one step of the optimizer, with batch statistics
     train_step: Callable[..., tuple[Any, dict[str, jax.Array]]]
-    # (state, batch) -> acc: an accumulator of population statistics that has seen nothing
+    # (state, batch) -> acc: an empty accumulator of population statistics
     start: Callable[[Any, Any], Any]
-    # (state, acc, batch) -> acc: one batch of the pass, with the parameters fixed
+    # (state, acc, batch) -> acc: one batch of the statistics pass, with the parameters fixed
     postproc_step: Callable[[Any, Any, Any], Any]
-    # (state, acc=None) -> (frozen, report): the network to use; of the running averages, without a report, for None
+    # (state, acc=None) -> (frozen, report): the network to serve; with running averages and no report for None
     finalize: Callable[..., Any]
     # (frozen, batch) -> outputs: fixed statistics, any batch size
     eval_step: Callable[[Any, Any], Any]
 
 
 def arguments(inputs: Callable[[Any], Any], batch: Any) -> tuple[Any, ...]:
-    """The positional arguments of the model: what `inputs` gives, or its parts if that is a tuple."""
+    """The positional arguments of the model: the result of `inputs`, or its elements if it is a tuple."""
     given = inputs(batch)
     return given if isinstance(given, tuple) else (given,)
 
@@ -46,7 +46,7 @@ def gradients(
     params: Any,
     axis_name: AxisName | None,
 ) -> tuple[Any, dict[str, jax.Array], Any]:
-    """Gradients and metrics, averaged over devices, and the third value of `params -> (loss, (metrics, others))`."""
+    """Gradients and metrics averaged over devices, and `others`, of `params -> (loss, (metrics, others))`."""
     # The parameters count as values of this device alone, so that the gradients are those of its rows however the batch
     # is spread.
     grads, (metrics, others) = jax.grad(loss_of, has_aux=True)(make_varying(params, axis_name))
@@ -64,22 +64,22 @@ def check_synchronized(path: str, layer: Any, axis_name: AxisName | None) -> Non
 
 
 def check_whole(step: ArrayLike) -> None:
-    """Raises a ValueError for a state that is replicated, of which `finalize` wants one."""
+    """Raises a ValueError for a replicated state, where `finalize` expects a single replica."""
     if jnp.ndim(step):
         raise_stacked(jnp.shape(step))
 
 
 def step_if(taken: ArrayLike, new: _Tree, old: _Tree) -> _Tree:
-    """The new state if the step was taken, and the old one if it was skipped, as where a loss scale made gradients inf.
+    """Selects the new state if a step was taken, and the old one if it was skipped, as with loss scaling.
 
-    A skipped step must leave all of the state as it was: the statistics too, which have moved with the forward pass.
-    Pure; may be jitted.
+    A skipped step must leave the whole state unchanged, including the statistics, which the forward pass has updated.
+    Pure, and may be jitted.
 
     Args:
         taken: A boolean, `[]`.
-        new: Any pytree of arrays, such as a whole train state.
-        old: One of the same structure. Of an NNX model, a copy made before the step: `nnx.state` gives the variables
-            themselves, which move with it.
+        new: Any pytree of arrays, such as a train state.
+        old: A pytree of the same structure. For an NNX model, pass a copy made before the step: `nnx.state` returns the
+            variables themselves, which change with the model.
 
     Returns:
         `new` or `old`.

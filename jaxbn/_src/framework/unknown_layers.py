@@ -1,4 +1,4 @@
-"""The check that nothing which keeps running statistics was passed over: a layer that jaxbn does not know, say."""
+"""The check for modules with running statistics whose class jaxbn does not know."""
 
 import dataclasses
 import warnings
@@ -17,15 +17,15 @@ from jaxbn._src.tracing import sow as _sow
 
 @dataclasses.dataclass(frozen=True)
 class Touched:
-    """A module with running statistics that ran, as the layer of a mark: so it is told even where programs are kept."""
+    """The tag of a sown value of an unknown module that ran; harvesting finds it even if the program is cached."""
 
     path: str
     size: int
     cls: str
-    register: str  # the function with which a user says what the class is
+    register: str  # the function that registers the class
 
     def on(self, outputs: Any, index: jax.Array) -> Any:
-        """The outputs of the module, with the mark on the first array."""
+        """Sows this tag on the first array of the outputs of the module."""
         leaves, structure = jax.tree.flatten(outputs)
         for position, leaf in enumerate(leaves):
             if _internals.is_array_of_jax(leaf):
@@ -36,15 +36,15 @@ class Touched:
 
 
 def name_of(cls: Any, inside: Any = None) -> str:
-    """A class as a user knows it; with the class inside, if it is a bridge."""
+    """The name of a class, with the class inside if it is a bridge."""
     name = f"{cls.__module__}.{cls.__qualname__}" if isinstance(cls, type) else repr(cls)
     return name if inside is None else f"{name} of {name_of(inside)}"
 
 
 def check(touched: Mapping[str, str], served: Collection[str], *, register: str) -> None:
-    """Raises a ValueError for modules with running statistics, path -> class, that ran and were not served.
+    """Raises a ValueError for modules with running statistics, path -> class, that ran and are not known layers.
 
-    Where other layers were served it is a warning: what is left may be no normalization.
+    It is a warning if other layers are known, because the module may not be a normalization.
     """
     left = {path: cls for path, cls in touched.items() if path not in served}
     if not left:
@@ -62,7 +62,7 @@ def check(touched: Mapping[str, str], served: Collection[str], *, register: str)
 
 
 def all_served(records: Sequence[_records.Record]) -> list[_records.Record]:
-    """The marks of layers, among those that a program has met; checks that there is one for all that was touched."""
+    """The records of known layers, after checking those of unknown modules."""
     touched = {record.layer.path: record.layer for record in records if isinstance(record.layer, Touched)}
     layers: list[Any] = [record for record in records if not isinstance(record.layer, Touched)]
     served = {record.layer.path for record in layers}
@@ -71,17 +71,17 @@ def all_served(records: Sequence[_records.Record]) -> list[_records.Record]:
     return layers
 
 
-_NAMED = 3  # layers in a message
+_NAMED = 3  # maximum number of layers in a message
 
 
 class Watch:
-    """Which modules with running statistics run in a call, while Python runs it, and which of them are served.
+    """Records the unknown modules with running statistics that run in a call, and the known layers.
 
-    As a context it checks, when the outermost call is over, that all were. What is served it remembers: where a
-    compiled program is kept, Python does not run the next time.
+    As a context manager it checks them at the end of the outermost call. Known layers are remembered, because Python
+    does not run again when a compiled program is cached.
     """
 
-    _reaching: "weakref.WeakSet[type]" = weakref.WeakSet()  # classes in whose calls a layer that is known was met
+    _reaching: "weakref.WeakSet[type]" = weakref.WeakSet()  # classes whose calls contain a known layer
 
     def __init__(self, register: str) -> None:
         self._register = register
@@ -101,12 +101,12 @@ class Watch:
             check(self._touched, self._served, register=self._register)
 
     def serve(self, path: str) -> None:
-        """A layer that is known is at its turn."""
+        """Records the call of a known layer."""
         self._served.add(path)
         self._reaching.update(cls for outer, cls in self._around if outer == path)
 
     def run(self, path: str, cls: type, call: Callable[[], Any], keeps: Callable[[], bool], inside: Any = None) -> Any:
-        """The call of another module; `keeps` says, when it is over, whether it keeps running statistics."""
+        """Runs the call of another module; `keeps` tells afterwards whether it has running statistics."""
         self._around.append((path, cls))
         try:
             outputs = call()

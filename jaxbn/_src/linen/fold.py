@@ -13,6 +13,7 @@ from flax import nnx
 from flax.linen.dtypes import promote_dtype
 
 from jaxbn._src.framework.framework import Call
+from jaxbn._src.framework.kernels import MapKernel
 from jaxbn._src.framework.method import loaded
 from jaxbn._src.framework.norm_layer import call_arguments, evaluating_method
 from jaxbn._src.framework.registry import Registered
@@ -25,7 +26,6 @@ from jaxbn._src.inference.fold_report import FoldReport
 from jaxbn._src.inference.fold_tags import called_linear, called_norm, tag_call
 from jaxbn._src.inference.frozen import Frozen
 from jaxbn._src.linen.capture import is_call_of_layer, statistics_of
-from jaxbn._src.linen.kernels import MapKernel
 from jaxbn._src.linen.modules import STATISTICS
 from jaxbn._src.linen.registry import REGISTER, as_norm, class_inside, evaluates, in_flax_names, known, run_bridge
 from jaxbn._src.linen.variables import check_variables, find_shapes, find_states, keys, states_in

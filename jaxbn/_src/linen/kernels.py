@@ -1,11 +1,12 @@
 """A map of the kernel as an option of the dense layers and convolutions of flax.linen."""
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import jax
 from flax.linen.dtypes import promote_dtype
+
+from jaxbn._src.framework.kernels import MapKernel
 
 
 def map_kernel(function: Callable[[jax.Array], jax.Array]) -> Callable[..., Any]:
@@ -29,12 +30,8 @@ def map_kernel(function: Callable[[jax.Array], jax.Array]) -> Callable[..., Any]
         >>> bool(jnp.abs(y[:, 1:-1, 1:-1]).max() < 1e-6)
         True
     """
-    return MapKernel(function)
+    return MapKernel(function, _promote)
 
 
-@dataclasses.dataclass(frozen=True)
-class MapKernel:
-    function: Callable[[jax.Array], jax.Array]
-
-    def __call__(self, inputs: Any, kernel: Any, bias: Any, **options: Any) -> Any:
-        return promote_dtype(inputs, self.function(kernel), bias, **options)
+def _promote(arrays: Any, **options: Any) -> Any:
+    return promote_dtype(*arrays, **options)

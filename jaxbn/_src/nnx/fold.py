@@ -11,6 +11,7 @@ from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype
 
 from jaxbn._src.framework.framework import Call
+from jaxbn._src.framework.kernels import MapKernel
 from jaxbn._src.framework.norm_layer import call_arguments, flax_arguments
 from jaxbn._src.inference import fold_arithmetic as _fold_arithmetic
 from jaxbn._src.inference import fold_plan as _fold_plan
@@ -26,7 +27,6 @@ from jaxbn._src.nnx.capture import (
     select_layers,
     state_of,
 )
-from jaxbn._src.nnx.kernels import MapKernel
 from jaxbn._src.nnx.modules import Norm
 from jaxbn._src.nnx.registry import Adapted, as_norm, has_plain_call, known, set_call, set_class
 from jaxbn._src.tracing import dataflow as _dataflow

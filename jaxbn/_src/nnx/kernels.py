@@ -1,11 +1,12 @@
 """A map of the kernel as an option of the dense layers and convolutions of flax.nnx."""
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import jax
 from flax.nnx.nn import dtypes
+
+from jaxbn._src.framework.kernels import MapKernel
 
 
 def map_kernel(function: Callable[[jax.Array], jax.Array]) -> Callable[..., Any]:
@@ -28,13 +29,4 @@ def map_kernel(function: Callable[[jax.Array], jax.Array]) -> Callable[..., Any]
         >>> bool(jnp.abs(conv(x)[:, 1:-1, 1:-1]).max() < 1e-6)
         True
     """
-    return MapKernel(function)
-
-
-@dataclasses.dataclass(frozen=True)
-class MapKernel:
-    function: Callable[[jax.Array], jax.Array]
-
-    def __call__(self, arrays: Any, /, **options: Any) -> Any:
-        inputs, kernel, bias = arrays
-        return dtypes.promote_dtype((inputs, self.function(kernel), bias), **options)
+    return MapKernel(function, dtypes.promote_dtype)
