@@ -1,4 +1,4 @@
-"""Diagnosis: the numbers against NumPy, the healthy left alone, each disease found and named."""
+"""Diagnosis: the numbers against NumPy, no finding without a fault, and each fault found."""
 
 import dataclasses
 import json
@@ -7,46 +7,46 @@ import flax.linen as nn
 import jax
 import numpy as np
 import pytest
+from faults import FAULTS, functions, make_case
 from flax import nnx
 from nets import LINEN, every_host, started
-from patients import DISEASES, functions, patient
 from scipy import stats
 
 import jaxbn
 import jaxbn.linen
 import jaxbn.nnx
 
-HEALTHY, ILL = 200, 100
+WITHOUT, WITH = 200, 100
 
 
-def named(disease, seed):
-    found = jaxbn.linen.diagnose(*patient(disease, seed), progress=False)
+def named(fault, seed):
+    found = jaxbn.linen.diagnose(*make_case(fault, seed), progress=False)
     return [finding.name for finding in found.findings]
 
 
-def test_healthy_networks_are_left_alone():
+def test_networks_without_a_fault_have_no_findings():
     assert [seed for seed in range(2) if named(None, seed)] == []
 
 
-@pytest.mark.parametrize("disease", DISEASES)
-def test_each_disease_is_found(disease):
-    assert [named(disease, seed)[:1] for seed in range(2)] == [[disease]] * 2
+@pytest.mark.parametrize("fault", FAULTS)
+def test_each_fault_is_found(fault):
+    assert [named(fault, seed)[:1] for seed in range(2)] == [[fault]] * 2
 
 
 @pytest.mark.slow
-def test_at_most_5_percent_of_healthy_networks_are_called_ill():
-    assert sum(bool(named(None, 1000 + seed)) for seed in range(HEALTHY)) <= 0.05 * HEALTHY
+def test_at_most_5_percent_of_networks_without_a_fault_have_findings():
+    assert sum(bool(named(None, 1000 + seed)) for seed in range(WITHOUT)) <= 0.05 * WITHOUT
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("disease", DISEASES)
-def test_at_least_95_percent_of_the_ill_are_found_and_named(disease):
-    assert sum(named(disease, 1000 + seed)[:1] == [disease] for seed in range(ILL)) >= 0.95 * ILL
+@pytest.mark.parametrize("fault", FAULTS)
+def test_at_least_95_percent_of_the_faults_are_found(fault):
+    assert sum(named(fault, 1000 + seed)[:1] == [fault] for seed in range(WITH)) >= 0.95 * WITH
 
 
 def test_values_of_one_image_do_not_count_as_independent():
     """The means of batches of images of random brightness differ more than those of so many independent pixels."""
-    call, variables, batches = patient(None, 1)
+    call, variables, batches = make_case(None, 1)
     layer = jaxbn.linen.diagnose(call, variables, batches).layers["norm_0"]
     assert layer.ratio < 2
     pixels = nn.Conv(16, (3, 3)).apply({"params": variables["params"]["map_0"]}, batches)
@@ -99,7 +99,7 @@ def test_numbers_are_those_of_numpy(host, masked, rng):
 
 def test_the_p_value_is_uniform_or_above_where_examples_are_independent(rng):
     """Of heavy tails, and channels that depend on each other."""
-    call, variables = functions(False)[2], patient("unestimated", 0)[1]
+    call, variables = functions(False)[2], make_case("unestimated", 0)[1]
     p_values = []
     for _ in range(60):
         rows = rng.standard_t(4, (12, 8, 12)).astype(np.float32)
@@ -138,7 +138,7 @@ def test_the_gap_of_outputs(rng):
 
 
 def test_batches_with_nan_are_a_finding_and_count_for_nothing():
-    call, variables, batches = patient(None, 0)
+    call, variables, batches = make_case(None, 0)
     spoilt = np.array(batches)
     spoilt[3, 0, 0] = np.nan
     found = jaxbn.linen.diagnose(call, variables, spoilt)
@@ -150,7 +150,7 @@ def test_batches_with_nan_are_a_finding_and_count_for_nothing():
 
 
 def test_parameters_that_are_nan_after_the_last_layer_are_a_finding():
-    call, variables, batches = patient(None, 0)
+    call, variables, batches = make_case(None, 0)
     head = jax.tree.map(lambda leaf: leaf * np.nan, variables["params"]["Dense_0"])
     found = jaxbn.linen.diagnose(call, variables | {"params": variables["params"] | {"Dense_0": head}}, batches)
     assert [finding.name for finding in found.findings] == ["nonfinite"]
@@ -159,7 +159,7 @@ def test_parameters_that_are_nan_after_the_last_layer_are_a_finding():
 
 
 def test_what_is_too_little_or_wrong_is_refused():
-    call, variables, batches = patient("unestimated", 0)
+    call, variables, batches = make_case("unestimated", 0)
     for few in ([], batches[:1]):
         with pytest.raises(ValueError, match="compares batches"):
             jaxbn.linen.diagnose(call, variables, few)
@@ -188,7 +188,7 @@ def test_layers_that_are_not_reached_or_not_of_examples():
 
 
 def test_text_dict_and_picture_of_small_and_large_networks(tmp_path):
-    call, variables, batches = patient("non_iid", 0)
+    call, variables, batches = make_case("non_iid", 0)
     found = jaxbn.linen.diagnose(call, variables, batches)
     layers = {f"Stage_{i}/Block_{i}/Inner_0/BatchNorm_{i}": found.layers["norm_0"] for i in range(100)}
     many = dataclasses.replace(found, layers=layers)
@@ -227,7 +227,7 @@ def test_batches_that_do_not_say_which_axis_is_that_of_the_examples(host, rng):
 
 def test_stored_statistics_under_which_the_network_overflows(rng):
     """Are off; the numbers that need the network to run with them are unknown, and nothing warns."""
-    call, variables, batches = patient(None, 0)
+    call, variables, batches = make_case(None, 0)
     stats = jax.tree.map(lambda leaf: leaf, variables["batch_stats"])
     stats["norm_0"]["var"] = stats["norm_0"]["var"] * 0 - 1e-5  # the root of variance + epsilon is 0
     found = jaxbn.linen.diagnose(call, variables | {"batch_stats": stats}, batches)

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from faults import make_case
 from flax import nnx
-from patients import patient
 
 import jaxbn
 import jaxbn.linen
@@ -137,7 +137,7 @@ def test_layers_that_are_held_on_purpose_are_no_finding():
 
 
 def test_no_layer_reached():
-    call, variables, batches = patient(None, 0)
+    call, variables, batches = make_case(None, 0)
     found = jaxbn.linen.diagnose(jaxbn.linen.freeze_layers(call, ""), variables, batches)
     assert [finding.name for finding in found.findings] == ["not_reached"]
     assert ALL_CLEAR not in str(found) and "Does `call` run the model" in str(found)
@@ -145,7 +145,7 @@ def test_no_layer_reached():
 
 
 def test_what_was_not_judged_is_said_instead_of_an_all_clear():
-    call, variables, batches = patient(None, 0)
+    call, variables, batches = make_case(None, 0)
     assert ALL_CLEAR in str(jaxbn.linen.diagnose(call, variables, batches))
     frozen = jaxbn.linen.freeze_layers(call, "norm_1")
     no_outputs = lambda v, x: (call(v, x), None)[1]  # noqa: E731

@@ -31,11 +31,11 @@ Capture = Callable[[Any, Any], tuple[Any, Measured]]
 _IN_FLIGHT = 8
 
 
-class Seen(NamedTuple):
+class Observation(NamedTuple):
     """The observations of one batch: a pytree."""
 
     trained: Measured  # normalized with the statistics of the batch
-    stored: Measured  # normalized with the running statistics
+    evaluated: Measured  # normalized with the running statistics
     rows: jax.Array  # f32[]: examples in the batch; NaN if unknown
     gap: jax.Array  # f32[2, L]: squares of (train - eval) and of train about its mean, summed over each output
 
@@ -50,28 +50,29 @@ class Seen(NamedTuple):
         return bool(self.rows == 0)
 
 
-# (model, batch) -> Seen
-Look = Callable[[Any, Any], Seen]
+# (model, batch) -> Observation
+Observe = Callable[[Any, Any], Observation]
 
 
-def looking(in_mode: Callable[[str], Capture]) -> Look:
+def observer(in_mode: Callable[[str], Capture]) -> Observe:
     """Returns the function that observes a batch."""
 
-    def look(model: Any, batch: Any) -> Seen:
-        (trained, in_training), (evaluated, stored) = in_mode("batch")(model, batch), in_mode("eval")(model, batch)
-        if in_training.is_mixed:
-            trained, in_training = in_mode(HEEDED)(model, batch)
+    def observe_batch(model: Any, batch: Any) -> Observation:
+        (outputs, trained), (eval_outputs, evaluated) = in_mode("batch")(model, batch), in_mode("eval")(model, batch)
+        if trained.is_mixed:
+            outputs, trained = in_mode(HEEDED)(model, batch)
         rows = count_examples(batch)
-        return Seen(in_training, stored, jnp.float32(np.nan if rows is None else rows), _gap(trained, evaluated))
+        rows = jnp.float32(np.nan if rows is None else rows)
+        return Observation(trained, evaluated, rows, _gap(outputs, eval_outputs))
 
-    return look
+    return observe_batch
 
 
-def observe(look: Recipe, model: Any, batches: Iterable[Any], *, progress: bool | None) -> list[Seen]:
+def observe(look: Recipe, model: Any, batches: Iterable[Any], *, progress: bool | None) -> list[Observation]:
     """Returns the observations of the batches of all processes as NumPy arrays, the same on each process.
 
     Args:
-        look: Makes a `Look`, which is compiled once for each shape of a batch.
+        look: The recipe of an `Observe`, which is compiled once for each shape of a batch.
         model: A pytree.
         batches: The batches of this process, or global batches, as for a statistics pass.
         progress: Whether to show a progress bar. None: only in a terminal.
@@ -95,15 +96,15 @@ def observe(look: Recipe, model: Any, batches: Iterable[Any], *, progress: bool 
     return _observe(program, model, itertools.chain([first], together), progress, length)
 
 
-def _pinned(look: Look, mesh: Mesh) -> Look:
+def _pinned(look: Observe, mesh: Mesh) -> Observe:
     return lambda model, batch: pin(look(model, batch), mesh)
 
 
 def _observe(
-    program: Look, model: Any, batches: Iterable[Any], progress: bool | None, length: int | None
-) -> list[Seen]:
-    seen: list[Seen] = []
-    under_way: collections.deque[Seen] = collections.deque()
+    program: Observe, model: Any, batches: Iterable[Any], progress: bool | None, length: int | None
+) -> list[Observation]:
+    seen: list[Observation] = []
+    under_way: collections.deque[Observation] = collections.deque()
     for number, batch in enumerate(track(batches, "Diagnosing", progress, length)):
         check_batch(batch, number)
         under_way.append(program(model, batch))
@@ -225,7 +226,7 @@ class Spread(NamedTuple):
 
 
 def _gap(trained: Any, evaluated: Any) -> jax.Array:
-    """Sums for the difference of the outputs, f32[2, L]: see `Seen.gap`."""
+    """Sums for the difference of the outputs, f32[2, L]: see `Observation.gap`."""
     sums = [jnp.zeros((2, 0))]
     for a, b in zip(jax.tree.leaves(trained), jax.tree.leaves(evaluated), strict=True):
         if jnp.issubdtype(jnp.result_type(a), jnp.floating):

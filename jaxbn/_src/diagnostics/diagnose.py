@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxbn._src.diagnostics.anova import Batches, Calls, Look, Seen, Spread, looking, observe
+from jaxbn._src.diagnostics.anova import Batches, Calls, Observation, Observe, Spread, observe, observer
 from jaxbn._src.diagnostics.diagnosis import Diagnosis, LayerDiagnosis
 from jaxbn._src.diagnostics.rules import Pair, findings, nonfinite
 from jaxbn._src.display.tables import in_order
@@ -36,15 +36,15 @@ def diagnose_model(
         raise ValueError(f"r_max={r_max} must be 1 or more, and d_max={d_max} not negative.")
     framework.check(model)
     structure, arrays = framework.split(model)
-    seen = observe(Recipe(_looking, (call, weights), (framework, structure)), arrays, batches, progress=progress)
+    seen = observe(Recipe(_observer, (call, weights), (framework, structure)), arrays, batches, progress=progress)
     return diagnose(seen, framework.states(model), r_max=r_max, d_max=d_max)
 
 
-def _looking(call: Call, weights: Weights | None, framework: Framework, structure: Any) -> Look:
-    return looking(lambda mode: capture_arrays(framework, structure, call, mode, weights, examples=True))
+def _observer(call: Call, weights: Weights | None, framework: Framework, structure: Any) -> Observe:
+    return observer(lambda mode: capture_arrays(framework, structure, call, mode, weights, examples=True))
 
 
-def diagnose(seen: Sequence[Seen], states: Mapping[str, Any], *, r_max: float, d_max: float) -> Diagnosis:
+def diagnose(seen: Sequence[Observation], states: Mapping[str, Any], *, r_max: float, d_max: float) -> Diagnosis:
     """Returns the diagnosis of a model whose layers have these statistics."""
     good = [one for one in seen if one.is_finite and not one.is_empty]
     if len(good) < 2:
@@ -75,7 +75,7 @@ def _alive(values: Batches, pair: Pair) -> np.ndarray:
 
 
 def _layer(
-    seen: Sequence[Seen],
+    seen: Sequence[Observation],
     path: str,
     values: Batches,
     pair: Pair,
@@ -92,7 +92,7 @@ def _layer(
     outside = (np.abs(d) > d_max) | (r > r_max) | (r < 1 / r_max)
     rows = np.array([one.rows for one in seen], float)
     trained = Spread.of(Batches.of((one.trained.examples for one in seen), path), rows)
-    independent = Spread.of(Batches.of((one.stored.examples for one in seen), path), rows)
+    independent = Spread.of(Batches.of((one.evaluated.examples for one in seen), path), rows)
     ratios = independent.ratios(alive)
     calls = Calls.of((one.trained.calls for one in seen), path, sigma, alive)
     return LayerDiagnosis(
@@ -126,7 +126,7 @@ def _noise(trained: Spread, sigma: np.ndarray, alive: np.ndarray, d: np.ndarray)
     return float(np.sqrt(_mean(expected if expected.size else d**2)))
 
 
-def _gap(seen: Sequence[Seen]) -> float:
+def _gap(seen: Sequence[Observation]) -> float:
     """Rms of the outputs in training minus in evaluation, in std of the former; the worst of several outputs."""
     difference, variance = np.sum([one.gap for one in seen], 0, dtype=float)
     known = variance > 0

@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxbn._src.diagnostics.anova import Seen
+from jaxbn._src.diagnostics.anova import Observation
 from jaxbn._src.diagnostics.diagnosis import Finding, LayerDiagnosis
 from jaxbn._src.numerics.averages import INITIAL_MEAN, INITIAL_VAR
 
@@ -39,8 +39,8 @@ class Pair(NamedTuple):
 
     mean: np.ndarray
     var: np.ndarray
-    stored_mean: np.ndarray
-    stored_var: np.ndarray
+    running_mean: np.ndarray
+    running_var: np.ndarray
     epsilon: float
 
     @property
@@ -60,13 +60,13 @@ class Pair(NamedTuple):
         """
         mean = share * INITIAL_MEAN + (1 - share) * self.mean
         sigma = np.sqrt(share * INITIAL_VAR + (1 - share) * self.var + self.epsilon)
-        stored = np.sqrt(np.maximum(self.stored_var + self.epsilon, np.finfo(np.float32).tiny))
-        return (sigma / stored - 1) ** 2 + (np.abs(mean - self.stored_mean) / stored) ** 2
+        running = np.sqrt(np.maximum(self.running_var + self.epsilon, np.finfo(np.float32).tiny))
+        return (sigma / running - 1) ** 2 + (np.abs(mean - self.running_mean) / running) ** 2
 
     @property
     def is_initial(self) -> bool:
         """Whether the running statistics are the initial values."""
-        return bool((self.stored_mean == INITIAL_MEAN).all() and (self.stored_var == INITIAL_VAR).all())
+        return bool((self.running_mean == INITIAL_MEAN).all() and (self.running_var == INITIAL_VAR).all())
 
 
 def findings(layers: Mapping[str, LayerDiagnosis], pairs: Mapping[str, Pair], gap: float) -> list[Finding]:
@@ -78,13 +78,13 @@ def findings(layers: Mapping[str, LayerDiagnosis], pairs: Mapping[str, Pair], ga
     training = {path: layer for path, layer in reached.items() if not layer.held}
     of_batches, of_inputs = (_non_iid, _tiny_batches, _calls_differ), (_dead, _exploding, _huge_mean)
     found = [rule(training) for rule in of_batches] + [rule(reached) for rule in of_inputs]
-    found += [*_stored(training, pairs), _never_trains(reached)]
+    found += [*_running_statistics(training, pairs), _never_trains(reached)]
     there = [finding for finding in found if finding is not None]
     there += [_gap(training, gap)] if gap >= _GAP and not there else []
     return sorted(there, key=lambda finding: -finding.effect)
 
 
-def nonfinite(seen: Sequence[Seen], order: Sequence[str]) -> list[Finding]:
+def nonfinite(seen: Sequence[Observation], order: Sequence[str]) -> list[Finding]:
     """Returns a finding for batches that gave NaN or infinity, with the layer in which these first appeared."""
     bad = [index for index, one in enumerate(seen) if not (one.is_finite and np.isfinite(one.gap).all())]
     if not bad:
@@ -116,37 +116,37 @@ def _bounds(layers: Mapping[str, LayerDiagnosis]) -> str:
 def _non_iid(layers: Mapping[str, LayerDiagnosis]) -> Finding | None:
     tests = sum(not np.isnan(layer.p_value) for layer in layers.values())
     # One test for each layer: Bonferroni's correction.
-    ill = {p: v for p, v in layers.items() if v.p_value * tests < _P_VALUE and v.excess >= _EXCESS}
-    worst = max((layer.ratio for layer in ill.values()), default=0.0)
+    found = {p: v for p, v in layers.items() if v.p_value * tests < _P_VALUE and v.excess >= _EXCESS}
+    worst = max((layer.ratio for layer in found.values()), default=0.0)
     return _finding(
         "non_iid",
-        ill,
+        found,
         lambda layer: layer.excess,
         f"Batches are not drawn at random: the variance of their means is up to {worst:.3g} times that of batches of "
         f"independent examples",
-        f"Shuffle the examples. If you cannot, use Batch Renormalization with {_bounds(ill)}, which clips 5 %, or "
+        f"Shuffle the examples. If you cannot, use Batch Renormalization with {_bounds(found)}, which clips 5 %, or "
         f"freeze the statistics during training. A statistics pass is correct for any order.",
     )
 
 
 def _tiny_batches(layers: Mapping[str, LayerDiagnosis]) -> Finding | None:
-    ill = {path: layer for path, layer in layers.items() if layer.noise >= _NOISE}
+    found = {path: layer for path, layer in layers.items() if layer.noise >= _NOISE}
     return _finding(
         "tiny_batches",
-        ill,
+        found,
         lambda layer: layer.noise,
         "Too few examples in a batch: the batch means are noisy",
         f"Use larger batches, or synchronize over devices (jit over sharded arrays, or axis_name=). Otherwise use "
-        f"Batch Renormalization with {_bounds(ill)}, which clips 5 %, or freeze well-estimated statistics.",
+        f"Batch Renormalization with {_bounds(found)}, which clips 5 %, or freeze well-estimated statistics.",
     )
 
 
 def _dead(layers: Mapping[str, LayerDiagnosis]) -> Finding | None:
-    ill = {path: layer for path, layer in layers.items() if layer.dead}
-    count = sum(layer.dead for layer in ill.values())
+    found = {path: layer for path, layer in layers.items() if layer.dead}
+    count = sum(layer.dead for layer in found.values())
     return _finding(
         "dead",
-        ill,
+        found,
         lambda layer: layer.dead / layer.channels,
         f"The input of {count} channels is constant, or small next to epsilon",
         "Check the weights before these layers and the data: constant features, dead ReLUs, too much weight decay.",
@@ -154,11 +154,11 @@ def _dead(layers: Mapping[str, LayerDiagnosis]) -> Finding | None:
 
 
 def _exploding(layers: Mapping[str, LayerDiagnosis]) -> Finding | None:
-    ill = {path: layer for path, layer in layers.items() if layer.exploding}
-    count = sum(layer.exploding for layer in ill.values())
+    found = {path: layer for path, layer in layers.items() if layer.exploding}
+    count = sum(layer.exploding for layer in found.values())
     return _finding(
         "exploding",
-        ill,
+        found,
         lambda layer: layer.exploding / layer.channels,
         f"The input of {count} channels is above 1e4, near the end of float16",
         "Use weight decay on the weights before these layers, or a lower learning rate. Do not run them in float16.",
@@ -166,13 +166,13 @@ def _exploding(layers: Mapping[str, LayerDiagnosis]) -> Finding | None:
 
 
 def _huge_mean(layers: Mapping[str, LayerDiagnosis]) -> Finding | None:
-    ill = {path: layer for path, layer in layers.items() if layer.huge_mean >= _HUGE_MEAN}
-    worst = max((layer.huge_mean for layer in ill.values()), default=0.0)
+    found = {path: layer for path, layer in layers.items() if layer.huge_mean >= _HUGE_MEAN}
+    worst = max((layer.huge_mean for layer in found.values()), default=0.0)
     lag = worst * float(np.finfo(np.float32).eps) / 2  # half a step of float32
     running = f" Running averages stop {lag:.2g} / (1 - momentum) std short of it; postproc does not." * (lag > 1e-3)
     return _finding(
         "huge_mean",
-        ill,
+        found,
         lambda layer: layer.huge_mean * float(np.finfo(np.float16).eps) * 4,  # half a step of bfloat16
         f"The mean of a channel is up to {worst:.3g} std: half precision and Flax's fast variance lose the signal",
         "Subtract the mean from the data, or normalize before this layer in float32. The variance of jaxbn is exact."
@@ -181,11 +181,11 @@ def _huge_mean(layers: Mapping[str, LayerDiagnosis]) -> Finding | None:
 
 
 def _calls_differ(layers: Mapping[str, LayerDiagnosis]) -> Finding | None:
-    ill = {p: v for p, v in layers.items() if v.calls_differ >= max(_OFF, 2 * v.calls_noise)}
-    most = max((layer.calls for layer in ill.values()), default=1)
+    found = {p: v for p, v in layers.items() if v.calls_differ >= max(_OFF, 2 * v.calls_noise)}
+    most = max((layer.calls for layer in found.values()), default=1)
     return _finding(
         "calls_differ",
-        ill,
+        found,
         lambda layer: layer.calls_differ,
         f"A layer is called up to {most} times in one step, on inputs of different distributions: training normalizes "
         f"each call with its own statistics, and evaluation uses one average for all calls, which fits none of them",
@@ -195,13 +195,13 @@ def _calls_differ(layers: Mapping[str, LayerDiagnosis]) -> Finding | None:
 
 
 def _never_trains(layers: Mapping[str, LayerDiagnosis]) -> Finding | None:
-    ill = {path: layer for path, layer in layers.items() if layer.held and layer.off >= _OFF}
+    found = {path: layer for path, layer in layers.items() if layer.held and layer.off >= _OFF}
     return _finding(
         "never_trains",
-        ill,
+        found,
         lambda layer: layer.off,
-        f"This call trains the network, but evaluates {len(ill)} of {len(layers)} layers: their running statistics do "
-        f"not fit their input and are never updated",
+        f"This call trains the network, but evaluates {len(found)} of {len(layers)} layers: their running statistics "
+        f"do not fit their input and are never updated",
         "Pass the training flag to these layers too (use_running_average). If you freeze them on purpose, run postproc "
         "before you train the rest.",
     )
@@ -229,14 +229,14 @@ def _gap(layers: Mapping[str, LayerDiagnosis], gap: float) -> Finding:
     return Finding("gap", gap, worst, f"Outputs in training and in evaluation differ, and {text}", advice)
 
 
-def _stored(layers: Mapping[str, LayerDiagnosis], pairs: Mapping[str, Pair]) -> list[Finding | None]:
+def _running_statistics(layers: Mapping[str, LayerDiagnosis], pairs: Mapping[str, Pair]) -> list[Finding | None]:
     """Findings about wrong running statistics, with the likely cause."""
     if not layers:
         return []
     # If batch means vary, an average over about ten of them has an error by chance, which is allowed here.
-    ill = {p: v for p, v in layers.items() if v.off**2 > _OFF**2 + 0.2 * (v.d_bound / 2) ** 2}
-    unestimated = {path: layer for path, layer in ill.items() if pairs[path].is_initial}
-    others = {path: layer for path, layer in ill.items() if path not in unestimated}
+    found = {p: v for p, v in layers.items() if v.off**2 > _OFF**2 + 0.2 * (v.d_bound / 2) ** 2}
+    unestimated = {path: layer for path, layer in found.items() if pairs[path].is_initial}
+    others = {path: layer for path, layer in found.items() if path not in unestimated}
     share, explained = _initial_share([pairs[path] for path in layers])
     stale = explained > _EXPLAINED
     some = len(unestimated) < len(layers)

@@ -1,8 +1,8 @@
-"""Networks whose batches or statistics are well, or ill in one known way, for the tests of the diagnosis.
+"""Networks with and without a known fault in their batches or statistics, for the tests of the diagnosis.
 
-`patient(disease, seed)` gives a network with random weights, running averages that training left behind, and batches:
-of a dense network on rows for even seeds, of a convolutional one on images of random brightness for odd ones, whose
-values depend on each other within an image.
+`make_case(fault, seed)` returns a network with random weights, running averages and batches: a dense network on rows
+for even seeds, and a convolutional network on images of random brightness for odd seeds. The values within an image
+depend on each other.
 """
 
 import functools
@@ -12,13 +12,13 @@ import jax
 import numpy as np
 
 EXAMPLES, BATCHES, CLASSES, STEPS = 32, 20, 10, 150
-# Each with its effect size.
-DISEASES = {
+# With their effect sizes.
+FAULTS = {
     "non_iid": "batches of one class each, of ten; the classes differ by 1 std",
     "tiny_batches": "batches of 4 rows, or 2 images",
     "shifted": "contrast 1.5, and brighter by 1 std",
     "stale": "10 steps at momentum 0.9: 35 % of the averages is still the initial value",
-    "unestimated": "no step at all",
+    "unestimated": "no training step",
     "dead": "one channel of 24 whose weights are 0",
     "huge_mean": "one channel whose mean is about 1000 std",
     "exploding": "weights of one channel times 1e6",
@@ -41,7 +41,7 @@ class Net(nn.Module):
 
 @functools.cache
 def functions(convolutional):
-    """(init, step of the running averages, call), compiled once for all patients."""
+    """(init, step of the running averages, call), compiled once for all cases."""
     net = Net(convolutional)
 
     def step(variables, x):
@@ -69,23 +69,23 @@ def make_data(rng, classes, convolutional):
     return draw
 
 
-def patient(disease, seed):
-    """(call, variables, batches); a healthy one for None."""
+def make_case(fault, seed):
+    """(call, variables, batches); without a fault for None."""
     rng, convolutional = np.random.default_rng(seed), bool(seed % 2)
     init, step, call = functions(convolutional)
     draw = make_data(rng, CLASSES, convolutional)
     variables = init(jax.random.key(seed), draw(2))
     kernel, bias = (np.array(variables["params"]["map_1"][name]) for name in ("kernel", "bias"))
-    if disease == "dead":
+    if fault == "dead":
         kernel[..., 5] = 0
-    if disease == "huge_mean":
+    if fault == "huge_mean":
         bias[5] = 1e3
-    if disease == "exploding":
+    if fault == "exploding":
         kernel[..., 5] *= 1e6
     variables["params"]["map_1"] = {"kernel": kernel, "bias": bias}
-    for _ in range({"stale": 10, "unestimated": 0}.get(disease, STEPS)):
+    for _ in range({"stale": 10, "unestimated": 0}.get(fault, STEPS)):
         variables = step(variables, draw(EXAMPLES))
-    size = (2 if convolutional else 4) if disease == "tiny_batches" else EXAMPLES
-    x = draw(BATCHES * size, in_order=disease == "non_iid")
-    x = 1.5 * x + x.std() if disease == "shifted" else x
+    size = (2 if convolutional else 4) if fault == "tiny_batches" else EXAMPLES
+    x = draw(BATCHES * size, in_order=fault == "non_iid")
+    x = 1.5 * x + x.std() if fault == "shifted" else x
     return call, variables, x.reshape(BATCHES, size, *x.shape[1:])
