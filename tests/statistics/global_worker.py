@@ -230,11 +230,11 @@ FAIL = {
     ),
     "own after global": (
         lambda p: linen([*batches(3), *raw(1)]),
-        ["ValueError: A batch of this process's own"] * 2,
+        ["ValueError: A batch of this process alone"] * 2,
     ),
     "own after global on one": (
         lambda p: linen([*batches(3), *(raw(2) if p else batches(2))]),
-        ["RuntimeError: Process 1 failed: ValueError: A batch of", "ValueError: A batch of this process's own follows"],
+        ["RuntimeError: Process 1 failed: ValueError: A batch of", "ValueError: A batch of this process alone follows"],
     ),
     "global after own": (lambda p: linen([*raw(3), *batches(1)]), ["ValueError: A global batch, .*follows"] * 2),
     "global after own on one": (
@@ -262,7 +262,7 @@ FAIL = {
         ["RuntimeError: The processes run different models"] * 2,
     ),
     "nan": (lambda p: linen(with_nan()), ["ValueError: Batch 1 .*not finite"] * 2),
-    "a mesh": (lambda p: linen(batches(3), mesh=mesh()), ["ValueError: mesh= spreads batches of a process's own"] * 2),
+    "a mesh": (lambda p: linen(batches(3), mesh=mesh()), ["ValueError: mesh= shards batches of a single process"] * 2),
     "a mesh of all": (lambda p: linen(raw(3), mesh=mesh()), ["ValueError: mesh= holds devices of other processes"] * 2),
     "read once": (lambda p: linen(iter(batches(3)), consistent=True), ["TypeError: .*read only once"] * 2),
     "diagnose, fewer on one": (

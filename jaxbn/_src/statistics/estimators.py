@@ -1,9 +1,9 @@
-r"""Estimators of the population statistics: how the moments of many batches become one mean and one variance.
+r"""Estimators of the population statistics: they combine the moments of many batches into one mean and one variance.
 
-Each is four pure functions `(init, update, merge, finalize)` over a dict of `Moments` by layer: it starts from nothing,
-takes one batch at a time, joins with what others saw, and ends in the moments to install. A batch in which a layer was
-not reached, or was masked altogether, does not count for that layer. Where batches weigh alike, what is accumulated
-tells the standard errors too.
+Each consists of pure functions `(init, update, merge, finalize)` over a dict of `Moments` by layer: they create an
+empty accumulator, add one batch, combine two accumulators, and compute the moments to install. A batch in which a layer
+did not run, or was fully masked, does not count for that layer. If batches have equal weight, the accumulator also
+provides standard errors.
 """
 
 import functools
@@ -24,27 +24,27 @@ Layers = dict[str, Moments]
 
 
 class Estimator(NamedTuple):
-    """How moments are accumulated. The first four functions are pure, and may be jitted."""
+    """How moments are accumulated. The first four functions are pure and can be jitted."""
 
     name: str
-    init: Callable[[Layers], Any]  # moments of any batch, for their shapes -> nothing seen yet
-    update: Callable[[Any, Layers], Any]  # and one batch more
-    merge: Callable[[Any, Any], Any]  # this and what came after it elsewhere
-    finalize: Callable[[Any], Layers]  # count, mean and m2 = count * var of the population
-    # -> the standard errors of mean and var, on the host; None where the last batches weigh more than those before
+    init: Callable[[Layers], Any]  # moments of any batch, for their shapes -> an empty accumulator
+    update: Callable[[Any, Layers], Any]  # accumulator, moments of one batch -> accumulator
+    merge: Callable[[Any, Any], Any]  # two accumulators, in the order of their batches -> accumulator
+    finalize: Callable[[Any], Layers]  # accumulator -> count, mean and m2 = count * var of the population
+    # accumulator -> standard errors of mean and var, as NumPy arrays; None if later batches have a higher weight
     errors: Callable[[Any], dict[str, Errors]] | None = None
-    # -> bool[*features] by layer: which variances are 0 as no more than one value went into each; None: not known
+    # accumulator -> bool[*features] by layer: variances that are 0 because each had one value; None if not known
     single: Callable[[Any], dict[str, jax.Array]] | None = None
 
 
 def check_estimator(estimator: Any) -> None:
-    """Raises a TypeError for what is no estimator."""
+    """Raises a TypeError if the argument is not an estimator."""
     if isinstance(estimator, Estimator):
         return
-    fix = "Give jaxbn.pooled(), jaxbn.mean_of_batches() or jaxbn.moving_average(decay=0.9)."
+    fix = "Pass jaxbn.pooled(), jaxbn.mean_of_batches() or jaxbn.moving_average(decay=0.9)."
     if isinstance(estimator, Averaging):
-        fix = f"It is an average for `momentum` of a layer, over the steps of training. {fix}"
-    raise TypeError(f"estimator={estimator!r} is no estimator of population statistics. {fix}")
+        fix = f"It is an average for the `momentum` of a layer, over training steps. {fix}"
+    raise TypeError(f"estimator={estimator!r} is not an estimator of population statistics. {fix}")
 
 
 class _Pooled(NamedTuple):
@@ -52,12 +52,12 @@ class _Pooled(NamedTuple):
     spread: Spread
 
 
-@functools.cache  # equal arguments give the same functions, and so the same compiled pass
+@functools.cache  # equal arguments return the same functions, so the compiled pass is reused
 def pooled(*, unbiased: bool = False) -> Estimator:
-    r"""The mean and variance of all values together: exact, whatever the batches.
+    r"""The mean and variance of all values together: exact, however the values are divided into batches.
 
     With counts :math:`n_B`, :math:`\mu = \sum n_B \mu_B / n` and :math:`\sigma^2 = \sum n_B (\sigma_B^2 + (\mu_B -
-    \mu)^2) / n`: the law of total variance. The default, and the one to use unless you reproduce another's numbers.
+    \mu)^2) / n`: the law of total variance. This is the default; use another one only to reproduce published numbers.
 
     Args:
         unbiased: Divide by n - 1 instead of n.
@@ -81,6 +81,7 @@ def pooled(*, unbiased: bool = False) -> Estimator:
 
     def update(acc: _Pooled, moments: Moments) -> _Pooled:
         values = _compensated.merge(acc.values, _compensated.single(moments))
+        # `between=True`: the pooled variance includes the variance of the batch means.
         return _Pooled(values, _standard_errors.add(acc.spread, moments, between=True))
 
     def merge(a: _Pooled, b: _Pooled) -> _Pooled:
@@ -102,23 +103,23 @@ def pooled(*, unbiased: bool = False) -> Estimator:
 
 
 class _Means(NamedTuple):
-    """Averages over batches, each as an accumulator whose values are those of a batch, of weight 1."""
+    """Averages over batches: accumulators in which each batch is one value of weight 1."""
 
-    values: Accumulator  # the values themselves, for their count
+    values: Accumulator  # of the values themselves, for their count
     mean: Accumulator
     var: Accumulator
-    spread: Spread  # of the batches, all of weight 1
+    spread: Spread  # of the batches, each with weight 1
 
 
 @functools.cache
 def mean_of_batches(*, unbiased: bool = True) -> Estimator:
-    r"""The mean of the batches' means and the mean of their variances, every batch with the same weight.
+    r"""The mean of the batch means and the mean of the batch variances, with equal weight for every batch.
 
-    It leaves out the variance of the means between batches, which `unbiased` makes up for where the batches are
-    independent and of one size. Small batches and class-ordered ones are where it goes wrong; then use `pooled`.
+    It omits the variance of the batch means; `unbiased` corrects for this if the batches are independent and of equal
+    size. The result is wrong for small batches and for batches sorted by class; use `pooled` there.
 
     Args:
-        unbiased: Multiply each variance by m / (m - 1), m being the values per channel in that batch.
+        unbiased: Multiply each variance by m / (m - 1), where m is the number of values per channel in the batch.
 
     Returns:
         An `Estimator`.
@@ -135,13 +136,13 @@ def mean_of_batches(*, unbiased: bool = True) -> Estimator:
 
     References:
         Ioffe & Szegedy, `Batch Normalization <https://arxiv.org/abs/1502.03167>`_, 2015, Algorithm 2, steps 8-12.
-        The description that this estimator follows prints :math:`\frac{1}{n_B - 1} \sum_B \sigma_B^2` with
-        :math:`n_B` the number of batches. It is read as the unbiased estimate of Algorithm 2, :math:`\frac{m}{m - 1}
-        E_B[\sigma_B^2]`, because as printed a single batch would divide by zero, and the correction would not depend
-        on the size of the batches, which is what biases their variances.
+        Differs from the description that this estimator follows, which prints :math:`\frac{1}{n_B - 1} \sum_B
+        \sigma_B^2` with :math:`n_B` the number of batches. We read it as the unbiased estimate of Algorithm 2,
+        :math:`\frac{m}{m - 1} E_B[\sigma_B^2]`: as printed, a single batch would divide by zero, and the correction
+        would not depend on the batch size, which causes the bias.
     """
 
-    def weighed(moments: Moments) -> Moments:
+    def as_one_value(moments: Moments) -> Moments:
         one = (moments.count > 0).astype(moments.count.dtype)
         var = moments.var * (bessel(moments.count) if unbiased else 1)
         return Moments(one, moments.mean, one * var)
@@ -151,11 +152,11 @@ def mean_of_batches(*, unbiased: bool = True) -> Estimator:
         return _Means(values, values, value, _standard_errors.empty(like))
 
     def update(acc: _Means, moments: Moments) -> _Means:
-        batch, nothing = weighed(moments), jnp.zeros_like(moments.m2)
+        batch, zero = as_one_value(moments), jnp.zeros_like(moments.m2)
         return _Means(
             _compensated.merge(acc.values, _compensated.single(moments)),
-            _compensated.merge(acc.mean, _compensated.single(Moments(batch.count, batch.mean, nothing))),
-            _compensated.merge(acc.var, _compensated.single(Moments(batch.count, batch.var, nothing))),
+            _compensated.merge(acc.mean, _compensated.single(Moments(batch.count, batch.mean, zero))),
+            _compensated.merge(acc.var, _compensated.single(Moments(batch.count, batch.var, zero))),
             _standard_errors.add(acc.spread, batch, between=False),
         )
 
@@ -169,6 +170,7 @@ def mean_of_batches(*, unbiased: bool = True) -> Estimator:
 
     def single(acc: _Means) -> jax.Array:
         count, var = _compensated.total(acc.values).count, _compensated.total(acc.var)
+        # As many values as batches means one value in each of them.
         return (count > 0) & (count <= var.count) & (var.mean == 0)
 
     return _per_layer(
@@ -183,25 +185,25 @@ def mean_of_batches(*, unbiased: bool = True) -> Estimator:
 
 
 class _Moving(NamedTuple):
-    # Values seen.
+    # f32[C]: values so far
     count: jax.Array  # type: ignore[assignment]  # hides tuple.count
-    most: jax.Array  # in one batch
-    kept: jax.Array  # decay^batches: the share of the initial values that is left
+    most: jax.Array  # the largest count of one batch
+    kept: jax.Array  # decay^batches: the remaining weight of the initial values
     mean: jax.Array
     std: jax.Array
 
 
 @functools.cache
 def moving_average(decay: float = 0.9, *, debias: bool = False) -> Estimator:
-    r"""A moving average over the batches of their mean, from 0, and of their standard deviation, from 1.
+    r"""Moving average over batches of the mean, from 0, and of the standard deviation, from 1.
 
-    It averages the standard deviation (without epsilon) and not the variance, as the description that it follows does.
-    The last 1 / (1 - decay) batches decide: use it to reproduce such numbers, and `pooled` otherwise. There are no
-    standard errors of it: more batches do not make them smaller.
+    It averages the standard deviation (without epsilon), not the variance, as in the description that it follows. Only
+    the last 1 / (1 - decay) batches matter: use it to reproduce such numbers, and `pooled` otherwise. It has no
+    standard errors, since more batches do not reduce them.
 
     Args:
         decay: Weight of the old value, in [0, 1).
-        debias: Take out what is left of the initial values, decay^batches of them.
+        debias: Remove the remaining weight of the initial values, decay^batches.
 
     Returns:
         An `Estimator`. Its merge depends on the order of the two parts.
@@ -225,6 +227,7 @@ def moving_average(decay: float = 0.9, *, debias: bool = False) -> Estimator:
         return _Moving(real, real, real + 1, jnp.full_like(like.mean, start_mean), real + start_std)
 
     def update(acc: _Moving, moments: Moments) -> _Moving:
+        # A layer without values in this batch keeps its averages.
         a = jnp.where(moments.count > 0, decay, 1.0).astype(acc.kept.dtype)
         std = jnp.sqrt(moments.var)
         return _Moving(
@@ -236,6 +239,7 @@ def moving_average(decay: float = 0.9, *, debias: bool = False) -> Estimator:
         )
 
     def merge(a: _Moving, b: _Moving) -> _Moving:
+        # The batches of b follow those of a: they shrink a's deviation from the initial values by b.kept.
         return _Moving(
             a.count + b.count,
             jnp.maximum(a.most, b.most),
@@ -252,17 +256,17 @@ def moving_average(decay: float = 0.9, *, debias: bool = False) -> Estimator:
         return Moments(acc.count, mean, acc.count * jnp.square(std))
 
     name = f"moving_average({decay:g}{', debias' if debias else ''})"
-    single = lambda acc: (acc.count > 0) & (acc.most <= 1)  # noqa: E731  of one line
+    single = lambda acc: (acc.count > 0) & (acc.most <= 1)  # noqa: E731  a function of one line
     return _per_layer(name, init=init, update=update, merge=merge, finalize=finalize, single=single)
 
 
 def is_single(moments: Moments) -> jax.Array:
-    """Which variances are 0 as they are of one value."""
+    """Which variances are 0 because they were computed from one value."""
     return (moments.count > 0) & (moments.count <= 1) & (moments.m2 == 0)
 
 
 def _per_layer(name: str, **functions: Callable[..., Any]) -> Estimator:
-    """An estimator of all layers out of the functions for one."""
+    """An estimator for all layers, built from the functions for one layer."""
 
     def over_layers(function: Callable[..., Any]) -> Callable[..., Any]:
         return lambda *states: {path: function(*(state[path] for state in states)) for path in states[0]}

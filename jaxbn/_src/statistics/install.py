@@ -1,4 +1,4 @@
-"""The write-back of moments into the statistics of a model of any framework, and the checks before it."""
+"""Installs moments as the statistics of a model in any framework, after checking them."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -32,36 +32,38 @@ def move_averages(
     """A new model with its running averages updated once; see `jaxbn.linen.move_averages`."""
     given = checked(moments, framework.states(model))
     layers = framework.averaging(model, given, momentum)
-    moved = {
+    # A method without running averages has no update.
+    updated = {
         path: transform.update(state, given[path], samples)
         for path, (transform, state) in layers.items()
         if transform.update is not None
     }
-    return framework.with_states(model, moved)
+    return framework.with_states(model, updated)
 
 
 def checked(moments: Mapping[str, Moments], states: Mapping[str, State]) -> Mapping[str, Moments]:
-    """The moments, if all are of layers that there are and have their features; else a ValueError."""
+    """Returns the moments if they fit existing layers and their features; otherwise raises a ValueError."""
     for path in moments:
         if path not in states:
             raise ValueError(f"{path!r} is not a normalization layer; there are {', '.join(map(repr, states))}.")
         found, features = moments[path].mean.shape, states[path].mean.shape
         if found != features:
-            raise ValueError(f"The moments of {path!r} are for features {found}, its statistics for {features}.")
+            raise ValueError(f"The moments of {path!r} have features {found}, but its statistics have {features}.")
     return moments
 
 
 def installable(moments: Mapping[str, Moments], states: Mapping[str, State]) -> Mapping[str, Moments]:
-    """The moments, if they are `checked`, and finite in the dtypes of the statistics, as far as they are known yet."""
+    """Returns the moments if they are `checked` and, unless traced, finite in the dtypes of the statistics."""
     for path, found in checked(moments, states).items():
         if is_put_back(path) or any(_internals.is_tracer(part) for part in found):
             continue
         check_single(path, is_single(found), "The moments are of")
         state = states[path]
+        # Finite float32 moments may overflow in the dtype of the statistics.
         rounded = (part.astype(of.dtype) for part, of in ((found.mean, state.mean), (found.var, state.var)))
         if any((~jnp.isfinite(part) & (found.count > 0)).any() for part in rounded):
             raise ValueError(
-                f"The moments of {path!r} are not finite, or not in {state.var.dtype}, the dtype of its "
-                f"statistics. Look for NaN, infinity and very large values in the data and in the parameters."
+                f"The moments of {path!r} are not finite in {state.var.dtype}, the dtype of its statistics. Look for "
+                f"NaN, infinity and very large values in the data and in the parameters."
             )
     return moments

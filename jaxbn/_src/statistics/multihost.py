@@ -1,12 +1,12 @@
-"""The pass on several processes, whose batches are of one of two kinds.
+"""The statistics pass with multiple processes, for two kinds of batches.
 
-Batches of their own: each process runs its own batches on its own devices with its replica of the model, and they meet
-once per sweep. Where a pass may stop early they meet at every decision, which all make on the same bits; a process that
-has no batches left takes part with what it has.
+Local batches: each process runs its own batches on its own devices with its replica of the model, and the processes
+exchange their accumulators once per sweep. If a pass may stop early, they do so at every decision, and all decide on
+the same bits. A process whose batches are used up takes part with its accumulator.
 
-Global batches, arrays over the devices of all processes: all run one program, whose result is already that of all rows,
-on every process, and counts once. A program starts only if all processes start it, so they agree before that on the
-next few batches.
+Global batches, which are arrays over the devices of all processes: all processes run one program, whose result covers
+all rows on every process and counts once. A program starts only if all processes start it, so they first agree that
+they all have the next few batches.
 """
 
 import dataclasses
@@ -26,30 +26,30 @@ from jaxbn._src.numerics.collectives import mesh_of
 from jaxbn._src.statistics.estimators import Estimator
 from jaxbn._src.statistics.sweep import Pass, decisions
 
-# Batches that a process reads before it agrees with the others that all have them; their arrays wait on the devices.
+# Batches that a process reads before it agrees with the others that all have them; they occupy device memory meanwhile.
 _AHEAD = 4
 
 
 class Opened(NamedTuple):
-    """What is known of the batches of all processes when each has read its first."""
+    """What is known about the batches of all processes after each has read its first."""
 
-    batches: Iterator[Any]  # of this process, the first too
-    mesh: Mesh | None  # of all processes, over which global batches lie; None: each has batches of its own
-    like: Any  # shapes of a batch of another process, if this one has none; None if no process has
+    batches: Iterator[Any]  # of this process, including the first
+    mesh: Mesh | None  # the mesh of global batches, over all processes; None: each process has local batches
+    like: Any  # shapes of a batch of another process, if this one has none; None if no process has one
 
 
 def opened(source: Callable[[], Iterable[Any]], mesh: Mesh | None = None) -> Opened:
-    """Reads the first batch, and tells the other processes of which kind it is. Every process must call it.
+    """Reads the first batch and exchanges its kind with the other processes. Every process must call this function.
 
     Args:
-        source: Gives the batches of this process.
-        mesh: The devices of this process over which batches of its own are to be spread.
+        source: Returns the batches of this process.
+        mesh: The devices of this process over which its local batches will be sharded.
 
     Returns:
-        The batches, and what is known of those of all.
+        The batches, and what is known about those of the other processes.
 
     Raises:
-        RuntimeError: If some processes have global batches and others do not, or the source of another one failed.
+        RuntimeError: If only some processes have global batches, or the source of another process failed.
     """
 
     def look() -> tuple[tuple[Iterator[Any], list[Any], Mesh | None], str | None]:
@@ -68,8 +68,8 @@ def opened(source: Callable[[], Iterable[Any]], mesh: Mesh | None = None) -> Ope
         having = {kind: [i for i, other in enumerate(kinds) if other == kind] for kind in ("global", "own", None)}
         raise RuntimeError(
             f"Processes {having['global']} have global batches, arrays over the devices of all processes; processes "
-            f"{having['own']} have batches of their own, and {having[None]} none. Give all of them global batches, "
-            f"equally many, or all of them batches of their own."
+            f"{having['own']} have batches of their own, and {having[None]} none. Give all processes the same number "
+            f"of global batches, or give all of them batches of their own."
         )
     if set(kinds) == {"own", None}:
         shapes = [one for of_process in gather(shapes) for one in of_process]
@@ -77,23 +77,24 @@ def opened(source: Callable[[], Iterable[Any]], mesh: Mesh | None = None) -> Ope
 
 
 def in_step(batches: Iterable[Any]) -> Generator[Any, None, None]:
-    """Global batches, each of them once all processes have it. Every process must read them to the same place.
+    """Yields global batches, each after all processes have it. Every process must read them to the same point.
 
-    Up to a decision, and not beyond, it reads a few ahead.
+    It reads a few batches ahead, but not beyond the next decision.
 
     Args:
-        batches: Those of this process.
+        batches: The batches of this process.
 
     Yields:
         The batches.
 
     Raises:
-        RuntimeError: If another process has more or fewer of them, or of other shapes, or failed to read one.
+        RuntimeError: If another process has more batches, fewer batches, batches of other shapes, or failed to read.
     """
     source, seen, size = iter(batches), 0, 1
     for decision in decisions():
         while seen < decision:
             wanted = min(size, decision - seen)
+            # Never read beyond a decision: if the pass stops there, the user's iterator must stand right after it.
             ahead, said = agree(functools.partial(_read, source, seen, wanted))
             if any(other != said[0] for other in said):
                 _raise_out_of_step(seen, said)
@@ -109,8 +110,8 @@ def _read(source: Iterator[Any], seen: int, most: int) -> tuple[list[Any], list[
         check_batch(batch, number)
         if mesh_of_global(batch) is None:
             raise ValueError(
-                "A batch of this process's own follows global batches, arrays over the devices of all processes. Give "
-                "batches of one kind: jax.make_array_from_process_local_data makes global ones."
+                "A batch of this process alone follows global batches, arrays over the devices of all processes. Use "
+                "one kind of batches: jax.make_array_from_process_local_data makes global ones."
             )
     shapes = jax.eval_shape(lambda batches: batches, ahead)
     return ahead, [str(jax.tree.map(lambda leaf: f"{leaf.dtype}{list(leaf.shape)}", one)) for one in shapes]
@@ -121,18 +122,18 @@ def _raise_out_of_step(seen: int, said: Sequence[Sequence[str]]) -> None:
     if len(set(counts)) > 1:
         least = min(range(len(counts)), key=counts.__getitem__)
         raise RuntimeError(
-            f"Process {least} has {counts[least]} global batches and others have more. A global batch is run by all "
-            f"processes together: give each of them as many, in the same order."
+            f"Process {least} has {counts[least]} global batches and others have more. All processes run a global "
+            f"batch together: give each of them the same number of batches, in the same order."
         )
     where = next(i for i, batches in enumerate(zip(*said, strict=True)) if len(set(batches)) > 1)
     raise RuntimeError(
-        f"Batch {seen + where} (counted from 0) is {said[0][where]} on process 0, and differs on others. A global "
-        f"batch is run by all processes together: give each of them the same shapes, in the same order."
+        f"Batch {seen + where} (counted from 0) is {said[0][where]} on process 0, and differs on others. All processes "
+        f"run a global batch together: give each of them the same shapes, in the same order."
     )
 
 
 def mesh_of_global(batch: Any) -> Mesh | None:
-    """The mesh of all processes over which a batch lies; None if this process holds all of it."""
+    """The mesh of a batch that is sharded over all processes; None if this process holds the whole batch."""
     leaves = jax.tree.leaves(batch)
     spread = [leaf for leaf in leaves if not is_here(leaf)]
     if not spread:
@@ -140,40 +141,39 @@ def mesh_of_global(batch: Any) -> Mesh | None:
     own = [np.shape(leaf) for leaf in leaves if is_here(leaf) and np.ndim(leaf)]
     if own:
         raise ValueError(
-            f"A batch holds global arrays, over the devices of all processes, and arrays of this process alone, of "
+            f"A batch holds global arrays, over the devices of all processes, and arrays of this process alone, with "
             f"shapes {own}. Make all of them global, with jax.make_array_from_process_local_data."
         )
     among = {device.process_index for leaf in spread for device in leaf.sharding.device_set}
     mesh = mesh_of(spread)
     if len(among) < jax.process_count() or mesh is None:
         raise ValueError(
-            f"A batch lies on devices of the processes {sorted(among)}, of {jax.process_count()}. Spread it over a "
-            f"mesh of all devices, jax.make_mesh((jax.device_count(),), ('data',)), or give each process its own."
+            f"A batch lies on devices of the processes {sorted(among)}, of {jax.process_count()}. Shard it over a mesh "
+            f"of all devices, jax.make_mesh((jax.device_count(),), ('data',)), or give each process its own batches."
         )
     return mesh
 
 
 def _check_mesh(mesh: Mesh | None, over: Mesh | None) -> None:
-    """Raises a ValueError for a `mesh` over which this process cannot spread its batches."""
+    """Raises a ValueError if this process cannot shard its batches over `mesh`."""
     if mesh is None:
         return
     if over is not None:
-        raise ValueError("mesh= spreads batches of a process's own, and these are global. Leave mesh= out.")
+        raise ValueError("mesh= shards batches of a single process, but these batches are global. Remove mesh=.")
     if mesh.devices.size > sum(device.process_index == jax.process_index() for device in mesh.devices.flat):
         raise ValueError(
-            "mesh= holds devices of other processes, to which this one cannot give its batches. Make it of "
-            "jax.local_devices(); or make global batches, with jax.make_array_from_process_local_data, and leave it "
-            "out."
+            "mesh= holds devices of other processes, to which this process cannot send its batches. Build it from "
+            "jax.local_devices(); or make global batches, with jax.make_array_from_process_local_data, and omit mesh=."
         )
 
 
 def own_alone(batches: Iterable[Any]) -> Generator[Any, None, None]:
-    """Batches of this process's own; a ValueError before the first that is global."""
+    """Yields local batches; raises a ValueError at the first global one."""
     for batch in batches:
         if mesh_of_global(batch) is not None:
             raise ValueError(
-                "A global batch, of arrays over the devices of all processes, follows batches of this process's own. "
-                "Give batches of one kind."
+                "A global batch, of arrays over the devices of all processes, follows batches of this process alone. "
+                "Use one kind of batches."
             )
         yield batch
 
@@ -185,24 +185,25 @@ def together(
     estimator: Estimator,
     are_global: bool,
 ) -> tuple[Pass | None, Pass | None, bool]:
-    """Runs every process's part of a pass, and puts together what they accumulated, in the order of the processes.
+    """Runs every process's part of a pass and merges the accumulators, in the order of the processes.
 
     Args:
-        stages: The part of this process, as `estimate.stages` gives it.
-        enough: Whether the pass may stop with this, of all processes.
+        stages: The stages of this process, from `sweep.stages`.
+        enough: Whether the pass may stop with this state, merged over all processes.
         estimator: How accumulators are merged.
-        are_global: Whether the batches are, so that what one process accumulated is that of all.
+        are_global: Whether the batches are global; the accumulator of one process then already covers all of them.
 
     Returns:
-        What all accumulated, the same on every process to the last bit, None if none had a batch; what this one did;
-        and whether the pass was stopped before its end.
+        The merged state, bitwise equal on every process, or None if there was no batch at all; the state of this
+        process; and whether the pass stopped early.
 
     Raises:
-        RuntimeError: If another process failed; an exception of this process is raised as it is.
+        RuntimeError: If another process failed. An exception of this process is raised unchanged.
     """
     state: Pass | None = None
     over = False
     while True:
+        # Every iteration is one round of communication, so all processes must leave the loop in the same one.
         stage, said = agree(functools.partial(_next, stages, state, over, estimator))
         state, over = stage
         if any(other["moments"] != said[0]["moments"] for other in said):
@@ -219,7 +220,7 @@ def together(
 def _next(
     stages: Iterator[tuple[Pass | None, bool]], state: Pass | None, over: bool, estimator: Estimator
 ) -> tuple[tuple[Pass | None, bool], dict[str, Any]]:
-    """The next stage of this process, and what it tells the others of it."""
+    """The next stage of this process, and its summary for the other processes."""
     state, over = (state, over) if over else next(stages)
     said: dict[str, Any] = {"over": over, "moments": None}
     if state is not None:
@@ -231,7 +232,7 @@ def _next(
 
 
 def _merged(state: Pass, estimator: Estimator) -> Pass:
-    """What all have accumulated, in passes of the structure of this one; the second round."""
+    """Merges the states of all processes, with the structure of this one; a second round of communication."""
     structure = jax.tree.structure(state)
     parts = [jax.tree.unflatten(structure, map(jnp.asarray, leaves)) for leaves in gather(jax.tree.leaves(state))]
     return functools.reduce(functools.partial(_merge, estimator), parts)

@@ -1,4 +1,7 @@
-"""The statistics pass as a whole, for any framework: sweeps over the batches until the statistics are consistent."""
+"""The statistics pass (PreciseBN, PyTorch's `update_bn`) for any framework.
+
+It sweeps over the batches once, or until the statistics of all layers are consistent with each other.
+"""
 
 import contextlib
 import functools
@@ -26,7 +29,7 @@ from jaxbn._src.statistics.sweep import Pass
 
 
 class Options(NamedTuple):
-    """The arguments of a pass that are the same for all frameworks; see `jaxbn.linen.postproc`."""
+    """The arguments of a statistics pass that all frameworks share; see `jaxbn.linen.postproc`."""
 
     estimator: Estimator
     consistent: bool
@@ -39,34 +42,34 @@ class Options(NamedTuple):
 
 
 class _Sweep(NamedTuple):
-    """What came of one."""
+    """The result of one sweep."""
 
     done: Pass
     moments: Layers
-    read: int  # batches, by this process
-    stopped: bool  # before there were no more
+    read: int  # batches that this process read
+    stopped: bool  # whether the stop rule ended the sweep
 
 
 class _Source(NamedTuple):
-    """Where the batches of each sweep come from."""
+    """The batches of each sweep."""
 
     sweeps: Iterator[Callable[[], Iterable[Any]]]
-    length: int | None  # of each, if it is known
-    like: Any = None  # shapes of a batch, for a process that has none
+    length: int | None  # number of batches in a sweep, if known
+    like: Any = None  # shapes of a batch, for a process without batches
     are_global: bool = False
 
 
 class _Job(NamedTuple):
-    """All that stays the same from sweep to sweep."""
+    """The data that is the same in all sweeps."""
 
     framework: Framework
-    functions: tuple[Call, Weights | None]  # of the user
+    functions: tuple[Call, Weights | None]  # the user's
     structure: Any  # of the model
     source: _Source
     options: Options
 
     def measure(self, mode: str) -> Recipe:
-        """How a batch is measured in this mode."""
+        """The recipe of the function that measures a batch in this mode."""
         return Recipe(measuring, self.functions, (self.framework, self.structure, mode))
 
 
@@ -78,7 +81,7 @@ def run_pass(
     weights: Weights | None,
     options: Options,
 ) -> tuple[Any, Report]:
-    """The new model and the report; see `jaxbn.linen.postproc`."""
+    """Returns the new model and the report; see `jaxbn.linen.postproc`."""
     framework.check(model)
     _check(options)
     structure, given = framework.split(model)
@@ -92,8 +95,8 @@ def run_pass(
         sweeps: Iterator[Callable[[], Iterable[Any]]]
         sweeps = itertools.chain([lambda: first], itertools.repeat(readable))
         source = _Source(sweeps, length, like, are_global=mesh is not None)
-        # Global batches run with the parameters as they are spread. Each process runs as many batches of its own as it
-        # has, so that none may need what another holds.
+        # Global batches run with sharded parameters. Otherwise each process runs its own number of batches, so its
+        # programs must not need arrays of other processes.
         arrays = _processes.here(given) if mesh is None else replicate(given, mesh)
     job = _Job(framework, (call, weights), structure, source, options)
     new, made = _run_sweeps(job, framework.merge(structure, arrays))
@@ -102,13 +105,13 @@ def run_pass(
 
 
 def _run_sweeps(job: _Job, model: Any) -> tuple[Any, Report]:
-    # The first sweep finds statistics near the right ones. Each later one measures every layer's input under those of
-    # the sweep before, so that layer k is exact after k sweeps and does not change any more. If the first was stopped
-    # early, the later ones read as many batches as it did.
+    # The first sweep gives approximate statistics. Each later sweep measures the input of every layer under the
+    # statistics of the sweep before, so layer k is exact after k sweeps and stays unchanged. If the first sweep stopped
+    # early, later sweeps read the same number of batches.
     framework, options = job.framework, job.options
     first = last = _run_sweep(job, model, mode="batch", number=1)
     limit = first.read if first.stopped else None
-    old = _states(framework, model)  # after the exchange between processes: an error in one is then raised in all
+    old = _states(framework, model)  # after the processes have synchronized, so that an error is raised in all of them
     most = len(old) + 1 if options.max_sweeps is None else options.max_sweeps
     current, sweeps, changes = install_moments(framework, model, first.moments), 1, None
     while options.consistent and sweeps < most and (changes is None or max(changes.values()) > options.tolerance):
@@ -130,13 +133,13 @@ def _run_sweeps(job: _Job, model: Any) -> tuple[Any, Report]:
 
 
 def _states(framework: Framework, model: Any) -> dict[str, State]:
-    """The statistics of each layer, whole in this process."""
+    """The statistics of each layer, as whole arrays in this process."""
     states: dict[str, State] = _processes.here(framework.states(model))
     return states
 
 
 def _check(options: Options) -> None:
-    """Raises a ValueError for options that make no sense."""
+    """Raises a ValueError for invalid options."""
     check_estimator(options.estimator)
     if (options.max_sweeps is not None and options.max_sweeps < 1) or not options.tolerance >= 0:
         raise ValueError(
@@ -146,12 +149,12 @@ def _check(options: Options) -> None:
         return
     if not options.stop_when > 0:
         raise ValueError(
-            f"stop_when={options.stop_when} must be positive: the standard error that is small enough, such as 0.01."
+            f"stop_when={options.stop_when} must be positive: it is the largest accepted standard error, such as 0.01."
         )
     if options.estimator.errors is None:
         raise ValueError(
-            f"stop_when needs standard errors, and {options.estimator.name} has none: its last batches weigh most, and "
-            f"more of them do not make it more certain. Use estimator=jaxbn.pooled()."
+            f"stop_when needs standard errors, and {options.estimator.name} has none: its last batches weigh most, "
+            f"so more batches do not reduce the error. Use estimator=jaxbn.pooled()."
         )
 
 
@@ -179,7 +182,7 @@ def _run_sweep(job: _Job, model: Any, *, mode: str, number: int, limit: int | No
 def _stages(
     job: _Job, model: Any, mode: str, number: int, limit: int | None
 ) -> Generator[tuple[Pass | None, bool], None, None]:
-    """The part of this process. All that may fail is inside, where the other processes are told."""
+    """The stages of this process. Everything that may fail is inside, so that the other processes learn of it."""
     options, source = job.options, job.source
     _, arrays = job.framework.split(model)
     arrays = arrays if options.mesh is None else replicate(arrays, options.mesh)
@@ -196,30 +199,30 @@ def _stages(
         progress=options.progress,
         length=source.length if limit is None else limit,
         like=source.like,
-        meets=source.are_global,
+        synchronizes=source.are_global,
         checks=options.stop_when is not None and number == 1,
     )
     with contextlib.closing(stages):
         for state, over in stages:
             if state is not None and not options.skip_nonfinite:
-                _sweep.check_finite(state)  # where the batches are known by their number
+                _sweep.check_finite(state)  # before the merge with other processes, which loses the batch numbers
             yield state, over
 
 
 def largest_changes(old: Mapping[str, State], new: Mapping[str, State]) -> dict[str, float]:
-    """How far any statistic of each layer moved: a mean in standard deviations, a variance relative to itself."""
+    """Largest change of a statistic in each layer: means in standard deviations, variances as a fraction."""
 
     def of(before: State, after: State) -> float:
         means, variances = [np.asarray(s.mean) for s in (before, after)], [np.asarray(s.var) for s in (before, after)]
-        var = np.maximum(variances[1], rounding(means[1]))  # in a constant channel rounding errors never settle
-        moved = np.abs(means[1] - means[0]) / np.sqrt(var), np.abs(variances[1] - variances[0]) / var
-        return max(float(part.max(initial=0)) for part in moved)
+        var = np.maximum(variances[1], rounding(means[1]))  # in a constant channel, rounding errors never converge
+        changes = np.abs(means[1] - means[0]) / np.sqrt(var), np.abs(variances[1] - variances[0]) / var
+        return max(float(part.max(initial=0)) for part in changes)
 
     return {path: of(old[path], new[path]) for path in old}
 
 
 def _readable(batches: Any, consistent: bool) -> Iterable[Any]:
-    """The batches of one sweep; a TypeError, before the first is read, if they could not be read once more."""
+    """The batches of one sweep; raises a TypeError, before the first is read, if they cannot be read again."""
     if callable(batches) and not hasattr(batches, "__iter__"):
         return batches()
     if consistent and isinstance(batches, Iterator):

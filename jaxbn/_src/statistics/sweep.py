@@ -1,6 +1,6 @@
-"""One sweep of the statistics pass: batches in, population moments out. Knows no model; the hosts say how to measure.
+"""One sweep of the statistics pass: batches in, population moments out. Independent of models and frameworks.
 
-Accumulators stay on the device and no batch waits for the host; the step compiles once for each shape of a batch.
+Accumulators stay on the device and the host does not block on each batch; each batch shape is compiled once.
 """
 
 import collections
@@ -28,25 +28,25 @@ from jaxbn._src.statistics.standard_errors import relative
 # A pure function (model, batch) -> Measured.
 Measure = Callable[[Any, Any], Measured]
 
-# Batches that may be under way at once: enough to keep the device busy, few enough to bound the memory of the inputs.
+# Maximum number of batches in flight: enough to keep the device busy, few enough to bound the memory of the inputs.
 _IN_FLIGHT = 8
 
-# The stop rule is asked after so many batches, and then each time when there are half as many again.
+# The stop rule is evaluated after this many batches, and then whenever their number has grown by half.
 _FIRST_CHECK, _CHECK_GROWTH = 8, 0.5
 
-# A pass that may stop early may read an endless iterable: so many batches in a row that add nothing are an error.
+# A pass that may stop early accepts an endless iterable, so this many batches in a row without any data are an error.
 _STUCK = 100
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Pass:
-    """A pass under way: a pytree of arrays, which may be saved, and resumed with identical bits."""
+    """The state of a pass: a pytree of arrays that can be saved; a resumed pass gives identical bits."""
 
     estimate: Any  # the estimator's accumulators
-    batches: jax.Array  # i32[]: batches seen
-    skipped: jax.Array  # i32[]: how many of them gave moments that are not finite, and count for nothing
-    first_bad: dict[str, jax.Array]  # i32[] per layer: the first such batch, or -1
+    batches: jax.Array  # i32[]: number of batches so far
+    skipped: jax.Array  # i32[]: number of batches with non-finite moments, which are ignored
+    first_bad: dict[str, jax.Array]  # i32[] per layer: the first batch with non-finite moments, or -1
     kinds: tuple[tuple[str, LayerKind], ...] = dataclasses.field(metadata={"static": True})  # in the order of the calls
 
 
@@ -61,27 +61,27 @@ def stages(
     progress: bool | None,
     length: int | None,
     like: Any,
-    meets: bool,
+    synchronizes: bool,
     checks: bool,
 ) -> Generator[tuple[Pass | None, bool], None, None]:
-    """Measures batch after batch.
+    """Measures the batches one by one, and yields the state where the caller may have to decide.
 
     Args:
-        measure: How a batch is measured: a `Measure`, which is compiled once for the same functions of the user.
-        model: A pytree, the parameters that stay fixed.
+        measure: Recipe of a `Measure`, which is compiled once for the same user functions.
+        model: A pytree of parameters, which stay fixed.
         batches: Any iterable of pytrees of arrays, of any sizes.
         estimator: How moments are accumulated.
-        mesh: Devices over which each batch is spread; None: it is used as it comes.
-        title: Of the progress bar.
-        progress: Show one. None: if this is a terminal.
-        length: Batches, if that is known; of the progress bar.
-        like: Shapes of a batch, for a pass that sees none and takes part in that of others; None: it is alone.
-        meets: Whether to come up before the first batch is run, when all that only depends on the model is done.
-        checks: Whether to come up at each of the `decisions`.
+        mesh: Devices over which to shard each batch; None: use batches as they are.
+        title: Title of the progress bar.
+        progress: Whether to show a progress bar; None: if this is a terminal.
+        length: Number of batches for the progress bar, if known.
+        like: Shapes of a batch, for a process that has no batches while others do; None: there are no others.
+        synchronizes: Whether to yield before the first batch runs, after all work that depends only on the model.
+        checks: Whether to yield at each of the `decisions`.
 
     Yields:
-        What was accumulated, None if there was no batch, and whether this is all. At a decision the batches stand
-        behind the last that was measured.
+        The state, None if there was no batch, and whether the pass is complete. At a decision, the iterator of the
+        batches stands right after the last measured batch.
     """
     state: Pass | None = None
     step: Callable[[Pass, Any, Any], Pass]
@@ -93,13 +93,15 @@ def stages(
             check_batch(batch, seen - 1)
             batch = batch if mesh is None else spread(batch, mesh)
             if state is None:
+                # Abstract evaluation of the first batch gives the layers and their shapes.
                 state = earlier = start(compiled(measure), model, batch, estimator=estimator)
                 step = compiled(measure, _step, estimator, mesh_of(state))
-                if meets:
+                if synchronizes:
                     yield state, False
             state = step(state, model, batch)
             under_way.append(state.batches)
             if len(under_way) > _IN_FLIGHT:
+                # Dispatch is asynchronous: without a bound, the host would read ahead and fill the device memory.
                 under_way.popleft().block_until_ready()
             if checks and seen % _STUCK == 0:
                 _check_progress(earlier, state)
@@ -114,7 +116,7 @@ def stages(
 
 
 def decisions() -> Generator[int, None, None]:
-    """The numbers of batches after which a pass may be stopped: so rare that to wait for the devices costs nothing."""
+    """The numbers of batches after which a pass may stop; rare enough that waiting for the devices costs no time."""
     decision = _FIRST_CHECK
     while True:
         yield decision
@@ -122,27 +124,29 @@ def decisions() -> Generator[int, None, None]:
 
 
 def start(measure: Measure, model: Any, batch: Any, *, estimator: Estimator) -> Pass:
-    """A pass that has seen nothing; of the batch only shapes are used."""
+    """The state before the first batch; only the shapes of `batch` are used."""
     found = jax.eval_shape(measure, model, batch)
-    nothing = empty(found.moments, found.kinds, estimator=estimator)
-    mesh = mesh_of((model, batch))  # where the step will leave it, so that it is not compiled for two places
-    return nothing if mesh is None else replicate(nothing, mesh)
+    state = empty(found.moments, found.kinds, estimator=estimator)
+    # Place the state where the step returns it, so that the step is not compiled for two placements.
+    mesh = mesh_of((model, batch))
+    return state if mesh is None else replicate(state, mesh)
 
 
 def empty(like: Layers, kinds: tuple[tuple[str, LayerKind], ...], *, estimator: Estimator) -> Pass:
-    """A pass that has seen nothing, for moments of these shapes and dtypes."""
+    """The state before the first batch, for moments of these shapes and dtypes."""
     zeros = jax.tree.map(lambda part: jnp.zeros(part.shape, part.dtype), like)
-    none, nobody = jnp.zeros((), jnp.int32), {path: jnp.full((), -1, jnp.int32) for path in zeros}
-    # Leaves in memory of their own, so that the pass may be donated.
-    return jax.tree.map(jnp.copy, Pass(estimator.init(zeros), none, none, nobody, kinds))
+    zero, unseen = jnp.zeros((), jnp.int32), {path: jnp.full((), -1, jnp.int32) for path in zeros}
+    # Copy, so that no two leaves share memory and the state can be donated.
+    return jax.tree.map(jnp.copy, Pass(estimator.init(zeros), zero, zero, unseen, kinds))
 
 
 def update(state: Pass, model: Any, batch: Any, *, measure: Measure, estimator: Estimator) -> Pass:
-    """The pass after one batch more; pure. A batch whose moments are not finite is counted, and left out."""
+    """Adds one batch to the state; pure. A batch with non-finite moments is counted as skipped and ignored."""
     moments = measure(model, batch).moments
     bad = {path: ~(jnp.isfinite(part.mean).all() & jnp.isfinite(part.m2).all()) for path, part in moments.items()}
     any_bad = jnp.stack(list(bad.values())).any()
     after = estimator.update(state.estimate, moments)
+    # If any layer is non-finite, drop the batch for all layers, so that they all average over the same batches.
     return dataclasses.replace(
         state,
         estimate=jax.tree.map(lambda old, new: jnp.where(any_bad, old, new), state.estimate, after),
@@ -155,7 +159,7 @@ def update(state: Pass, model: Any, batch: Any, *, measure: Measure, estimator: 
 
 
 def _step(measure: Measure, estimator: Estimator, mesh: Mesh | None) -> Callable[[Pass, Any, Any], Pass]:
-    """The update as it is compiled: the pass stays where it is, so that one program serves all batches of a shape."""
+    """The compiled update. It keeps the placement of the state, so one program serves all batches of a shape."""
 
     def step(state: Pass, model: Any, batch: Any) -> Pass:
         state = update(state, model, batch, measure=measure, estimator=estimator)
@@ -165,49 +169,49 @@ def _step(measure: Measure, estimator: Estimator, mesh: Mesh | None) -> Callable
 
 
 def _check_progress(earlier: Pass, state: Pass) -> None:
-    """Raises a ValueError if all batches between two states of a pass added nothing to it."""
+    """Raises a ValueError if all batches between two states of a pass were skipped or empty."""
     if all(map(np.array_equal, jax.tree.leaves(earlier.estimate), jax.tree.leaves(state.estimate))):
         skipped = int(state.skipped - earlier.skipped)
         raise ValueError(
-            f"The last {_STUCK} batches, up to batch {int(state.batches) - 1} (counted from 0), added nothing to the "
+            f"The last {_STUCK} batches, up to batch {int(state.batches) - 1} (counted from 0), did not change the "
             f"statistics: {skipped} of them gave NaN or infinity and were skipped. The batches may be endless, so the "
-            f"pass ends here and nothing was installed. Look for NaN in the parameters, as in a network that diverged, "
-            f"for weights or masks that are 0, and whether `call` runs the model that it is given."
+            f"pass ends here without installing statistics. Look for NaN in the parameters, as in a network that "
+            f"diverged, for weights or masks that are 0, and check that `call` runs the model that it is given."
         )
 
 
 def check_finite(state: Pass) -> None:
-    """Raises a ValueError that says which batch first gave moments that are not finite, and in which layer."""
+    """Raises a ValueError that names the first batch and layer with non-finite moments."""
     bad = {path: int(index) for path, index in jax.device_get(state.first_bad).items() if index >= 0}
     if not bad:
         return
     first = min(bad.values())
-    layer = next(path for path, _ in state.kinds if bad.get(path) == first)  # in the order in which layers run
+    layer = next(path for path, _ in state.kinds if bad.get(path) == first)  # `kinds` is in the order of the calls
     raise ValueError(
         f"Batch {first} (counted from 0) gave statistics that are not finite, first in "
         f"{repr(layer) if layer else 'the model itself'}. Look for NaN or infinity in this batch and in the "
-        f"parameters; nothing was installed. postproc(..., skip_nonfinite=True) leaves such batches out."
+        f"parameters; no statistics were installed. postproc(..., skip_nonfinite=True) skips such batches."
     )
 
 
 def finish(state: Pass, *, estimator: Estimator, skip_nonfinite: bool = False) -> Layers:
-    """The moments to install, under keys that know the methods of the layers.
+    """The moments to install, under keys that hold the methods of the layers.
 
     Raises:
-        ValueError: If there are none, the moments of a batch were not finite, or they are of one value per channel.
+        ValueError: If there were no batches, a batch had non-finite moments, or there was one value per channel.
     """
     if state.batches.ndim:
         raise ValueError(
             f"The accumulator has a leading axis, {state.batches.shape}: it is replicated. Pass one of the replicas, "
             f"which are equal: jax.tree.map(lambda leaf: leaf[0], acc)."
         )
-    state = on_all(state)  # the step of one's own may have left it spread
+    state = on_all(state)  # a user's own step may have left it sharded
     if not state.batches:
         raise ValueError("The accumulator has seen no batch: call postproc_step on each batch first.")
     if not skip_nonfinite or state.skipped == state.batches:
         check_finite(state)
     moments = estimator.finalize(state.estimate)
-    # The first batch tells the methods; a layer that only later ones reached is installed by what its statistics tell.
+    # The first batch shows the methods of the layers it reached; for later layers, the state of the layer shows it.
     later = [path for path, part in moments.items() if np.any(np.asarray(part.count) > 0)]
     found = keyed(moments, [*later, *dict(state.kinds)])
     names = {path: kind.method for path, kind in state.kinds}
@@ -221,11 +225,12 @@ def finish(state: Pass, *, estimator: Estimator, skip_nonfinite: bool = False) -
 
 
 def is_certain(state: Pass, bound: float | None, *, estimator: Estimator) -> bool:
-    """Whether all relative standard errors are known, and none is above the bound; constant channels have none."""
+    """Whether all relative standard errors are known and at most the bound; constant channels have none."""
     if bound is None or estimator.errors is None:
         return False
     errors, moments = estimator.errors(state.estimate), estimator.finalize(state.estimate)
     judged = []
+    # Channels without values have no error to judge; NaN (fewer than two batches) compares as False.
     for path, part in moments.items():
         count, mean, var = map(np.asarray, (part.count, part.mean, part.var))
         judged += [error[count > 0] <= bound for error in relative(errors[path], mean, var)]
