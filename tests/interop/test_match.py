@@ -191,7 +191,7 @@ def test_unbiased_variances_by_the_values_of_a_batch(file):
         np.testing.assert_allclose(other, one * 23 / 24, rtol=1e-6)
     back = found.convert_back(biased, batch_values=24)
     chex.assert_trees_all_close(back, file.before, rtol=1e-6)
-    for wrong, message in ((1, "of 2 values or more"), ({"Conv_0": 24}, "'Conv_0' has no running variance")):
+    for wrong, message in ((1, "needs at least 2 values"), ({"Conv_0": 24}, "'Conv_0' has no running variance")):
         with pytest.raises(ValueError, match=message):
             found.convert(file.before, batch_values=wrong)
     with pytest.raises(ValueError, match="neither model is PyTorch's"):
@@ -221,7 +221,7 @@ TORCH = {"first.weight": conv(3, 2, 1, 1), "x.weight": conv(2, 2, 1, 1), "y.weig
 def test_what_order_and_names_do_not_tell_is_asked_for():
     """There the layer of another shape comes first, here last: the others may be in any order."""
     target = linen_of("c", "b")
-    with pytest.raises(ValueError, match=r"which is which, .* names=\{'c': 'x' or 'y', 'b': 'x' or 'y'\}"):
+    with pytest.raises(ValueError, match=r"Name the pairs, .* names=\{'c': 'x' or 'y', 'b': 'x' or 'y'\}"):
         match(TORCH, target)
     assert match(TORCH, target, names={"b": "x"}).names == {"c": "y", "b": "x", "a": "first"}
     assert match(TORCH, linen_of("x", "y")).names == {"x": "x", "y": "y", "a": "first"}  # by their names
@@ -277,7 +277,7 @@ def test_what_does_not_fit_is_named(file):
         match(file.before, Net())
     jitted = jax.jit(lambda: nn.Dense(1).init(KEY, jnp.ones((1, 1))))
     jax.eval_shape(jitted)
-    with pytest.raises(ValueError, match="give the init itself, not jitted"):
+    with pytest.raises(ValueError, match="pass the init itself, not jitted"):
         match(file.before, jitted)
 
 

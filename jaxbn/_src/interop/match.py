@@ -1,8 +1,8 @@
-"""Arrays of one model for another of the same architecture: which layer is which, and the conversion both ways.
+"""Converts the arrays of a model to another model of the same architecture: pairs their layers, then maps both ways.
 
-The proposal is by equal names; else by order, where the shapes come in the same order in both. Where the orders differ,
-as far as shapes show, layers are paired that have a shape of their own in that part of the model, or names that differ
-by numbers alone. Anything else is an error, which says what to write.
+Layers are paired by equal names; otherwise by order, if both models have the shapes in the same order. Where the orders
+differ, layers are paired if their shape is unique in that part of the model, or if their names differ by numbers only.
+Anything else is an error that says what to write.
 """
 
 import dataclasses
@@ -19,12 +19,12 @@ from jaxbn._src.framework.conversion import takes_over
 from jaxbn._src.framework.selection import natural
 from jaxbn._src.interop.torch_layouts import CONV, CONV_TRANSPOSE, CONV_TRANSPOSE_FLIPPED, DENSE, Layer, Model, layout
 
-_SHOWN = 8  # layers in an error
+_SHOWN = 8  # layers listed in an error
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Match:
-    """Which layer of one model is which of another; made by `match`. Prints as a table."""
+    """The pairing of the layers of two models; created by `match`. Prints as a table."""
 
     names: dict[str, str]  # layer of the target -> layer of the source
     source: Model
@@ -32,20 +32,20 @@ class Match:
     flattened: dict[str, tuple[int, ...]]
 
     def convert(self, values: Any, *, batch_values: float | Mapping[str, float] | None = None) -> Any:
-        """Values of the source, in the form in which `match` got it, for the target.
+        """Converts values of the source, in the form that `match` received, to values of the target.
 
-        It shares no memory with `values`, which may be trained on. `values` are variables for linen. `batch_values` are
-        the values per channel, batch times space, of a batch of training, for all layers or by the path of the Flax
-        layer: running variances of PyTorch are those of unbiased estimates, n / (n - 1) times Flax's. None: they are
-        carried over as they are.
+        The result shares no memory with `values`, so you can go on training with them. For linen, `values` are
+        variables. `batch_values` is the number of values per channel (batch times space) of a training batch, for all
+        layers or by the path of the Flax layer: PyTorch's running variance averages unbiased estimates, n / (n - 1)
+        times Flax's. None copies running variances unchanged.
         """
         return self._convert(self.source, self.target, self.names, values, batch_values)
 
     def convert_back(self, values: Any, *, batch_values: float | Mapping[str, float] | None = None) -> Any:
-        """Values of the target for the source.
+        """Converts values of the target to values of the source.
 
-        A state dict is complete, its counters as they were. It has tensors where the one given to `match` has them, so
-        that PyTorch's `load_state_dict` takes it, and NumPy arrays where that has these.
+        A state dict is complete, with its counters unchanged. It has tensors where the state dict given to `match` has
+        them, so that PyTorch's `load_state_dict` accepts it, and NumPy arrays elsewhere.
         """
         names = {source: target for target, source in self.names.items()}
         return self._convert(self.target, self.source, names, values, batch_values)
@@ -57,7 +57,7 @@ class Match:
     def __str__(self) -> str:
         layers = {layer.path: layer for layer in self.target.layers}
         rows = {path: [name, _shapes(layers[path])] for path, name in self.names.items()}
-        columns = [Column(self.source.kind, is_number=False), Column("shapes, as PyTorch has them", is_number=False)]
+        columns = [Column(self.source.kind, is_number=False), Column("shapes in PyTorch's layout", is_number=False)]
         return table(columns, rows, first=self.target.kind)
 
     def _convert(self, source: Model, target: Model, names: Mapping[str, str], values: Any, batch_values: Any) -> Any:
@@ -67,6 +67,7 @@ class Match:
         for layer in target.layers:
             origin = known[names[layer.path]]
             found, path = source.read(flat, origin), (layer if to_flax else origin).path
+            # Count and shape options are by the path of the Flax layer, on whichever side that is.
             if path in self.flattened:
                 found["weight"] = _flatten_first(found["weight"], self.flattened[path], to_flax=to_flax)
             if path in counts:
@@ -80,23 +81,23 @@ class Match:
         return target.write(target.given, arrays)
 
     def _counts(self, batch_values: float | Mapping[str, float] | None) -> dict[str, float]:
-        """The values of a batch by the path of the Flax layer."""
+        """The number of values in a batch, by the path of the Flax layer."""
         if batch_values is None:
             return {}
         if self.flax is None:
-            raise ValueError("batch_values are for running variances of PyTorch, and neither model is PyTorch's.")
+            raise ValueError("batch_values are for running variances of PyTorch, but neither model is PyTorch's.")
         known = [layer.path for layer in self.flax.layers if "running_var" in layer.shapes]
         counts = dict(batch_values if isinstance(batch_values, Mapping) else dict.fromkeys(known, batch_values))
         for path, count in counts.items():
             if path not in known:
                 raise ValueError(f"batch_values: {path!r} has no running variance; there are {_some(known)}.")
             if not count > 1:
-                raise ValueError(f"batch_values: {count} for {path!r}; an unbiased variance is of 2 values or more.")
+                raise ValueError(f"batch_values: {count} for {path!r}; an unbiased variance needs at least 2 values.")
         return counts
 
     @property
     def flax(self) -> Model | None:
-        """The model that is not PyTorch's; None if neither is."""
+        """The model in Flax, if the other one is in PyTorch; otherwise None."""
         models = [model for model in (self.source, self.target) if model.kind != "torch"]
         return models[0] if len(models) == 1 else None
 
@@ -108,35 +109,34 @@ def match(
     names: Mapping[str, str] | None = None,
     flattened: Mapping[str, tuple[int, ...]] | None = None,
 ) -> Match:
-    """Finds which layer of one model is which of another: of linen, NNX and PyTorch, of stock layers and jaxbn's.
+    """Pairs the layers of two models in linen, NNX or PyTorch, with stock layers or jaxbn's, to convert their arrays.
 
-    For a model trained elsewhere that goes on in Flax, or the way round. The proposal is by order and shape, and is
-    checked; look at it with `print`, and at the outputs of both models. Settings are not in the arrays: give the layers
-    of the new model the epsilon of the old, and the momentum, which in PyTorch is one minus that of Flax; for PyTorch's
-    averages of the unbiased variance `momentum=jaxbn.constant(0.9, unbiased=True)`. Convolutions are to pad alike:
-    `padding=1` and not "SAME" where PyTorch's stride is 2.
+    Use it to continue in Flax with a model that was trained elsewhere, or the other way round. The pairing is by order
+    and shape, and it is checked; inspect it with `print`, and compare the outputs of both models. Arrays do not hold
+    settings: give the new layers the epsilon of the old ones, and their momentum, where PyTorch's is one minus Flax's.
+    For PyTorch's averages of the unbiased variance use `momentum=jaxbn.constant(0.9, unbiased=True)`. Convolutions must
+    pad alike: use `padding=1` instead of "SAME" where PyTorch's stride is 2.
 
     Args:
         source: `lambda: net.init(key, x)` for linen, a model for NNX, `model.state_dict()` for PyTorch, whose tensors
-            may be NumPy arrays. PyTorch's and NNX's layers come in the order in which they were set, which `nnx.clone`
-            and `nnx.merge` forget, linen's in that of their calls.
-        target: Likewise.
-        names: Layers of the target, and which of the source each is, such as `{"Block_0/Conv_1":
-            "layer1.0.conv2"}`; those that are wrong in the proposal, or all. A parameter outside of a layer has a name
-            of its own.
+            may be NumPy arrays. Layers of PyTorch and NNX are in the order in which they were assigned, which
+            `nnx.clone` and `nnx.merge` do not keep; layers of linen are in the order of their calls.
+        target: The same.
+        names: For layers of the target, the layers of the source, such as `{"Block_0/Conv_1": "layer1.0.conv2"}`; only
+            those that the proposal gets wrong, or all. A parameter outside of a layer has its own name.
         flattened: For Dense layers on flattened images, which PyTorch flattens as `[C, H, W]` and Flax as `[H, W, C]`:
-            by the path of the Flax layer the shape that PyTorch has, such as `{"Dense_0": (64, 7, 7)}`; `()` for a
-            layer that is on nothing of the kind.
+            PyTorch's shape by the path of the Flax layer, such as `{"Dense_0": (64, 7, 7)}`; `()` for a layer whose
+            input is not a flattened image.
 
     Returns:
-        A `Match`: `match.convert(values)` makes values of the target from those of the source, `match.convert_back` the
-        way round. What one side alone has, such as counters, stays as the other was given. PyTorch's
-        `num_batches_tracked` is the `count` of those averages of jaxbn that have one.
+        A `Match`: `match.convert(values)` converts values of the source to the target, `match.convert_back` converts
+        values of the target to the source. Arrays that only one model has, such as counters, keep their values in that
+        model. PyTorch's `num_batches_tracked` becomes the `count` of jaxbn's averages that have one.
 
     Raises:
-        TypeError: If one of them is none of these.
-        ValueError: If a layer has no counterpart, or more than one may be, or a name is wrong, or a Dense layer may be
-            on flattened images: with what to write.
+        TypeError: If a model is of another kind.
+        ValueError: If a layer has no counterpart or several possible ones, if a name is wrong, or if a Dense layer may
+            be on flattened images; the message says what to write.
 
     Example:
         >>> state_dict = {"0.weight": np.ones((2, 3)), "0.bias": np.ones(2), "1.weight": np.ones(2)}
@@ -144,7 +144,7 @@ def match(
         >>> net = flax.linen.Sequential([flax.linen.Dense(2), jaxbn.linen.BatchNorm(use_running_average=True)])
         >>> found = jaxbn.serving.match(state_dict, lambda: net.init(jax.random.key(0), jnp.ones((4, 3))))
         >>> print(found)
-        linen     torch  shapes, as PyTorch has them
+        linen     torch  shapes in PyTorch's layout
         layers_0  0      bias (2,), weight (2, 3)
         layers_1  1      bias (2,), running_mean (2,), running_var (2,), weight (2,)
         >>> net.apply(found.convert(state_dict), jnp.ones((1, 3))).round(2)
@@ -156,13 +156,14 @@ def match(
     if found.flax is not None:
         _check_flattened(found.flax, found.flattened)
     elif flattened:
-        raise ValueError("flattened= is between PyTorch and Flax; these models flatten images alike.")
+        raise ValueError("flattened= is for a model of PyTorch and one of Flax; these models flatten images alike.")
     return dataclasses.replace(found, flattened={path: shape for path, shape in found.flattened.items() if shape})
 
 
 def _propose(source: Sequence[Layer], target: Sequence[Layer], given: Mapping[str, str]) -> dict[str, str]:
-    """{path in the target: path in the source} of all layers."""
+    """Pairs all layers: {path in the target: path in the source}."""
     pairs = _checked(source, target, given)
+    # First the given pairs, then equal names, then order and shape for the rest.
     names = {_dotted(layer): layer for layer in source if layer.path not in pairs.values()}
     for layer in target:
         same = names.get(_dotted(layer))
@@ -185,14 +186,15 @@ def _propose(source: Sequence[Layer], target: Sequence[Layer], given: Mapping[st
 
 
 def _segments(olds: Sequence[Layer], news: Sequence[Layer]) -> list[tuple[list[Layer], list[Layer]]]:
-    """Both orders cut into the shortest parts of the same shapes: single layers, where the orders agree.
+    """Cuts both orders into the shortest segments with the same shapes: single layers where the orders agree.
 
-    Where they do not, all that stands beside these layers in one module is part of it: a branch that one model calls
-    first, and the other last, exchanges layers of equal shape with those around it.
+    Where they differ, a segment includes the neighbouring layers in the same module: if one model calls a branch first
+    and the other calls it last, layers of equal shape inside and outside the branch could be exchanged.
     """
     parts: list[tuple[list[Layer], list[Layer]]] = [([], [])]
     balance = Counter[Any]()
     for old, new in zip(olds, news, strict=True):
+        # A segment ends where both sides have seen the same shapes equally often.
         parts[-1][0].append(old)
         parts[-1][1].append(new)
         balance[old.signature] += 1
@@ -209,18 +211,18 @@ def _segments(olds: Sequence[Layer], news: Sequence[Layer]) -> list[tuple[list[L
 
 
 def _belong_together(one: tuple[list[Layer], list[Layer]], other: tuple[list[Layer], list[Layer]]) -> bool:
-    """Whether the orders differ in one part, and layers of the other stand in the same modules."""
+    """Whether the orders differ within a part, and both parts have layers in the same modules."""
     modules = [[{_dotted(layer).rpartition(".")[0] for layer in side} for side in part] for part in (one, other)]
     return max(len(one[0]), len(other[0])) > 1 and any(mine & others for mine, others in zip(*modules, strict=True))
 
 
 def _is_numbered(paths: Sequence[str]) -> bool:
-    """Whether the names are the same but for numbers, which grow."""
+    """Whether the names differ by numbers only, in increasing order."""
     return len({re.sub(r"\d+", "#", path) for path in paths}) == 1 and sorted(paths, key=natural) == list(paths)
 
 
 def _checked(source: Sequence[Layer], target: Sequence[Layer], given: Mapping[str, str]) -> dict[str, str]:
-    """The pairs that were given; a ValueError if one cannot be."""
+    """Returns the given pairs; raises a ValueError if one is impossible."""
     olds, news = {layer.path: layer for layer in source}, {layer.path: layer for layer in target}
     for new, old in given.items():
         for path, known, which in ((new, news, "target"), (old, olds, "source")):
@@ -249,12 +251,12 @@ def _check_complete(olds: Sequence[Layer], news: Sequence[Layer]) -> None:
             if layers
         )
         raise ValueError(
-            f"The architectures differ: more layers of these shapes than on the other side are {'; '.join(parts)}."
+            f"The architectures differ. One model has more layers of these shapes than the other: {'; '.join(parts)}."
         )
 
 
 def _check_flattened(model: Model, flattened: Mapping[str, tuple[int, ...]]) -> None:
-    """Raises a ValueError for a wrong shape, or for none of a Dense layer that has several times the channels."""
+    """Raises a ValueError for a wrong shape, or for a missing one if the input has a multiple of the channels."""
     known = {layer.path: layer for layer in model.layers if layer.kind == DENSE}
     for path, shape in flattened.items():
         if path not in known:
@@ -268,10 +270,10 @@ def _check_flattened(model: Model, flattened: Mapping[str, tuple[int, ...]]) -> 
         if layer.kind == DENSE and channels and shape[-1] > channels and not shape[-1] % channels:
             if layer.path not in flattened:
                 raise ValueError(
-                    f"{layer.path!r} takes {shape[-1]} features after a convolution of {channels} channels. If it is "
-                    f"on flattened images, which PyTorch and Flax order differently, write flattened={{{layer.path!r}: "
-                    f"({channels}, H, W)}} with their height and width, H W = {shape[-1] // channels}; else "
-                    f"flattened={{{layer.path!r}: ()}}."
+                    f"{layer.path!r} takes {shape[-1]} features after a convolution of {channels} channels. If its "
+                    f"input is a flattened image, which PyTorch and Flax order differently, write "
+                    f"flattened={{{layer.path!r}: ({channels}, H, W)}} with its height and width, "
+                    f"H W = {shape[-1] // channels}; otherwise write flattened={{{layer.path!r}: ()}}."
                 )
         if layer.kind in (CONV, DENSE):
             channels = shape[0] if layer.kind == CONV else 0
@@ -280,7 +282,7 @@ def _check_flattened(model: Model, flattened: Mapping[str, tuple[int, ...]]) -> 
 
 
 def _flatten_first(weight: np.ndarray, shape: tuple[int, ...], *, to_flax: bool) -> np.ndarray:
-    """A weight `[O, I]` whose inputs were `[C, H, W]` for inputs `[H, W, C]`, or the way round."""
+    """Reorders a weight `[O, I]` from inputs `[C, H, W]` to inputs `[H, W, C]`, or back."""
     whole = (-1, *shape) if to_flax else (-1, *shape[1:], shape[0])
     moved = np.moveaxis(weight.reshape(whole), *((1, -1) if to_flax else (-1, 1)))
     return moved.reshape(weight.shape)
@@ -293,8 +295,8 @@ def _dotted(layer: Layer) -> str:
 def _question(open_layers: Mapping[str, list[str]]) -> str:
     choices = [f"{new!r}: {' or '.join(map(repr, candidates))}" for new, candidates in open_layers.items()]
     return (
-        f"Layers of equal shape do not come in the same order in both models. Say which is which, of each shape all "
-        f"but the last: names={{{_some(choices)}}}"
+        f"Layers of equal shape have different orders in the two models. Name the pairs, for each shape all but the "
+        f"last: names={{{_some(choices)}}}"
     )
 
 

@@ -1,8 +1,7 @@
-"""One batch normalization layer of Keras, dm-haiku or equinox as variables of the layer in Flax, and back.
+"""Converts one batch normalization layer of Keras, dm-haiku or Equinox to variables of the Flax layer, and back.
 
-All have the same affine map; they differ in names, in shapes, and in what they keep of the running averages. None of
-the three is imported: their objects are only asked for what they hold, which is copied. PyTorch has `match`, for whole
-models.
+All have the same affine map, but other names, shapes and state of the running averages. None of the three libraries is
+imported: the functions read attributes of their objects and copy the arrays. For PyTorch and whole models, use `match`.
 """
 
 from typing import Any
@@ -11,18 +10,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# A number of steps after which no average is debiased any more, and which may still be counted on.
+# A number of steps after which no average is debiased any more, and which can still be incremented.
 _LONG = 2**30
 
 
 def from_keras(layer: Any) -> dict[str, Any]:
-    """The variables of a Keras `BatchNormalization` for the layer in Flax; see :func:`to_keras` for the way back.
+    """Converts a Keras `BatchNormalization` to variables of the Flax layer; :func:`to_keras` converts back.
 
     Args:
-        layer: The layer, built. Momentum and epsilon mean the same in Flax, with 1e-3 for the default epsilon.
+        layer: The layer, built. Momentum and epsilon mean the same in Flax; Keras' default epsilon is 1e-3.
 
     Returns:
-        `{"params": ..., "batch_stats": ...}` as linen's layer has them; NNX's has attributes of these names.
+        `{"params": ..., "batch_stats": ...}` for linen's layer; the attributes of NNX's layer have the same names.
 
     Example:
         >>> import types
@@ -39,13 +38,13 @@ def from_keras(layer: Any) -> dict[str, Any]:
 
 
 def to_keras(variables: Any) -> list[np.ndarray]:
-    """What `set_weights` of a Keras `BatchNormalization` takes.
+    """Converts variables of a Flax layer to the list that `set_weights` of a Keras `BatchNormalization` takes.
 
     Args:
-        variables: Those of one layer of linen: `{"params": {...}, "batch_stats": {...}}`.
+        variables: Variables of one linen layer: `{"params": {...}, "batch_stats": {...}}`.
 
     Returns:
-        gamma and beta, as far as there are, the moving mean and the moving variance, float32 `[C]`.
+        gamma and beta, if present, the moving mean and the moving variance, float32 `[C]`.
 
     Example:
         >>> norm = jaxbn.linen.BatchNorm(use_running_average=True, use_bias=False)
@@ -58,18 +57,18 @@ def to_keras(variables: Any) -> list[np.ndarray]:
 
 
 def from_haiku(params: Any, state: Any, name: str = "batch_norm") -> dict[str, Any]:
-    """The variables of a Haiku `BatchNorm` for the layer in Flax; see :func:`to_haiku` for the way back.
+    """Converts a Haiku `BatchNorm` to variables of the Flax layer; :func:`to_haiku` converts back.
 
-    Haiku evaluates with averages that are debiased for their start at zero, which are taken. To go on debiasing, give
-    the layer `momentum=jaxbn.constant(decay_rate, debias=True)`, and its `count` the counter.
+    Uses the averages with which Haiku evaluates, which are debiased for their start at zero. To continue debiasing, use
+    `momentum=jaxbn.constant(decay_rate, debias=True)` in the layer and set its `count` to the counter.
 
     Args:
         params: The parameters of the model.
-        state: Its state.
-        name: Of the layer in them, such as `"res_net/~/initial_batchnorm"`.
+        state: The state of the model.
+        name: Name of the layer, such as `"res_net/~/initial_batchnorm"`.
 
     Returns:
-        `{"params": ..., "batch_stats": ...}` as linen's layer has them; NNX's has attributes of these names.
+        `{"params": ..., "batch_stats": ...}` for linen's layer; the attributes of NNX's layer have the same names.
 
     Example:
         >>> ema = {"hidden": np.full((1, 1), 0.2), "average": np.full((1, 1), 2.0), "counter": np.int32(1)}
@@ -87,13 +86,14 @@ def from_haiku(params: Any, state: Any, name: str = "batch_norm") -> dict[str, A
 def to_haiku(
     variables: Any, params: Any, state: Any, name: str = "batch_norm"
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Haiku parameters and state with the variables of a Flax layer in the place of one `BatchNorm`.
+    """Returns Haiku parameters and state in which one `BatchNorm` has the variables of a Flax layer.
 
     Args:
-        variables: Those of one layer of linen: `{"params": {...}, "batch_stats": {...}}`.
+        variables: Variables of one linen layer: `{"params": {...}, "batch_stats": {...}}`.
         params: The parameters of the Haiku model.
-        state: Its state. The counters of the layer go to a large number, so that its averages go on as Flax's.
-        name: Of the layer in them.
+        state: The state of the model. The counters of the layer are set to a large number, so that its averages
+            continue without debiasing, like Flax's.
+        name: Name of the layer.
 
     Returns:
         New `(params, state)`.
@@ -123,17 +123,17 @@ def to_haiku(
 
 
 def from_equinox(layer: Any, state: Any) -> dict[str, Any]:
-    """The variables of an Equinox `BatchNorm` for the layer in Flax; see :func:`to_equinox` for the way back.
+    """Converts an Equinox `BatchNorm` to variables of the Flax layer; :func:`to_equinox` converts back.
 
-    The statistics are those with which Equinox evaluates: in its mode `"batch"`, whose variance starts at 1 and is
-    debiased as if it started at 0, these are too large in the first steps.
+    Uses the statistics with which Equinox evaluates. In mode `"batch"` they are too large in the first steps, since
+    the variance starts at 1 but is debiased as if it started at 0.
 
     Args:
         layer: The layer, in mode `"ema"` or `"batch"`.
         state: The `State` of the model.
 
     Returns:
-        `{"params": ..., "batch_stats": ...}` as linen's layer has them; NNX's has attributes of these names.
+        `{"params": ..., "batch_stats": ...}` for linen's layer; the attributes of NNX's layer have the same names.
 
     Example:
         >>> import types
@@ -155,13 +155,13 @@ def from_equinox(layer: Any, state: Any) -> dict[str, Any]:
 
 
 def to_equinox(variables: Any, layer: Any, state: Any) -> tuple[Any, Any]:
-    """An Equinox `BatchNorm`, and the state of its model, with the variables of a Flax layer.
+    """Returns an Equinox `BatchNorm`, and the state of its model, with the variables of a Flax layer.
 
     Args:
-        variables: Those of one layer of linen: `{"params": {...}, "batch_stats": {...}}`.
-        layer: The Equinox layer; `equinox.tree_at` puts the new one into the model.
-        state: The `State` of the model. As Equinox wants it, it cannot be used again after this. In the mode `"batch"`
-            the counter goes to a large number, so that the averages go on as Flax's.
+        variables: Variables of one linen layer: `{"params": {...}, "batch_stats": {...}}`.
+        layer: The Equinox layer; replace it in the model with `equinox.tree_at`.
+        state: The `State` of the model. Equinox invalidates it, so do not use it again. In mode `"batch"` the counter
+            is set to a large number, so that the averages continue without debiasing, like Flax's.
 
     Returns:
         `(layer, state)`.
@@ -195,7 +195,7 @@ def _variables(scale: Any, bias: Any, mean: Any, var: Any) -> dict[str, Any]:
 
 
 def _flat(array: Any) -> jax.Array:
-    """Of the shape of the features alone; a variable of Keras says its value to NumPy."""
+    """The array in the shape of the features; NumPy reads the value of a Keras variable."""
     return jnp.array(np.asarray(array, np.float32).ravel(), copy=True)
 
 

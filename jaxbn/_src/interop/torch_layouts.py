@@ -1,11 +1,11 @@
-"""Where a model keeps which array: linen variables, NNX models and PyTorch state dicts as one list of layers.
+"""The arrays of linen variables, NNX models and PyTorch state dicts, as one list of layers.
 
-A layer is what holds a kernel, an embedding or the scale and statistics of a normalization; a parameter outside of
-these is a layer by itself. All arrays are compared and carried in PyTorch's names and layout:
+A layer has a kernel, an embedding, or the scale and statistics of a normalization; a parameter outside of these forms
+a layer by itself. All arrays are compared and converted in PyTorch's names and layout:
 
     Conv           kernel [*k, I/g, O]  <->  weight [O, I/g, *k]
-    ConvTranspose  kernel [*k, I, O]    <->  weight [I, O, *k], turned around in space, which PyTorch's operation does
-                   kernel [*k, O, I]    <->  weight [I, O, *k], with transpose_kernel=True, which does it too
+    ConvTranspose  kernel [*k, I, O]    <->  weight [I, O, *k], flipped in space, because PyTorch's operation flips it
+                   kernel [*k, O, I]    <->  weight [I, O, *k], with transpose_kernel=True, which also flips it
     Dense          kernel [I, O]        <->  weight [O, I]
 """
 
@@ -40,42 +40,42 @@ _CLASSES: dict[str, tuple[type, ...]] = {
         *(nnx.BatchNorm, Norm, nnx.LayerNorm, nnx.GroupNorm, nnx.RMSNorm, nnx.InstanceNorm),
     ),
 }
-# Names in PyTorch. What else a layer holds, such as counters, has no part in telling it from others.
+# PyTorch's names. Other arrays of a layer, such as counters, are not used to tell layers apart.
 _TORCH = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}
 _TORCH |= {"mean": "running_mean", "var": "running_var"}
 _COUNTS = {"count": "num_batches_tracked"}
 
 
 class Layer(NamedTuple):
-    """A part of a model that holds arrays."""
+    """A part of a model with arrays of its own."""
 
     path: str
     kind: str
-    keys: dict[str, Key]  # slot -> where the model keeps it
-    shapes: dict[str, tuple[int, ...]]  # slot -> in PyTorch's layout; of those that every such layer has
+    keys: dict[str, Key]  # slot -> key of the array in the model
+    shapes: dict[str, tuple[int, ...]]  # slot -> shape in PyTorch's layout; only slots that every such layer has
 
     @property
     def signature(self) -> frozenset[Any]:
-        """What a layer has in common with that of another model that can take its place."""
+        """The shapes that a layer of another model must have to be its counterpart."""
         return frozenset(self.shapes.items())
 
 
 class Model(NamedTuple):
-    """A model as layers in its order, and how values of such a model become flat arrays and come back."""
+    """A model as an ordered list of layers, with functions that flatten and update values of such a model."""
 
     kind: str  # "linen", "nnx" or "torch"
     layers: list[Layer]
     given: Any
     flatten: Callable[[Any], dict[Key, Any]]
-    # (value, {key: array}) -> value with these arrays
+    # (values, {key: array}) -> the values with these arrays replaced
     update: Callable[[Any, Mapping[Key, Any]], Any]
 
     def read(self, flat: Mapping[Key, Any], layer: Layer) -> dict[str, np.ndarray]:
-        """The arrays of a layer by slot, in PyTorch's layout, out of flattened values."""
+        """The arrays of a layer by slot, in PyTorch's layout, from flattened values."""
         return {slot: to_torch(layer.kind, slot, _as_array(flat[key])) for slot, key in layer.keys.items()}
 
     def write(self, values: Any, arrays: Mapping[str, Mapping[str, np.ndarray]]) -> Any:
-        """The values with the arrays, given by layer and slot in PyTorch's layout."""
+        """The values with these arrays, given by layer and slot in PyTorch's layout."""
         updates = {}
         for layer in self.layers:
             for slot, array in arrays.get(layer.path, {}).items():
@@ -84,7 +84,7 @@ class Model(NamedTuple):
 
 
 def to_torch(kind: str, slot: str, array: np.ndarray) -> np.ndarray:
-    """An array of a Flax layer in PyTorch's layout."""
+    """Converts an array of a Flax layer to PyTorch's layout."""
     if slot != "weight":
         return array
     if kind == CONV_TRANSPOSE:
@@ -95,7 +95,7 @@ def to_torch(kind: str, slot: str, array: np.ndarray) -> np.ndarray:
 
 
 def from_torch(kind: str, slot: str, array: np.ndarray) -> np.ndarray:
-    """An array in PyTorch's layout as a Flax layer has it."""
+    """Converts an array in PyTorch's layout to that of the Flax layer."""
     if slot != "weight":
         return array
     if kind == CONV_TRANSPOSE:
@@ -106,20 +106,20 @@ def from_torch(kind: str, slot: str, array: np.ndarray) -> np.ndarray:
 
 
 def layout(model: Any) -> Model:
-    """Any of the three as layers."""
+    """Reads a model of any of the three libraries."""
     if isinstance(model, nnx.Module):
         return _of_nnx(model)
     if isinstance(model, Mapping) and all(isinstance(value, Mapping) for value in model.values()):
         raise TypeError(
-            "Variables of a linen model do not say in which order and as what they are used: pass what makes them, not "
-            "jitted, lambda: net.init(key, x). Of a checkpoint of PyTorch pass the state dict alone."
+            "Variables of a linen model do not hold the order and types of its layers: pass the function that makes "
+            "them, not jitted, lambda: net.init(key, x). From a checkpoint of PyTorch, pass the state dict alone."
         )
     if isinstance(model, Mapping):
         return _of_torch(model)
     if callable(model) and not isinstance(model, nn.Module) and not hasattr(model, "state_dict"):
         return _of_linen(model)
     raise TypeError(
-        f"{type(model).__name__} is no model that can be matched: give lambda: net.init(key, x) for linen, a model for "
+        f"{type(model).__name__} is no model that can be matched: pass lambda: net.init(key, x) for linen, a model for "
         f"NNX, model.state_dict() for PyTorch."
     )
 
@@ -129,14 +129,14 @@ def _of_torch(state_dict: Mapping[str, Any]) -> Model:
     given = dict(state_dict)
     for key, array in state_dict.items():
         if not hasattr(array, "shape"):
-            raise TypeError(f"{key!r} of the state dict is no array. Of a checkpoint pass the state dict alone.")
+            raise TypeError(f"{key!r} of the state dict is not an array. From a checkpoint, pass the state dict alone.")
         path, _, slot = key.rpartition(".")
         if slot not in (*_TORCH.values(), *_COUNTS.values()):
             path, slot = key, ""
         layer = layers.setdefault(path, Layer(path, ARRAY, {}, {}))
         layer.keys[slot] = (key,)
         if slot in _COUNTS.values():
-            given[key] = _as_given(array, None)  # training goes on counting in place
+            given[key] = _as_given(array, None)  # a copy, since training increments counters in place
         else:
             layer.shapes[slot] = tuple(array.shape)
 
@@ -154,7 +154,7 @@ def _of_linen(init: Callable[[], Any]) -> Model:
     flat = {key: leaf for key, leaf in _flat(variables).items() if key[0] in ("params", STATISTICS)}
     lost = ["/".join(key) for key in flat if key[1:-1] not in kinds]
     if lost:
-        raise ValueError(f"{lost[0]!r} comes from a call that cannot be followed: give the init itself, not jitted.")
+        raise ValueError(f"{lost[0]!r} comes from a call that cannot be traced: pass the init itself, not jitted.")
     order = {path: position for position, path in enumerate(kinds)}
     keys = sorted(flat, key=lambda key: order[key[1:-1]])
 
@@ -165,7 +165,8 @@ def _of_linen(init: Callable[[], Any]) -> Model:
         flat = _flat(variables)
         flat |= {key: meta.replace_boxed(flat[key], _like(key, flat[key], array)) for key, array in updates.items()}
         missing = [key for key, leaf in flat.items() if isinstance(meta.unbox(leaf), jax.ShapeDtypeStruct)]
-        if missing:  # what one side alone has; compiled, so that nothing else is computed
+        # Arrays that only the target has come from its init, compiled so that the rest is not computed.
+        if missing:
             flat |= jax.jit(lambda: {key: leaf for key, leaf in _flat(init()).items() if key in missing})()
         return traverse_util.unflatten_dict(flat)
 
@@ -174,9 +175,9 @@ def _of_linen(init: Callable[[], Any]) -> Model:
 
 
 def _followed(init: Callable[[], Any]) -> tuple[Any, dict[Key, str]]:
-    """The shapes of the variables that are made, and the kinds of the modules in the order of their calls, by path."""
+    """The shapes of the variables, and the kinds of the modules by path, in the order of their calls."""
     kinds: dict[Key, str] = {}
-    anew = {"jaxbn_followed": secrets.token_hex()}  # so that nn.jit does not go by what it has compiled before
+    anew = {"jaxbn_followed": secrets.token_hex()}  # a new attribute, so that nn.jit does not use its cache
 
     def follow(next_call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
         if context.module.scope is not None:
@@ -185,7 +186,7 @@ def _followed(init: Callable[[], Any]) -> tuple[Any, dict[Key, str]]:
         return next_call(*args, **kwargs)
 
     with nn.intercept_methods(follow):
-        return jax.eval_shape(lambda: init()), kinds  # a function of its own, so that it is traced again
+        return jax.eval_shape(lambda: init()), kinds  # a new function, so that it is traced again
 
 
 def _flat(variables: Any) -> dict[Key, Any]:
@@ -212,17 +213,19 @@ def _of_nnx(model: Any) -> Model:
 
 
 def _layers(flat: Mapping[Key, Any], module_of: Callable[[Key], Key], kinds: Mapping[Key, str]) -> list[Layer]:
-    """The arrays of a Flax model, in their order, as layers."""
+    """The arrays of a Flax model as layers, in the same order."""
     layers: dict[str, Layer] = {}
     for key, leaf in flat.items():
         parts, name = module_of(key), str(key[-1])
         kind, slot = kinds.get(parts, ARRAY), (_TORCH | _COUNTS).get(name, name)
         if kind == ARRAY:
+            # An array outside of the known layers forms a layer by itself.
             parts, slot = (*parts, key[-1]), ""
         path = "/".join(map(str, parts))
         layer = layers.setdefault(path, Layer(path, kind, {}, {}))
         layer.keys[slot] = key
         if slot in ("", *_TORCH.values()):
+            # Broadcast of a scalar: the shape is computed without allocating the array.
             layer.shapes[slot] = to_torch(kind, slot, np.broadcast_to(np.zeros(()), leaf.shape)).shape
     return list(layers.values())
 
@@ -233,19 +236,19 @@ def _kind_of(module: Any) -> str:
 
 
 def _position(model: Any, path: Key) -> list[int]:
-    """Where a variable stands in the order in which attributes were set."""
+    """Position of a variable in the order in which attributes were assigned."""
     node, found = model, []
     for part in path[:-1]:
         if not isinstance(node, Mapping):
             node = vars(node) if hasattr(node, "__dict__") else dict(enumerate(node))
-        name = part if part in node else str(part)  # nnx.List has the numbers of its parts for attributes
+        name = part if part in node else str(part)  # nnx.List stores its elements under their numbers
         found.append(list(node).index(name))
         node = node[name]
     return found
 
 
 def _like(key: Key, old: Any, array: np.ndarray) -> jax.Array:
-    """The array in the dtype of the one in whose place it comes."""
+    """The array in the dtype of the array that it replaces."""
     old = meta.unbox(old)
     if array.shape != old.shape:
         raise ValueError(f"{'/'.join(map(str, key))!r} is {array.shape} in one model and {old.shape} in the other.")
@@ -253,14 +256,14 @@ def _like(key: Key, old: Any, array: np.ndarray) -> jax.Array:
 
 
 def _as_given(old: Any, array: np.ndarray | None) -> Any:
-    """A copy of the array, None for the old one; as what the old one is: of a tensor a tensor, on its device."""
+    """A copy of the array (None: of the old one) in the type of the old one; a tensor stays on its device."""
     if not hasattr(old, "detach"):
         return np.array(old if array is None else array, np.asarray(old).dtype)
     return old.detach().clone() if array is None else old.detach().new_tensor(np.array(array))
 
 
 def _as_array(value: Any) -> np.ndarray:
-    """A value of any of the three as a NumPy array; of a tensor of PyTorch too, without an import of it."""
+    """A value as a NumPy array; handles PyTorch tensors without importing PyTorch."""
     if hasattr(value, "detach"):
         value = value.detach().cpu()
         value = (value.float() if "bfloat16" in str(value.dtype) else value).numpy()

@@ -1,4 +1,4 @@
-"""What the functions of `generate` are made with: numbers that stay, calls of the formulas, and a list of them all."""
+"""Tools for `generate`: reproducible numbers, calls of the reference formulas, and a registry of the vectors."""
 
 import inspect
 import random
@@ -12,12 +12,12 @@ from jaxbn._src.testing.vectors import Arrays, Step, Vector
 
 VECTORS: dict[str, Callable[[], Vector]] = {}
 
-STEP = 1 / 64  # between possible inputs, so that they are exact in any precision
-PLAIN = {"momentum": 0.875, "epsilon": 1e-5}  # momentum is exact too
+STEP = 1 / 64  # between possible inputs, which are therefore exact in any precision
+PLAIN = {"momentum": 0.875, "epsilon": 1e-5}  # the momentum is exact too
 
 
 class Draw:
-    """Numbers that are the same for ever, which Python promises of `random()` alone."""
+    """Reproducible random numbers; Python guarantees the sequence of `random()` only."""
 
     def __init__(self, seed: str):
         self._random = random.Random(seed).random
@@ -32,19 +32,19 @@ class Draw:
         return {"scale": self.uniform([channels], 0.5, 2.0), "bias": self.uniform([channels], -1.0, 1.0)}
 
     def batch(self, *shape: int, **more: Any) -> Arrays:
-        """Inputs of a training call."""
+        """The inputs of a training call."""
         return {"x": self.uniform(shape), "cotangent": self.uniform(shape, -1.0, 1.0)} | more
 
 
 class Call(NamedTuple):
-    """A call to make of a method, and its inputs."""
+    """A call of a method, with its inputs."""
 
     call: str
     inputs: Arrays
 
 
 def vector(function: Callable[[Draw], dict[str, Any]]) -> Callable[[], Vector]:
-    """Registers a function that gives the fields of a vector but for its name and what it is about."""
+    """Registers a function that returns the fields of a vector, except the name and the description."""
     name, about = function.__name__, inspect.getdoc(function) or ""
 
     def make() -> Vector:
@@ -63,7 +63,7 @@ def calls(
     *,
     devices: int = 1,
 ) -> dict[str, Any]:
-    """The vector of a method of `reference`, called so. Its formulas tell by `params` what is used."""
+    """The fields of a vector: calls a method of `reference` in sequence. `params` selects scale and bias."""
     formulas = getattr(reference, method)(**{k: v for k, v in arguments.items() if not k.startswith("use_")})
     steps: list[Step] = []
     now: reference.State = state
@@ -81,7 +81,7 @@ def calls(
 
 
 def passes(estimator: str, arguments: dict[str, Any], batches: Sequence[np.ndarray]) -> dict[str, Any]:
-    """The vector of an estimator of `reference` over these batches."""
+    """The fields of a vector: runs an estimator of `reference` over these batches."""
     seen = [reference.moments(x, np.ones_like(x)) for x in batches]
     mean, var = getattr(reference, estimator)(seen, **arguments)
     updates = [Step("update", {"x": x}, found._asdict(), {}) for x, found in zip(batches, seen, strict=True)]
@@ -108,7 +108,7 @@ def _evaluate(
 
 
 def _where(inputs: Arrays) -> Arrays:
-    """The domain of each row, where examples have one."""
+    """The domain of each row, if the examples have domains."""
     if "domain" not in inputs:
         return {}
     domain = inputs["domain"]

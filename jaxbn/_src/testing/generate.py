@@ -1,7 +1,7 @@
-"""Makes the files of the reference vectors: `python -m jaxbn._src.testing.generate`.
+"""Generates the files of the reference vectors: `python -m jaxbn._src.testing.generate`.
 
-A vector is a function of this file with `@vector`, whose name and first line are those of the vector. For a method of
-your own write its formulas in `reference`, as a `Method` that bears its name, and a function here.
+Each vector is a function in this file with `@vector`; its name and its first line become those of the vector. For your
+own method, add its formulas to `reference`, as a `Method` of the same name, and a function here.
 """
 
 from pathlib import Path
@@ -19,13 +19,13 @@ def _started(channels: int) -> Arrays:
 
 
 def _masked(draw: Draw) -> list[Call]:
-    """Calls with some positions masked, all of them, and the others."""
+    """Calls with some positions masked, with all masked, and with the complement of the first."""
     some, none = (np.array(mask, bool) for mask in ([[1, 0, 1], [1, 1, 0], [0, 1, 1], [1, 0, 0]], np.zeros((4, 3))))
     return [Call("train", draw.batch(4, 3, 2, mask=mask[..., None])) for mask in (some, none, ~some)]
 
 
 def _on_devices(draw: Draw) -> list[Call]:
-    """Calls on three devices of four rows, which are not all valid."""
+    """Calls on three devices with four rows each, some of them invalid."""
     steps = []
     for counts in ([4, 1, 0], [2, 4, 3]):
         mask = (np.arange(4) < np.array(counts)[:, None])[..., None]
@@ -44,7 +44,7 @@ def batch_norm(draw: Draw) -> dict[str, Any]:
 
 @vector
 def batch_norm_images(draw: Draw) -> dict[str, Any]:
-    """Images [N, H, W, C], an epsilon that shows, and statistics that are not the initial ones."""
+    """Images [N, H, W, C], with a large epsilon and statistics other than the initial ones."""
     steps = [Call("train", draw.batch(2, 2, 3, 2)) for _ in range(2)]
     state = {"mean": draw.uniform([2]), "var": draw.uniform([2], 0.5, 4.0)}
     evaluation = Call("eval", {"x": draw.uniform([1, 2, 2, 2])})
@@ -68,7 +68,7 @@ def batch_norm_last_batch(draw: Draw) -> dict[str, Any]:
 
 @vector
 def batch_norm_masked(draw: Draw) -> dict[str, Any]:
-    """A mask of positions; the second batch is masked altogether, which keeps the state and normalizes with it."""
+    """A mask of positions; the second batch is fully masked, so the state stays and normalizes it."""
     steps = _masked(draw)
     return calls("batch_norm", PLAIN, draw.params(2), _started(2), steps)
 
@@ -82,7 +82,7 @@ def batch_norm_weighted(draw: Draw) -> dict[str, Any]:
 
 @vector
 def batch_norm_synchronized(draw: Draw) -> dict[str, Any]:
-    """Three devices that hold 4, 1 and no valid rows; masked cotangents are 0, so that the rows may be left out."""
+    """Three devices that hold 4, 1 and no valid rows; masked cotangents are 0, so the rows may be omitted."""
     steps = _on_devices(draw)
     return calls("batch_norm", PLAIN, draw.params(2), _started(2), steps, devices=3)
 
@@ -97,10 +97,10 @@ def batch_norm_constant_channel(draw: Draw) -> dict[str, Any]:
 
 @vector
 def batch_norm_huge_mean(draw: Draw) -> dict[str, Any]:
-    """Mean 1e4 and standard deviation about 1e-2, at which E[x^2] - E[x]^2 has no digit left in float32."""
+    """Mean 1e4 and standard deviation about 1e-2, where E[x^2] - E[x]^2 has no correct digit in float32."""
     steps = []
     for centre in (10_000.0, -10_000.0):
-        # On both sides of the centre alike, so that the mean is a float32 number and only the variance is at stake.
+        # Symmetric about the centre: the mean is then an exact float32 number, so the test is of the variance.
         offset = draw.uniform([4, 2], 1 / 1024, 24 / 1024, step=1 / 1024)
         steps.append(Call("train", draw.batch(8, 2) | {"x": centre + np.concatenate([offset, -offset])}))
     return calls("batch_norm", PLAIN, draw.params(2), _started(2), steps)
@@ -111,7 +111,7 @@ RENORM = PLAIN | {"epsilon": 1e-3, "r_max": 1.25, "d_max": 0.25}
 
 @vector
 def batch_renorm(draw: Draw) -> dict[str, Any]:
-    """Steps in which r and d are clipped in some channels and not in others, then an evaluation."""
+    """Steps in which r and d are clipped in some channels only, then an evaluation."""
     steps = [Call("train", draw.batch(6, 4)) for _ in range(3)]
     state = {"mean": draw.uniform([4], -0.5, 1.5), "var": draw.uniform([4], 1.0, 4.0)}
     evaluation = Call("eval", {"x": draw.uniform([2, 4])})
@@ -120,7 +120,7 @@ def batch_renorm(draw: Draw) -> dict[str, Any]:
 
 @vector
 def batch_renorm_unbounded(draw: Draw) -> dict[str, Any]:
-    """Bounds so wide that training gives what evaluation gives with the averages from before the step."""
+    """Bounds so wide that training gives the outputs of evaluation with the averages before the step."""
     steps = [Call("train", draw.batch(4, 3)) for _ in range(2)]
     arguments = RENORM | {"r_max": 1e6, "d_max": 1e6}
     return calls("batch_renorm", arguments, draw.params(3), _started(3), steps)
@@ -128,21 +128,21 @@ def batch_renorm_unbounded(draw: Draw) -> dict[str, Any]:
 
 @vector
 def batch_renorm_of_variance(draw: Draw) -> dict[str, Any]:
-    """The variance is averaged and not the standard deviation."""
+    """Averages the variance instead of the standard deviation."""
     steps = [Call("train", draw.batch(3, 2)) for _ in range(2)]
     return calls("batch_renorm", RENORM | {"track_variance": True}, draw.params(2), _started(2), steps)
 
 
 @vector
 def batch_renorm_masked(draw: Draw) -> dict[str, Any]:
-    """A mask of positions; the second batch is masked altogether, which keeps the state and normalizes with it."""
+    """A mask of positions; the second batch is fully masked, so the state stays and normalizes it."""
     steps = _masked(draw)
     return calls("batch_renorm", RENORM, draw.params(2), _started(2), steps)
 
 
 @vector
 def batch_renorm_synchronized(draw: Draw) -> dict[str, Any]:
-    """Three devices that hold 4, 1 and no valid rows, with r and d of all of them together."""
+    """Three devices that hold 4, 1 and no valid rows; r and d come from the statistics of all devices."""
     steps = _on_devices(draw)
     return calls("batch_renorm", RENORM, draw.params(2), _started(2), steps, devices=3)
 
@@ -164,7 +164,7 @@ def ghost_batch_norm_strided(draw: Draw) -> dict[str, Any]:
 
 @vector
 def ghost_batch_norm_masked(draw: Draw) -> dict[str, Any]:
-    """A mask of rows; the second group of the first batch has none, and is normalized with the stored statistics."""
+    """A mask of rows; the second group of the first batch is empty and is normalized with the running statistics."""
     masks = ([1, 1, 0, 0, 0, 0, 1, 1, 1], [1, 0, 1, 1, 1, 1, 0, 1, 1])
     steps = [Call("train", draw.batch(9, 2, mask=np.array(mask, bool)[:, None])) for mask in masks]
     return calls("ghost_batch_norm", PLAIN | {"ghost_size": 3}, draw.params(2), _started(2), steps)
@@ -194,7 +194,7 @@ MABN = PLAIN | {"window": 3, "warmup": 0, "r_max": 1.25}
 
 @vector
 def moving_average_batch_norm(draw: Draw) -> dict[str, Any]:
-    """Windows that are full, r clipped in some channels and not in others, then an evaluation."""
+    """Full windows, r clipped in some channels only, then an evaluation."""
     steps = [Call("train", draw.batch(4, 4)) for _ in range(3)]
     evaluation = Call("eval", {"x": draw.uniform([2, 4])})
     state = _windowed(draw, 3, 4, 2000.0)
@@ -203,7 +203,7 @@ def moving_average_batch_norm(draw: Draw) -> dict[str, Any]:
 
 @vector
 def moving_average_batch_norm_warmup(draw: Draw) -> dict[str, Any]:
-    """The last two steps of the warm-up, with the statistics of the batch alone, and the first one behind it."""
+    """The last two steps of the warm-up, which use batch statistics only, and the first step after it."""
     steps = [Call("train", draw.batch(3, 2)) for _ in range(3)]
     arguments, state = MABN | {"warmup": 7}, _windowed(draw, 3, 2, 4.0)
     return calls("moving_average_batch_norm", arguments, draw.params(2), state, steps)
@@ -211,7 +211,7 @@ def moving_average_batch_norm_warmup(draw: Draw) -> dict[str, Any]:
 
 @vector
 def moving_average_batch_norm_masked(draw: Draw) -> dict[str, Any]:
-    """A mask of positions; the second batch is masked altogether, which keeps the state and normalizes with it."""
+    """A mask of positions; the second batch is fully masked, so the state stays and normalizes it."""
     state = _windowed(draw, 3, 2, 2000.0)
     return calls("moving_average_batch_norm", MABN, draw.params(2), state, _masked(draw))
 
@@ -237,7 +237,7 @@ def domain_batch_norm(draw: Draw) -> dict[str, Any]:
 
 @vector
 def domain_batch_norm_masked(draw: Draw) -> dict[str, Any]:
-    """A mask of rows that leaves nothing of the second domain."""
+    """A mask of rows that covers the whole second domain."""
     params, state = _by_domain(draw)
     mask = np.array([1, 0, 1, 1, 0, 1, 1, 0], bool)[:, None]
     batch = draw.batch(8, 2, mask=mask, domain=np.array([0, 1, 0, 2, 1, 2, 0, 2]))
@@ -246,7 +246,7 @@ def domain_batch_norm_masked(draw: Draw) -> dict[str, Any]:
 
 @vector
 def domain_batch_norm_synchronized(draw: Draw) -> dict[str, Any]:
-    """Two devices with other mixes of domains, of which the last is on one alone."""
+    """Two devices with different mixes of domains; the last domain is on one of them only."""
     params, state = _by_domain(draw)
     batch = draw.batch(2, 4, 2, domain=np.array([[0, 0, 1, 0], [1, 2, 1, 2]]))
     return calls("domain_batch_norm", DOMAINS, params, state, [Call("train", batch)], devices=2)
@@ -264,13 +264,13 @@ def pooled(draw: Draw) -> dict[str, Any]:
 
 @vector
 def pooled_unbiased(draw: Draw) -> dict[str, Any]:
-    """The same over n - 1."""
+    """Mean and unbiased variance (over n - 1) of all values of batches of 5, 2 and 3 rows together."""
     return passes("pooled", {"unbiased": True}, _ragged(draw))
 
 
 @vector
 def mean_of_batches(draw: Draw) -> dict[str, Any]:
-    """The mean of the batches' means and that of their unbiased variances, whatever the number of rows."""
+    """The mean of the batch means and of the unbiased batch variances, with equal weights."""
     return passes("mean_of_batches", {}, _ragged(draw))
 
 
@@ -281,7 +281,7 @@ def moving_average(draw: Draw) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Writes all files, beside this one."""
+    """Writes all files into the data folder of this package."""
     folder = Path(__file__).parent / "data"
     for name, make in VECTORS.items():
         (folder / f"{name}.json").write_text(dumps(make()), encoding="utf-8")

@@ -1,6 +1,6 @@
-r"""The formulas of the vectors in float64 NumPy, written from the papers. They share nothing with the library.
+r"""The formulas of the vectors in float64 NumPy, written from the papers, independent of the library.
 
-Everything works on rows, `x [M, C]`, with weights `w [M, C]` from a mask; space, time and devices are rows like others.
+Everything operates on rows, `x [M, C]`, with weights `w [M, C]` from a mask; space, time and devices are rows too.
 Sums are rounded once (`math.fsum`), so that the numbers are the same on every machine.
 """
 
@@ -14,7 +14,7 @@ State = Mapping[str, np.ndarray]
 
 
 class Trained(NamedTuple):
-    """What a training call gives: `backward` maps the cotangent of y to `dx`, `dscale` and `dbias`."""
+    """The result of a training call; `backward` maps the cotangent of y to `dx`, `dscale` and `dbias`."""
 
     y: np.ndarray
     state: State
@@ -23,7 +23,7 @@ class Trained(NamedTuple):
 
 
 class Moments(NamedTuple):
-    """Of a batch: number of values (sum of weights), mean, biased variance; each [C], and 0 where nothing was seen."""
+    """Moments of a batch: sum of weights, mean, biased variance; each [C], and 0 for channels without values."""
 
     count: np.ndarray  # type: ignore[assignment]  # hides tuple.count
     mean: np.ndarray
@@ -33,7 +33,7 @@ class Moments(NamedTuple):
 class Method(NamedTuple):
     """One normalization method with its hyper-parameters."""
 
-    # (params, state, x, w, **where); `where` is the domain of each row, of domain_batch_norm alone
+    # (params, state, x, w, **where); `where` is the domain of each row, for domain_batch_norm only
     train: Callable[..., Trained]
     evaluate: Callable[..., np.ndarray]  # (params, state, x, **where)
 
@@ -70,7 +70,7 @@ def batch_norm(*, momentum: float = 0.99, epsilon: float = 1e-5) -> Method:
 def batch_renorm(
     *, momentum: float = 0.99, epsilon: float = 1e-3, r_max: float, d_max: float, track_variance: bool = False
 ) -> Method:
-    r"""Ioffe 2017, Algorithm 1. The state holds :math:`\sigma^2 - \epsilon`; `track_variance` averages that itself."""
+    r"""Ioffe 2017, Algorithm 1. The state holds :math:`\sigma^2 - \epsilon`; with `track_variance`, its average."""
 
     def train(params: State, state: State, x: np.ndarray, w: np.ndarray) -> Trained:
         found, seen = moments(x, w), total(w) > 0
@@ -78,11 +78,11 @@ def batch_renorm(
         y, backward = normalized(params, state, x, w, epsilon, r, d)
         old, new = (np.sqrt(var + epsilon) for var in (state["var"], found.var))
         var = (momentum * old + (1 - momentum) * new) ** 2 - epsilon
-        moved = {
+        updated = {
             "mean": momentum * state["mean"] + (1 - momentum) * found.mean,
             "var": momentum * state["var"] + (1 - momentum) * found.var if track_variance else var,
         }
-        return Trained(y, {name: np.where(seen, moved[name], state[name]) for name in moved}, found, backward)
+        return Trained(y, {name: np.where(seen, updated[name], state[name]) for name in updated}, found, backward)
 
     return Method(train, batch_norm(epsilon=epsilon).evaluate)
 
@@ -90,7 +90,7 @@ def batch_renorm(
 def ghost_batch_norm(
     *, ghost_size: int, grouping: str = "contiguous", running: str = "group_mean", momentum: float, epsilon: float
 ) -> Method:
-    """Hoffer et al. 2017, Algorithm 1, with one step of the running averages: batch norm of each group of rows."""
+    """Hoffer et al. 2017, Algorithm 1: batch norm of each group of rows, with one update of the running averages."""
 
     def train(params: State, state: State, x: np.ndarray, w: np.ndarray) -> Trained:
         rows = np.arange(len(x))
@@ -116,7 +116,7 @@ def ghost_batch_norm(
 def renorm_constants(
     state: State, found: Moments, *, epsilon: float, r_max: float, d_max: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    r""":math:`r = clip(\sigma_B / \sigma),\; d = clip((\mu_B - \mu) / \sigma)`; 1 and 0 where nothing was seen."""
+    r""":math:`r = clip(\sigma_B / \sigma),\; d = clip((\mu_B - \mu) / \sigma)`; 1 and 0 for channels without values."""
     sigma = np.sqrt(state["var"] + epsilon)
     r = np.clip(np.sqrt(found.var + epsilon) / sigma, 1 / r_max, r_max)
     d = np.clip((found.mean - state["mean"]) / sigma, -d_max, d_max)
@@ -126,16 +126,16 @@ def renorm_constants(
 def moving_average_batch_norm(
     *, momentum: float = 0.98, epsilon: float = 1e-5, window: int = 16, warmup: int = 100, r_max: float = 5.0
 ) -> Method:
-    r"""Yan et al. 2020, the released layer; psi goes into its window by other means than these calls.
+    r"""Yan et al. 2020, the released layer. These calls do not update the window of psi.
 
     With t counted from 1: :math:`V = \chi_B^2` for :math:`t \le W` or t below the warm-up, else the mean of the last W;
     :math:`s^2 = V + \epsilon,\; z = x / s,\; r = clip(s / s_{run})`, 1 in the first 1000 steps, :math:`y = \gamma r z +
-    \beta,\; g = \gamma r\, \partial y,\; dx = (g - w z \Psi) / s`; :math:`\Psi` is of :math:`\sum g z / n` what V is of
-    :math:`\chi_B^2`.
+    \beta,\; g = \gamma r\, \partial y,\; dx = (g - w z \Psi) / s`; :math:`\Psi` follows from :math:`\sum g z / n` as V
+    does from :math:`\chi_B^2`.
     """
 
     def newest(values: np.ndarray, value: np.ndarray, seen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The mean of the last W values; those W. Before, the value itself is taken."""
+        """The mean of the last W values, and these values."""
         pushed = np.concatenate([values[1:], value[None]])
         return total(pushed) / window, np.where(seen, pushed, values)
 
@@ -160,12 +160,12 @@ def moving_average_batch_norm(
             learned = {"scale": total(dy * r * z), "bias": total(dy)}
             return {"dx": dx} | {f"d{name}": learned[name] for name in params}
 
-        moved = {
+        updated = {
             "mean": momentum * state["mean"],
             "var": momentum * state["var"] + (1 - momentum) * v,
             "values": found.count,
         }
-        new = dict(state) | {name: np.where(seen, moved[name], state[name]) for name in moved}
+        new = dict(state) | {name: np.where(seen, updated[name], state[name]) for name in updated}
         new |= {"square_window": squares, "step": state["step"] + float(seen.any())}
         return Trained(affine(params, r * z), new, found, backward)
 
@@ -184,8 +184,8 @@ def normalized(
     r""":math:`y = \gamma (z r + d) + \beta,\; z = (x - \mu_B) / s`, and its derivative, with r and d as constants.
 
     With :math:`g = \gamma r\, \partial y`, :math:`dx = (g - w / n\, (\sum g + z \sum g z)) / s`; the sums are over all
-    rows, as those of weight 0 depend on the statistics too. What saw no value is normalized with the stored statistics,
-    which then are constants.
+    rows, since those of weight 0 depend on the statistics too. Channels without values are normalized with the running
+    statistics, as constants.
     """
     found = moments(x, w)
     seen = found.count > 0
@@ -256,7 +256,7 @@ def mean_of_batches(batches: Sequence[Moments], *, unbiased: bool = True) -> tup
 
 
 def moving_average(batches: Sequence[Moments], *, decay: float = 0.9) -> tuple[np.ndarray, np.ndarray]:
-    """The mean moves from 0, and the standard deviation, whose square is the variance, from 1."""
+    """The mean is averaged from 0, and the standard deviation, the square root of the variance, from 1."""
     mean, std = np.zeros_like(batches[0].mean), np.ones_like(batches[0].var)
     for batch in batches:
         mean = decay * mean + (1 - decay) * batch.mean

@@ -1,9 +1,9 @@
-"""The format of the reference vectors, and how they are read and written.
+"""The format of the reference vectors, and functions that read and write them.
 
-A vector is a file of JSON, `data/<name>.json`, that any language reads: a method with its hyper-parameters, its
-parameters and its state, and calls in sequence, each with its inputs, its outputs and the state after it. Arrays are
-nested lists, channels last; numbers have all digits of a float64. Inputs, parameters and initial states are float32
-numbers exactly, so that a library of either precision sees the same data.
+A vector is a JSON file, `data/<name>.json`, which any language can read: a method with its hyper-parameters, its
+parameters and its state, and a sequence of calls, each with inputs, outputs and the state after it. Arrays are nested
+lists, channels last; numbers have all digits of a float64. Inputs, parameters and initial states are exact float32
+numbers, so that libraries of either precision use the same data.
 """
 
 import json
@@ -22,11 +22,12 @@ _SUFFIX = ".json"
 class Step(NamedTuple):
     """One call of a vector.
 
-    A call `"train"` takes `x`, perhaps a `mask` of booleans or real weights that broadcasts to it, of a method of
-    domains the `domain` of each example, and a `cotangent`, the derivative of a loss by the output. It gives `y`; the
-    derivatives `dx`, `dscale` and `dbias` of that loss; and of the batch the `count` of values, the `mean` and the
-    biased `var`, which are 0 where the count is. `"eval"` takes `x` (and `domain`) and gives `y`. Of an estimator,
-    `"update"` takes a batch `x` and gives its moments, and `"finalize"` gives the `mean` and `var` of the population.
+    `"train"` takes `x`, optionally a `mask` of booleans or real weights that broadcasts to it, the `domain` of each
+    example for methods with domains, and a `cotangent`, the derivative of a loss with respect to the output. It
+    returns `y`; the derivatives `dx`, `dscale` and `dbias` of that loss; and the `count` of values, the `mean` and the
+    biased `var` of the batch, which are 0 where the count is 0. `"eval"` takes `x` (and `domain`) and returns `y`. For
+    an estimator, `"update"` takes a batch `x` and returns its moments, and `"finalize"` returns the `mean` and `var` of
+    the population.
     """
 
     call: str
@@ -38,8 +39,8 @@ class Step(NamedTuple):
 class Vector(NamedTuple):
     """A sequence of calls. `jaxbn` has a factory with the name of the method, which takes the arguments.
 
-    With several devices, the leading axis of `x`, `mask`, `cotangent`, `y` and `dx` counts them; the statistics are
-    those of all devices together, and `dscale` and `dbias` are sums over them.
+    With several devices, they are the leading axis of `x`, `mask`, `cotangent`, `y` and `dx`; the statistics are those
+    of all devices together, and `dscale` and `dbias` are sums over devices.
     """
 
     name: str
@@ -47,7 +48,7 @@ class Vector(NamedTuple):
     method: str
     arguments: dict[str, Any]
     devices: int
-    params: Arrays  # scale, bias; those that there are
+    params: Arrays  # scale and bias, if the vector has them
     state: Arrays  # before the first call; empty for an estimator
     steps: tuple[Step, ...]
 
@@ -56,7 +57,7 @@ def names() -> tuple[str, ...]:
     """The names of all vectors, in alphabetical order.
 
     Returns:
-        Names for :func:`load`. Each starts with that of its method.
+        Names for :func:`load`. Each starts with the name of its method.
 
     Example:
         >>> "batch_norm_masked" in jaxbn.testing.names()
@@ -67,10 +68,10 @@ def names() -> tuple[str, ...]:
 
 
 def load(name: str) -> Vector:
-    """Reads a vector: a sequence of calls with everything that goes in and must come out.
+    """Reads a vector: a sequence of calls with all inputs and expected outputs.
 
-    Without JAX read the files, `jaxbn/_src/testing/data/*.json`, which have the fields of `Vector` and `Step`.
-    PyTorch's momentum is one minus the one here, and its running variance multiplies `var` by count / (count - 1).
+    Without JAX, read the files `jaxbn/_src/testing/data/*.json`, which have the fields of `Vector` and `Step`.
+    PyTorch's momentum is one minus the momentum here, and its running variance multiplies `var` by count / (count - 1).
 
     Args:
         name: One of :func:`names`.
@@ -102,7 +103,7 @@ def load(name: str) -> Vector:
 
 
 def dumps(vector: Vector) -> str:
-    """The text of the file of a vector: a line for each array, and the digits that give each float64 again."""
+    """The text of the file of a vector: one line per array, with enough digits to restore each float64."""
     return _text(vector._asdict() | {"steps": [step._asdict() for step in vector.steps]}) + "\n"
 
 
