@@ -135,7 +135,7 @@ def test_a_method_of_which_only_the_name_is_known():
         layer = FloorNorm(use_running_average=True, floor=floor)
         return jaxbn.linen.install_moments(variables, captured(layer, variables))
 
-    with pytest.raises(ValueError, match="name of its method, floor_norm"):
+    with pytest.raises(ValueError, match="Only the name of the method of a layer is known, floor_norm"):
         jax.jit(traced)(7.0)
     assert type(by_name("a", "batch_renorm")) is str
     moments = {by_name("", "floor_norm"): jaxbn.batch_moments(X)}

@@ -232,7 +232,7 @@ def test_what_cannot_be_replaced_is_said(x):
     with pytest.raises(ValueError, match="is at 'Conv_0' or below it; there are 'BatchNorm_0'"):
         jax.eval_shape(lambda v: replace(net, RENORM, "Conv_0").apply(v, x, False), variables)
     for wrong in (nn.Dense, nn.BatchNorm(), lambda **fields: BatchRenorm(**fields), 3):
-        with pytest.raises(TypeError, match="give one such as BatchRenorm"):
+        with pytest.raises(TypeError, match="pass one such as BatchRenorm"):
             replace(net, wrong)
     inside = jaxbn.linen.BatchNorm(use_running_average=True, activation=nn.relu)
     with pytest.raises(ValueError, match="has an activation, which the new layer"):

@@ -89,7 +89,7 @@ def test_what_cannot_be_replaced_is_said():
             replace(model, BatchRenorm)
     with pytest.raises(ValueError, match="is at 'conv' or below it"):
         replace(norm, BatchRenorm, "conv")
-    with pytest.raises(TypeError, match="give one such as BatchRenorm"):
+    with pytest.raises(TypeError, match="pass one such as BatchRenorm"):
         replace(norm, nnx.Linear)
     with pytest.raises(ValueError, match="has an activation, which the new layer"):
         replace(jaxbn.nnx.BatchNorm(2, activation=nnx.relu, rngs=nnx.Rngs(0)), nnx.BatchNorm)
