@@ -1,4 +1,4 @@
-"""The benchmark of compiled cost, without its compilers: its networks, its tables, and what it says is missing."""
+"""Tests of benchmarks/compiled_cost.py without compilers: networks, tables, and messages about missing packages."""
 
 import json
 
@@ -26,7 +26,7 @@ def test_the_network_is_resnet_50(benchmark):
 
 @pytest.fixture
 def group(benchmark):
-    """Of one table."""
+    """The settings of one table."""
     return benchmark.Group("v5e-2x4", "layer-relu", "bfloat16", 256)
 
 

@@ -1,4 +1,4 @@
-"""The benchmark of one layer, small: every library does the same, and what is printed is what was measured."""
+"""Tests of benchmarks/layers.py on small inputs: all libraries agree, and the printed numbers are the measured ones."""
 
 import importlib
 import json
@@ -21,7 +21,7 @@ def layers():
 
 @pytest.fixture
 def run(layers, capsys, monkeypatch):
-    """Runs the program in 80 columns; gives what it returns and the lines that it printed."""
+    """Runs the program in 80 columns; returns its result and the printed lines."""
 
     def run(*arguments):
         monkeypatch.setenv("COLUMNS", "80")
@@ -42,7 +42,7 @@ def results(layers, name, shape, *, dtype="float32", relu=True):
 
 
 def expected(shape, relu):
-    """The same by the formulas, in float64."""
+    """The same from the formulas in float64."""
     rng, axes = np.random.default_rng(0), tuple(range(len(shape) - 1))
     x, dy = (v.astype(np.float32).astype(np.float64) for v in (rng.normal(3, 2, shape), rng.normal(size=shape)))
     s = np.sqrt(x.var(axes) + 1e-5)

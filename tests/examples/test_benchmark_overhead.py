@@ -1,4 +1,4 @@
-"""The benchmark of overhead, small: what it counts and prints, and that it leaves the compilation cache as it was."""
+"""Tests of benchmarks/overhead.py on small networks: counts, output, and that the compilation cache is restored."""
 
 import json
 
@@ -40,7 +40,7 @@ def test_every_program_is_made(overhead, capsys, monkeypatch, tmp_path):
 
 @pytest.mark.slow
 def test_both_hosts_make_the_same_network(overhead):
-    """With equally many parameters, and outputs of one shape."""
+    """They have the same number of parameters and the same output shape."""
     sizes = {
         name: [sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in overhead.programs_of(norm, 2)["step"][1]]
         for name, norm in overhead.NORMS.items()

@@ -1,4 +1,4 @@
-"""The benchmark of the pass, small: what it runs, what it divides by what, and what it prints."""
+"""Tests of benchmarks/postproc.py on small networks: programs, ratios and output."""
 
 import sys
 
@@ -23,7 +23,7 @@ def benchmark():
 
 @pytest.fixture
 def run(benchmark, capsys, monkeypatch):
-    """Runs the program in 80 columns; gives what it returns and the lines that it printed."""
+    """Runs the program in 80 columns; returns its result and the printed lines."""
 
     def run(*arguments):
         monkeypatch.setenv("COLUMNS", "80")
@@ -36,7 +36,7 @@ def run(benchmark, capsys, monkeypatch):
 
 
 def cells(lines):
-    """The rows of all tables, without their heads."""
+    """The rows of all tables without headers."""
     return [[cell.strip() for cell in line.strip("│").split("│")] for line in lines if line.startswith("│")]
 
 
@@ -99,7 +99,7 @@ def test_peers_are_measured_where_they_are_installed(benchmark):
 
 
 def jaxbn_parameters(benchmark, shape):
-    """How many numbers the linen network learns."""
+    """The number of parameters of the linen network."""
     net = benchmark.LinenNet(jaxbn.linen.BatchNorm, shape)
     variables = jax.eval_shape(lambda x: net.init(jax.random.key(0), x, train=True), np.zeros((1, *benchmark.IMAGE)))
     assert len(jax.tree.leaves(variables["batch_stats"])) == 2 * (1 + 3 * shape[1])

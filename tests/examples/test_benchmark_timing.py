@@ -1,4 +1,4 @@
-"""What the benchmarks share: rounds, ratios with intervals, and means of ratios."""
+"""Tests of benchmarks/timing.py: rounds, ratios with intervals, and means of ratios."""
 
 import json
 import math
@@ -40,7 +40,7 @@ def test_a_mean_over_cases_is_geometric_and_of_medians(timing):
 
 
 def test_intervals_cover_in_95_of_100_runs(timing, rng):
-    """Of log-normal ratios, whose true median is known; 100 runs of two cases and 25 rounds."""
+    """The true median of log-normal ratios is known; 100 runs of two cases and 25 rounds."""
     truth = np.exp(rng.normal(size=2))
 
     def covers():

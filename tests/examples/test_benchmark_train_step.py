@@ -1,4 +1,4 @@
-"""The benchmark of a training step, small: what it runs and prints, and how it searches the largest batch."""
+"""Tests of benchmarks/train_step.py on small networks: programs, output, and the search for the largest batch."""
 
 import json
 import math
@@ -13,7 +13,7 @@ SMALL = "--networks tiny --size 32 --width 2 --batch 4 --rounds 2 --seconds 0 --
 
 @pytest.fixture(scope="module")
 def train_step():
-    """The program as a module, with a network of one block besides its own."""
+    """The program as a module, with an additional network of one block."""
     module = load_program("benchmarks/train_step.py")
     module.NETWORKS["tiny"] = {"block": module.BasicBlock, "stages": (1,)}
     return module
@@ -21,7 +21,7 @@ def train_step():
 
 @pytest.fixture
 def run(train_step, capsys, monkeypatch):
-    """Runs the program in 80 columns; gives what it returns and the lines that it printed."""
+    """Runs the program in 80 columns; returns its result and the printed lines."""
 
     def run(*arguments):
         monkeypatch.setenv("COLUMNS", "80")
@@ -35,7 +35,7 @@ def run(train_step, capsys, monkeypatch):
 
 
 def cells(lines):
-    """The rows of all tables, without their heads."""
+    """The rows of all tables without headers."""
     return [[cell.strip() for cell in line.strip("│").split("│")] for line in lines if line.startswith("│")]
 
 
@@ -57,7 +57,7 @@ def test_every_norm_is_measured(train_step, run, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_device_that_counts_its_memory_is_believed(train_step, run, monkeypatch):
+def test_reported_device_memory_is_used(train_step, run, monkeypatch):
     monkeypatch.setattr(train_step, "memory_stats", lambda: {"bytes_limit": 10**10})
     monkeypatch.setattr(
         train_step, "apart", lambda what, *_: {"peak_memory": 3 * 10**9, "largest_batch": 96}[what.__name__]
@@ -67,14 +67,14 @@ def test_a_device_that_counts_its_memory_is_believed(train_step, run, monkeypatc
 
     ((_, costs),) = found.items()
     assert [(cost.memory, cost.largest) for cost in costs.values()] == [(3 * 10**9, 96)] * 2
-    # A row goes on in a second line where the share of the norm, which is mostly noise here, is a long text.
+    # Rows wrap if the share of the norm, which is mostly noise here, is a long text.
     rows = [row[4:] for row in cells(lines) if row[0]]
     assert rows == [["3.00", "1.00", "96"]] * 2
     assert "GB: peak memory of the device." in lines
 
 
 @pytest.mark.slow
-def test_steps_go_on_from_where_they_were(train_step):
+def test_steps_continue_from_the_previous_step(train_step):
     step = train_step.Step("fused", train_step.Setting("tiny", "float32", 32, 2, 4))
 
     losses = [float(step.run(1)) for _ in range(3)]
@@ -82,7 +82,7 @@ def test_steps_go_on_from_where_they_were(train_step):
     assert losses[0] > losses[2] > 0 and losses[1] > 0
 
 
-def test_numbers_to_start_from(train_step):
+def test_initial_values(train_step):
     like = jax.ShapeDtypeStruct
     shapes = {
         "kernel": like((3, 3, 100, 100), "float32"),
@@ -125,7 +125,7 @@ def test_rows_show_ratios_and_the_share_of_the_norm(train_step):
 
 
 @pytest.mark.parametrize("arguments", [["--batch", "0"], ["--norms", "x"], ["--networks", "x"]])
-def test_bad_options_end_before_the_work(train_step, arguments, capsys):
+def test_bad_options_are_errors_before_any_work(train_step, arguments, capsys):
     with pytest.raises(SystemExit, match="2"):
         train_step.main(arguments)
 

@@ -19,7 +19,7 @@ H100_NORMS = ["jaxbn", "jaxbn-nnx", "fused", "fused-nnx"]
 
 @pytest.fixture(scope="module")
 def cost():
-    """What a program costs, compiled as for users; each is compiled once."""
+    """The cost of a program, compiled as for users; each program compiles once."""
     before = jax.config.values["jax_disable_most_optimizations"]
     jax.config.update("jax_disable_most_optimizations", False)
     with pytest.MonkeyPatch.context() as patch:
@@ -48,7 +48,7 @@ def h100(cost):
 
 @pytest.fixture
 def step(h100):
-    """A training step of ResNet-50 on an H100, with 256 images in bfloat16 if nothing else is said."""
+    """The cost of a ResNet-50 training step on an H100, by default with 256 bfloat16 images."""
     return functools.partial(h100, "train")
 
 
@@ -101,7 +101,7 @@ def test_the_fused_layer_needs_no_memory_of_its_own(step):
     assert step("fused").temporary <= 10.5 * GB
 
 
-# What is recomputed costs traffic, and with these policies not as much as Flax's layer that keeps everything.
+# Recomputation costs memory traffic, but with these policies less than Flax's layer without recomputation.
 @pytest.mark.parametrize(
     ("norm", "moved", "temporary"),
     [("fused-outputs", 94.5, 8.8), ("fused-inputs", 101.58, 7.2), ("fused-inner", 101.58, 5.3)],

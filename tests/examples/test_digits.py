@@ -1,4 +1,4 @@
-"""The main example, run as a user runs it: what it finds, what it prints, what it draws."""
+"""Tests of examples/digits.py, run as a user runs it: results, output and picture."""
 
 import re
 
@@ -25,7 +25,7 @@ def digits():
 
 @pytest.fixture
 def run(digits, capsys, monkeypatch, tmp_path):
-    """Runs the program in an empty folder; gives what it returns and the lines of standard output."""
+    """Runs the program in an empty folder; returns its result and the lines of standard output."""
 
     def run(*arguments):
         monkeypatch.chdir(tmp_path)
@@ -45,7 +45,7 @@ def rows(lines):
 
 
 def split(lines):
-    """The lines of standard output, those of the diagnosis, between two empty ones, as a list of their own."""
+    """The lines of standard output; the diagnosis, which stands between two empty lines, becomes one list."""
     start, *_, end = (number for number, line in enumerate(lines) if not line)
     diagnosis = [line for line in lines[start:end] if line]
     return [*lines[:start], diagnosis, *lines[end + 1 :]]

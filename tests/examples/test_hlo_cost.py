@@ -1,4 +1,4 @@
-"""The meter: what it counts of small programs, written by hand as XLA writes them, and of one that XLA compiles."""
+"""Tests of benchmarks/hlo_cost.py on small handwritten HLO programs and on one that XLA compiles."""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ def meter():
 
 @pytest.fixture
 def kernels(meter):
-    """The kernels of a module of which the lines of the entry, and whole computations before it, are given."""
+    """The kernels of a module, given the lines of its entry and complete other computations."""
 
     def kernels(entry, before=""):
         lines = "\n".join(f"  {line.strip()}" for line in entry.strip().splitlines())

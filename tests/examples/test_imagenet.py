@@ -1,4 +1,4 @@
-"""The ImageNet example, on images that it makes: its networks, its schedule, its table, and going on after a stop."""
+"""Tests of examples/imagenet.py on generated images: networks, schedule, table, and resumption."""
 
 import contextlib
 import importlib
@@ -27,7 +27,7 @@ ROW = r" +(\d+) +(\d+) +(\d\.\d{4}) +([01]\.\d{4}) +([01]\.\d{4}) +(\d+\.\d)"
 
 @pytest.fixture(scope="module")
 def examples():
-    """Imports a file of the examples as they import each other."""
+    """Imports a file of the examples as the examples import each other."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(EXAMPLES))
         yield importlib.import_module
@@ -41,7 +41,7 @@ def resnet(examples):
 
 @pytest.fixture(scope="module")
 def imagenet(examples):
-    """The program, with an optimizer that strict dtype promotion does not stop."""
+    """The program with an optimizer that works under strict dtype promotion."""
     module = examples("imagenet")
     make = module.make_optimizer
     with pytest.MonkeyPatch.context() as patch:
@@ -51,7 +51,7 @@ def imagenet(examples):
 
 @pytest.fixture(scope="module")
 def run(imagenet):
-    """Runs the program; gives the rows of its table, and the lines that it printed."""
+    """Runs the program; returns the rows of its table and the printed lines."""
 
     def run(*arguments):
         with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
@@ -64,7 +64,7 @@ def run(imagenet):
 
 @pytest.fixture(scope="module", params=[pytest.param(api, marks=pytest.mark.slow) for api in APIS])
 def whole(request, run, tmp_path_factory):
-    """A run from the beginning to the end: its options, its rows, its lines, and its checkpoints."""
+    """An uninterrupted run: its options, rows, lines and checkpoints."""
     options, folder = [*SMALL, "--api", request.param], tmp_path_factory.mktemp(request.param)
     return options, *run(*options, "--checkpoints", str(folder), "--save-every", "1"), folder
 
@@ -124,7 +124,7 @@ def assert_close(a, b):
 
 
 def as_linen(state):
-    """What NNX has, under the names of linen."""
+    """The values of NNX under linen's names."""
     tree = dict(nnx.to_pure_dict(state))
     for i, block in tree.pop("blocks").items():
         shortcut = block.pop("shortcut", {"layers": {}})["layers"]
@@ -266,7 +266,7 @@ def test_bad_data_ends_before_the_work(imagenet, tmp_path):
 
 @pytest.mark.slow
 def test_three_steps_of_resnet_50(run):
-    """As the options are; that NNX makes the same network is tested above, where it is smaller and compiles faster."""
+    """With the default options. The test above compares NNX with linen on a smaller network, which compiles faster."""
     rows, lines = run(*FAKE, "--epochs", "1")
 
     assert [row.step for row in rows] == [3]

@@ -1,4 +1,4 @@
-"""The loaders of the ImageNet example: every image once, the same order again, errors that name the file."""
+"""Tests of examples/images.py: every image once, reproducible order, errors that name the file."""
 
 import importlib
 import threading
@@ -15,20 +15,20 @@ WAYS = ["threads", "grain"]
 
 @pytest.fixture
 def images(monkeypatch):
-    """The module, which the example imports as its neighbour."""
+    """The module, imported from the folder of the examples."""
     monkeypatch.syspath_prepend(str(EXAMPLES))
     return importlib.import_module("images")
 
 
 @pytest.fixture
 def pictures(rng):
-    """Twenty pictures of different content, and their labels, in the order of the labels."""
+    """Twenty different pictures and their labels, sorted by label."""
     return rng.integers(0, 256, (20, 20, 24, 3)).astype(np.uint8), np.repeat(np.arange(4), 5)
 
 
 @pytest.fixture
 def folder(tmp_path, pictures):
-    """The pictures as files in a folder for each class."""
+    """The pictures as files, one folder per class."""
     for i, (picture, label) in enumerate(zip(*pictures, strict=True)):
         place = tmp_path / "folder" / "train" / f"class_{label}"
         place.mkdir(parents=True, exist_ok=True)
@@ -49,7 +49,7 @@ def shards(tmp_path, pictures):
 
 @pytest.fixture(params=WAYS)
 def loader(request, images, folder, monkeypatch):
-    """Makes loaders of batches of six, read by threads and, where it is installed, by grain."""
+    """Makes loaders of batches of six, read by threads or, if installed, by grain."""
     if request.param == "grain":
         pytest.importorskip("grain")
     monkeypatch.setattr(images, "HAS_GRAIN", request.param == "grain")
@@ -63,7 +63,7 @@ def loader(request, images, folder, monkeypatch):
 
 
 class Numbered:
-    """Images that are their number, of which reading is watched and may fail."""
+    """Images whose pixels are their index; records reads, and can fail."""
 
     classes = 1
 
@@ -81,7 +81,7 @@ class Numbered:
 
 
 def same(these, those):
-    """Whether two sequences of batches are equal to the last bit."""
+    """Whether two sequences of batches are bit-identical."""
     these, those = list(these), list(those)
     assert len(these) == len(those)
     return all(np.array_equal(a[name], b[name]) for a, b in zip(these, those, strict=True) for name in a)
@@ -221,7 +221,7 @@ def test_made_images_have_both_forms(images, tmp_path):
 
 
 def save(root, part, images=None, labels=None):
-    """Shards with one thing wrong."""
+    """Writes shards with one defect."""
     (root / part).mkdir(exist_ok=True)
     np.save(root / part / "images_0.npy", np.zeros((4, 8, 8, 3), np.uint8) if images is None else images)
     np.save(root / part / "labels_0.npy", np.arange(4) if labels is None else labels)
@@ -238,7 +238,7 @@ def save(root, part, images=None, labels=None):
         ("val", {"labels": np.arange(4) + 1}, "has a label 4; .*train has 4 classes"),
     ],
 )
-def test_shards_that_do_not_fit_are_errors(images, tmp_path, part, wrong, message):
+def test_malformed_shards_are_errors(images, tmp_path, part, wrong, message):
     save(tmp_path, "train")
     save(tmp_path, "val")
     save(tmp_path, part, **wrong)
@@ -247,7 +247,7 @@ def test_shards_that_do_not_fit_are_errors(images, tmp_path, part, wrong, messag
         images.open_images(tmp_path)
 
 
-def test_folders_that_do_not_fit_are_errors(images, folder):
+def test_malformed_folders_are_errors(images, folder):
     root = folder.parent
     with pytest.raises(ValueError, match="The folder .*val does not exist"):
         images.open_images(root)

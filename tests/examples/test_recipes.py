@@ -1,4 +1,4 @@
-"""The recipes: each is run, and what it says that it does is found again in float64 NumPy."""
+"""Tests of the recipes: each one runs, and its results are checked against float64 NumPy."""
 
 import importlib
 import re
@@ -20,7 +20,7 @@ README = (ROOT / "README.md").read_text()
 
 @pytest.fixture(autouse=True)
 def as_for_users(monkeypatch):
-    """Recipes find `shared` beside them, and optax needs the standard promotion of dtypes."""
+    """Recipes import `shared` from their folder, and optax needs standard dtype promotion."""
     monkeypatch.syspath_prepend(str(FOLDER))
     with jax.numpy_dtype_promotion("standard"):
         yield
@@ -39,7 +39,7 @@ def data(shared):
 
 @pytest.fixture
 def variables(shared, data):
-    """Of a network in which nothing is as it was initialized."""
+    """The variables of a network in which every variable differs from its initial value."""
     rng = np.random.default_rng(3)
     variables = shared.NET.init(jax.random.key(0), data["x"][:2], train=False)
     return jax.tree.map(lambda v: v + jnp.asarray(rng.uniform(0.05, 0.2, v.shape), v.dtype), variables)
@@ -47,7 +47,7 @@ def variables(shared, data):
 
 @pytest.fixture
 def run(capsys, monkeypatch, tmp_path):
-    """Runs a recipe in an empty folder; gives what it returns and the numbers of each printed line."""
+    """Runs a recipe in an empty folder; returns its result and the numbers of each printed line."""
 
     def run(recipe, **options):
         monkeypatch.chdir(tmp_path)
@@ -61,7 +61,7 @@ def run(capsys, monkeypatch, tmp_path):
 
 @pytest.fixture
 def watch(monkeypatch):
-    """Records the arguments and the result of each call of a function of a recipe."""
+    """Records arguments and result of each call of a recipe's function."""
 
     def watch(recipe, name):
         module, calls = importlib.import_module(recipe), []
@@ -89,7 +89,7 @@ def moved(before, after):
 
 
 def population(params, batches):
-    """The statistics of both layers in float64: each batch is normalized by itself, the moments of all are pooled."""
+    """The statistics of both layers in float64: batches are normalized separately, and their moments are pooled."""
     inputs, p = {"BatchNorm_0": [], "BatchNorm_1": []}, flat(params)
     for batch in batches:
         x = np.float64(batch["x"])
@@ -269,7 +269,7 @@ def test_tent_moves_scale_and_bias_alone_and_the_entropy_falls(run, data, watch)
 
 
 def predict_by_hand(params, batch):
-    """The logits in float64 under the statistics of the batch itself."""
+    """The logits in float64 with batch statistics."""
     x, p, own = np.float64(batch["x"]), flat(params), population(params, [batch])
     for i, statistics in enumerate(own.values()):
         x = x @ p[f"Dense_{i}/kernel"] + p[f"Dense_{i}/bias"]
@@ -293,7 +293,7 @@ def test_tent_in_nnx_moves_scale_and_bias_alone_and_the_entropy_falls(shared, da
 
 @pytest.mark.parametrize("framework", ["linen", "nnx"])
 def test_tent_follows_the_gradient_of_tent_by_hand(framework, shared, variables, data, monkeypatch):
-    """That of the entropy under the statistics of the batch, which depend on the parameters before them."""
+    """The step is the gradient of the entropy with batch statistics, which depend on earlier parameters."""
     monkeypatch.setattr(optax, "adam", optax.sgd)  # whose step is the gradient
     tent, before = importlib.import_module("tent"), flat(variables["params"])
     data = shared.take(data, slice(0, 32))
@@ -364,7 +364,7 @@ def test_input_distributions_are_those_of_every_layer_and_step(run, shared, data
 
 
 def test_plain_networks_do_nothing_but_scale_and_shift(shared, data):
-    """In training too: the output is that of the dense layers, to the share epsilon has in 1 / sqrt(1 + epsilon)."""
+    """In training too, the network equals its dense layers, up to the factor 1 / sqrt(1 + epsilon)."""
     net = shared.Net(normalize=False)
     variables = net.init(jax.random.key(0), data["x"][:2], train=False)
     p, x = flat(variables["params"]), np.float64(data["x"])

@@ -1,4 +1,4 @@
-"""The critics with Batch Renormalization: what the program knows, what it learns, the statistics of each member."""
+"""Tests of examples/rl_critics.py: the known optimum, the learned policy, and the statistics of each critic."""
 
 import jax
 import numpy as np
@@ -11,7 +11,7 @@ import jaxbn.linen
 
 @pytest.fixture(scope="module")
 def example():
-    """The program, with optimizers that strict dtype promotion does not stop."""
+    """The program with optimizers that work under strict dtype promotion."""
     module = load_program("rl_critics.py")
     for name in ("CRITIC_OPTIMIZER", "ACTOR_OPTIMIZER"):
         setattr(module, name, in_standard_promotion(getattr(module, name)))
@@ -51,7 +51,7 @@ def test_each_member_has_statistics_of_its_own(example):
 
 @pytest.mark.slow
 def test_it_learns_and_critics_know_single_states(example, capsys):
-    """In one of three runs at least: the loop of acting and learning is chaotic, and a last bit may end a run badly."""
+    """Holds in at least one of three runs: the training loop is chaotic, and rounding may spoil a run."""
     runs = [example.main(["--no-progress", "--seed", str(seed)]) for seed in range(3)]
     _, err = capsys.readouterr()
     assert not err.strip()

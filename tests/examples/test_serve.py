@@ -1,4 +1,4 @@
-"""The example that folds, exports and serves: what it prints of a network of which only the shapes are real."""
+"""Tests of examples/serve.py, which folds, exports and serves, on a network with random numbers."""
 
 import re
 
@@ -18,14 +18,14 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def serve():
-    """The example as a module, which imports another one."""
+    """The example as a module; it imports another example."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(EXAMPLES))
         yield load_program("serve.py")
 
 
 def network(serve, api):
-    """As digits.py saves it, with random numbers."""
+    """A network as digits.py saves it, with random numbers."""
     rng, image = np.random.default_rng(0), np.ones((1, 8, 8, 1), np.float32)
     numbers = lambda leaf: rng.uniform(0.1, 0.2, leaf.shape).astype(np.float32)
     if api == "linen":
@@ -64,11 +64,11 @@ def test_it_folds_exports_and_compares(api, serve, capsys, monkeypatch, tmp_path
 
 
 def test_medians_come_with_their_interval(serve):
-    """Of 100 values, the 41st and the 61st: the ranks 0.98 sqrt(n) off the middle."""
+    """For 100 values the interval ends at the 41st and the 61st: ranks 0.98 sqrt(n) from the middle."""
     assert serve.median(np.random.default_rng(0).permutation(100.0 + np.arange(100)), 1) == "149.5 [140.0, 160.0]"
 
 
-def test_a_network_that_is_not_there(serve, capsys, monkeypatch, tmp_path):
+def test_a_missing_network_is_an_error(serve, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit):
         serve.main(["--api", "nnx"])

@@ -1,4 +1,4 @@
-"""Moving averages against their definitions, and what they refuse."""
+"""Moving averages against their definitions, and invalid arguments."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ import jaxbn
 
 
 def run(average, values, samples=1):
-    """The average after each of the values, from the initial value 1."""
+    """The average after each value, starting from 1."""
     value, count, path = jnp.ones(()), jnp.zeros(()), []
     step = jax.jit(lambda value, count, new: advance(average, value, count, new, samples))
     for new in values:
@@ -44,7 +44,7 @@ def test_cumulative_is_the_plain_mean(rng):
 
 
 def test_horizon_does_not_depend_on_how_samples_are_batched(rng):
-    """One batch of 8 equal samples is worth 8 batches of one, whatever came before."""
+    """One batch of 8 equal samples has the same effect as 8 batches of one sample, from any state."""
     values = rng.standard_normal(40).astype(np.float32)
     large, count = run(jaxbn.horizon(100), values, samples=8)
     small, _ = run(jaxbn.horizon(100), np.repeat(values, 8), samples=1)
@@ -79,7 +79,7 @@ def test_counts_saturate_and_do_not_overflow():
 
 
 def test_averages_of_equal_arguments_are_equal():
-    """Two modules with the same fields are the same module."""
+    """Modules with equal fields are equal."""
     assert jaxbn.constant(0.9) == jaxbn.constant(0.9) != jaxbn.constant(0.9, debias=True)
     assert hash(jaxbn.horizon(10)) == hash(jaxbn.horizon(10))
     assert jaxbn.cumulative() == jaxbn.cumulative()
@@ -112,7 +112,7 @@ def test_a_traced_momentum_is_taken_as_it_is():
 
 
 def test_a_channel_that_a_step_left_out_keeps_a_share_of_its_initial_value():
-    """One count serves all channels; documented in `constant`."""
+    """All channels share one count, as `constant` documents."""
     transform = jaxbn.batch_norm(momentum=jaxbn.cumulative())
     params, state = transform.init(2)
     batches = np.full((10, 4, 2), 5, np.float32)
@@ -145,7 +145,7 @@ def test_momentum_as_an_array_is_checked():
     ids=lambda average: type(average).__name__,
 )
 def test_the_unbiased_variance_is_averaged(average, rng):
-    """After one step of an average that drops its initial values; each batch of micro-batches is one batch, too."""
+    """One step of an average that drops its initial values; micro-batches together are one step too."""
     x = rng.standard_normal((6, 3)).astype(np.float32)
     transform = jaxbn.batch_norm(momentum=average, epsilon=0.0)
     params, state = transform.init(3)

@@ -40,7 +40,7 @@ def test_without_an_activation_there_is_no_barrier():
 
 
 def test_barriers_on_a_cpu():
-    """Those of CUDA, plus one for the second sum of the statistics and one for the sum of dz (x - mean)."""
+    """The barriers of CUDA, one for the second sum of the statistics, and one for the sum of dz (x - mean)."""
     assert count_barriers(program("cpu")) == 3 + 1
     assert count_barriers(program("cpu", activation=None)) == count_barriers(program("cpu", residual=True)) == 1 + 1
 

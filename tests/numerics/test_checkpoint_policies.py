@@ -1,4 +1,4 @@
-"""What is kept for the backward pass under each policy: what is multiplied a second time tells."""
+"""Checkpoint policies: which values are saved, determined by counting the repeated matrix products."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ WIDTH = 4
 
 
 def block(params, x):
-    """Two products and norms, a third on the shortcut, and their sum."""
+    """Two dense layers with norms, a third one in the shortcut, and the sum."""
     first, last, shortcut = params
     norm = lambda bn, x, **kw: bn.train(*bn.init(WIDTH), x, **kw)[0]
     y = norm(BN, x @ first)
@@ -22,7 +22,7 @@ def block(params, x):
 
 
 def network(params, x, policy):
-    """Two blocks, each of which is computed again for the backward pass."""
+    """Two rematerialized blocks."""
     kept = block if policy is None else jax.checkpoint(block, policy=policy)
     return kept(params[1], kept(params[0], x)).sum()
 
@@ -34,7 +34,7 @@ def arrays(rng):
 
 
 def operations(name, policy, arrays):
-    """How often the gradient does an operation."""
+    """The number of times the gradient computes an operation."""
 
     def count(program):
         inside = sum(count(sub) for equation in program.eqns for sub in inner_programs(equation))
@@ -66,6 +66,6 @@ def test_gradients_are_the_same(policy, arrays):
 
 
 def test_nothing_is_measured_again(arrays):
-    """The statistics are kept: only the normalization itself is repeated, so that nothing more is summed."""
+    """The statistics are saved, so the recomputation of the normalization adds no sums."""
     sums = lambda policy: operations("reduce_sum", policy, arrays)
     assert sums(policies.save_norm_inputs) == sums(None) < sums(jax.checkpoint_policies.nothing_saveable)

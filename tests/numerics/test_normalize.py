@@ -1,4 +1,4 @@
-"""The derivative of the normalization against numbers, against JAX's own, and in what it keeps."""
+"""Derivatives of the normalization against finite differences and JAX's autodiff, and their residuals."""
 
 import chex
 import flax.linen as nn
@@ -55,7 +55,7 @@ def test_the_rule_is_jaxs_own_derivative(activation, with_residual, x, residual,
 @pytest.mark.parametrize("masked", [pytest.param(False, marks=pytest.mark.slow), True], ids=["", "masked"])
 @with_residual
 def test_second_derivatives_are_jaxs_own(activation, masked, with_residual, x, residual):
-    """As of a gradient penalty: the derivative of the derivative sees the statistics move."""
+    """As for a gradient penalty: the second derivative includes the dependence on the statistics."""
     mask = np.arange(16)[:, None, None] % 3 != 0 if masked else None
 
     def penalty(autodiff):
@@ -80,7 +80,7 @@ def test_second_derivatives_are_jaxs_own(activation, masked, with_residual, x, r
 @pytest.mark.parametrize("activation", [None, jnp.tanh], ids=["none", "tanh"])
 @with_residual
 def test_the_rule_is_the_slope(activation, with_residual, x, residual):
-    """Numerical differences, of smooth activations alone, in float32: hence the tolerance."""
+    """Finite differences in float32, hence the tolerance; only for smooth activations."""
     arguments = (x, residual, PARAMS) if with_residual else (x, PARAMS)
 
     def function(x, *rest):
@@ -92,7 +92,7 @@ def test_the_rule_is_the_slope(activation, with_residual, x, residual):
 @pytest.mark.parametrize("mean, std", [(1e3, 0.1), (3e3, 1), (1e4, 1), (1e4, 0.1), (1e4, 0.01)])
 @pytest.mark.parametrize("way", ["jit", "shard_map"])
 def test_gradients_at_large_means_are_those_of_float64(mean, std, way, rng):
-    """To what a mean in float32 allows, which is what Flax's two-pass form reaches; its default is nowhere near."""
+    """As accurate as a float32 mean allows, like Flax's two-pass form; Flax's default form fails here."""
     x = (mean + std * rng.standard_normal((8192, 4))).astype(np.float32)
     target = rng.standard_normal(x.shape).astype(np.float32)
     transform = jaxbn.batch_norm(axis_name=AXIS if way in NAMED else None, use_bias=False, use_scale=False)
@@ -142,7 +142,7 @@ def test_residual_and_activation_over_devices(activation, way, x, residual):
 
 
 def test_parameters_that_vary_over_devices_get_local_gradients(x):
-    """As in a loop that casts its parameters to varying, to reduce gradients itself."""
+    """As in a loop that casts its parameters to varying in order to reduce the gradients itself."""
     transform = jaxbn.batch_norm(axis_name=AXIS)
     _, state = transform.init(4)
 
@@ -157,7 +157,7 @@ def test_parameters_that_vary_over_devices_get_local_gradients(x):
 
 
 def test_layer_without_a_named_axis_still_sums_gradients_of_replicated_parameters(x):
-    """Each device normalizes with its own statistics; the parameters belong to all."""
+    """Each device normalizes with its own statistics; all devices share the parameters."""
     transform = jaxbn.batch_norm()
     _, state = transform.init(4)
 

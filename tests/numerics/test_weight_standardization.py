@@ -37,7 +37,7 @@ def test_the_formula(function, shape, feature_axis, axes, rng):
 
 @every_function
 def test_the_gradient_is_a_projection(function, rng):
-    """What is added to all weights of an output has no effect, so that its gradient sums up to 0."""
+    """A constant added to all weights of an output has no effect, so the gradient sums to 0."""
     kernel, target = (rng.standard_normal((6, 4)).astype(np.float32) for _ in range(2))
     gradient = jax.grad(lambda k: (jnp.tanh(function(k)) * target).sum())(kernel)
     np.testing.assert_allclose(gradient.sum(0), np.zeros(4), atol=1e-5)
@@ -53,7 +53,7 @@ def test_kernels_without_variance_have_finite_gradients():
 @pytest.mark.parametrize("dtype", [None, jnp.bfloat16], ids=["", "bfloat16"])
 @every_function
 def test_as_an_option_of_flax_layers(function, dtype, rng):
-    """The layer with the mapped kernel is Flax's with that kernel; parameters and names are Flax's."""
+    """The layer equals Flax's layer with the transformed kernel; parameters and names are Flax's."""
     x = rng.standard_normal((2, 5, 5, 3)).astype(np.float32)
     for make, arguments in ((nn.Conv, (4, (3, 3))), (nn.Dense, (4,)), (nn.ConvTranspose, (4, (3, 3)))):
         layer = make(*arguments, dtype=dtype, promote_dtype=jaxbn.linen.map_kernel(function))
@@ -77,7 +77,7 @@ def test_as_an_option_of_flax_layers(function, dtype, rng):
 
 
 def test_centralized_kernels_keep_the_mean_at_zero(rng):
-    """That of inputs of one mean; for moving average batch normalization, which takes none away."""
+    """Inputs with a common mean; moving average batch normalization does not subtract the mean."""
     x = (5 + rng.standard_normal((64, 6))).astype(np.float32)
     dense = nn.Dense(3, use_bias=False, promote_dtype=jaxbn.linen.map_kernel(jaxbn.centralize_kernel))
     y = dense.apply(dense.init(jax.random.key(0), x), x)
