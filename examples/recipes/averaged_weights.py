@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 import optax
-from shared import SGD, Batch, accuracy, in_batches, load, predict, train
+from shared import SGD, Batch, accuracy, in_batches, load, predict, show, train
 
 import jaxbn.linen
 
@@ -48,14 +48,14 @@ def with_own_statistics(params: Any, batch_stats: Any, data: Batch) -> tuple[Any
 def main(epochs: int = 3) -> dict[str, tuple[float, float]]:
     """Prints and returns the held-out accuracy with the running statistics and with the population statistics."""
     data, held_out = load()
-    found = {}
-    print(f"{'weights':15}running statistics   population statistics   running means were off by")
+    found, rows = {}, []
     for name, (params, batch_stats) in averages(data, epochs).items():
         before = accuracy(predict({"params": params, "batch_stats": batch_stats}, held_out), held_out)
         variables, report = with_own_statistics(params, batch_stats, data)
         found[name] = before, accuracy(predict(variables, held_out), held_out)
         off = max(layer.mean_shift.max() for layer in report.layers.values())
-        print(f"{name:15}{before:18.3f}   {found[name][1]:21.3f}   {off:9.2f} std at most")
+        rows.append([name, f"{before:.3f}", f"{found[name][1]:.3f}", f"{off:.2f} std"])
+    show(["weights", "running statistics", "population statistics", "largest mean shift"], rows)
     return found
 
 

@@ -1,7 +1,7 @@
 """Shared by all recipes: handwritten digits, a small network and a training loop."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -9,6 +9,8 @@ import jax
 import numpy as np
 import optax
 from flax import nnx
+from rich.console import Console
+from rich.table import Table
 from sklearn.datasets import load_digits
 
 import jaxbn
@@ -131,3 +133,13 @@ def another_camera(data: Batch) -> Batch:
     gain, offset = rng.uniform(0.2, 0.6, 64), rng.uniform(0.0, 0.4, 64)
     noise = rng.normal(0, 0.08, data["x"].shape)
     return data | {"x": (data["x"] * gain + offset + noise).astype(np.float32)}
+
+
+def show(head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Prints a table whose first column is text, and whose other columns are numbers."""
+    table = Table(box=None, pad_edge=False, header_style="")
+    for number, name in enumerate(head):
+        table.add_column(name, justify="right" if number else "left")
+    for row in rows:
+        table.add_row(*row)
+    Console(highlight=False).print(table)

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from shared import Batch, accuracy, another_camera, in_batches, load, predict, trained
+from shared import Batch, accuracy, another_camera, in_batches, load, predict, show, trained
 
 import jaxbn.linen
 import jaxbn.nnx
@@ -85,9 +85,8 @@ def main(epochs: int = 4, passes: int = 5) -> dict[str, float]:
         "TENT": in_batch_mode(variables | {"params": params}, elsewhere)[0],
     }
     found = {name: accuracy(output, held_out) for name, output in logits.items()}
-    print(f"{'':26}accuracy   entropy (nats)")
-    for name, value in found.items():
-        print(f"{name:26}{value:8.3f}   {entropy(logits[name]):14.3f}")
+    rows = [[name, f"{value:.3f}", f"{entropy(logits[name]):.3f}"] for name, value in found.items()]
+    show(["", "accuracy", "entropy (nats)"], rows)
     return found
 
 

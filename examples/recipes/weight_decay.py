@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import traverse_util
-from shared import NET, SGD, load, train
+from shared import NET, SGD, load, show, train
 
 import jaxbn.linen
 
@@ -56,13 +56,13 @@ def main(epochs: int = 4, rate: float = 0.02) -> dict[str, float]:
         "all towards zero": optax.chain(optax.add_decayed_weights(rate), SGD),
         "scales towards one": make_optimizer(variables, rate, SGD),
     }
-    found = {}
-    print(f"weight decay {rate:<10}mean scale   farthest from one by")
+    found, rows = {}, []
     for name, optimizer in optimizers.items():
         *_, state = train(optimizer, data, epochs)
         scales = np.concatenate([v["scale"] for name, v in state.params.items() if name.startswith("BatchNorm")])
         found[name] = float(scales.mean())
-        print(f"{name:22}{found[name]:11.3f}   {np.abs(scales - 1).max():20.3f}")
+        rows.append([name, f"{found[name]:.3f}", f"{np.abs(scales - 1).max():.3f}"])
+    show([f"weight decay {rate}", "mean scale", "largest distance from one"], rows)
     return found
 
 
