@@ -3,10 +3,10 @@
 from collections.abc import Callable
 from typing import Any
 
-from jaxbn._src.framework.framework import Call
 from jaxbn._src.framework.framework import adapt as _adapt
 from jaxbn._src.framework.layers import Weights
 from jaxbn._src.linen.framework import LINEN
+from jaxbn._src.linen.variables import Call
 
 
 def adapt(

@@ -1,6 +1,6 @@
 """What layers learn from the gradient, for linen: nothing, unless their method has a `backward`."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import flax
@@ -13,7 +13,7 @@ from jaxbn._src.linen.framework import with_states
 from jaxbn._src.linen.variables import check_variables, keys, statistics_by_layer
 
 
-def update_backward(variables: Any, grads: Any, *, loss_scale: ArrayLike = 1.0) -> dict[str, Any]:
+def update_backward(variables: Mapping[str, Any], grads: Any, *, loss_scale: ArrayLike = 1.0) -> dict[str, Any]:
     """Lets the layers of moving average batch normalization learn from a gradient: once after each training call.
 
     Layers of a method of your own that has a `backward` learn in `make_steps`; elsewhere call it yourself, as the

@@ -17,7 +17,6 @@ import jax
 from flax import nnx
 
 from jaxbn._src import internals as _internals
-from jaxbn._src.framework.framework import Call
 from jaxbn._src.framework.layer_paths import keyed
 from jaxbn._src.framework.layers import (
     Layer,
@@ -36,7 +35,7 @@ from jaxbn._src.framework.norm_layer import ForeignLayer, call_arguments, evalua
 from jaxbn._src.framework.unknown_layers import Touched, name_of
 from jaxbn._src.linen.modules import STATISTICS, Norm
 from jaxbn._src.linen.registry import OWN_LEAVES, REGISTER, as_norm, class_inside, evaluates, is_call, run_bridge
-from jaxbn._src.linen.variables import find_shapes, find_states, states_in, with_leaves, without
+from jaxbn._src.linen.variables import Call, find_shapes, find_states, states_in, with_leaves, without
 from jaxbn._src.methods.protocol import State
 from jaxbn._src.numerics import moments as _moments
 from jaxbn._src.tracing import harvest as _harvest

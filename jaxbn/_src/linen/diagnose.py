@@ -1,18 +1,18 @@
 """What is wrong with the statistics of a linen model."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from jaxbn._src.diagnostics.diagnose import diagnose_model
 from jaxbn._src.diagnostics.diagnosis import Diagnosis
-from jaxbn._src.framework.framework import Call
 from jaxbn._src.framework.layers import Weights
 from jaxbn._src.linen.framework import LINEN
+from jaxbn._src.linen.variables import Call
 
 
 def diagnose(
     call: Call,
-    variables: Any,
+    variables: Mapping[str, Any],
     batches: Iterable[Any],
     *,
     r_max: float = 3.0,

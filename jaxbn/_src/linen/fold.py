@@ -12,7 +12,6 @@ import jax
 from flax import nnx
 from flax.linen.dtypes import promote_dtype
 
-from jaxbn._src.framework.framework import Call
 from jaxbn._src.framework.kernels import MapKernel
 from jaxbn._src.framework.method import loaded
 from jaxbn._src.framework.norm_layer import call_arguments, evaluating_method
@@ -28,7 +27,7 @@ from jaxbn._src.inference.frozen import Frozen
 from jaxbn._src.linen.capture import is_call_of_layer, statistics_of
 from jaxbn._src.linen.modules import STATISTICS
 from jaxbn._src.linen.registry import REGISTER, as_norm, class_inside, evaluates, in_flax_names, known, run_bridge
-from jaxbn._src.linen.variables import check_variables, find_shapes, find_states, keys, states_in
+from jaxbn._src.linen.variables import Call, check_variables, find_shapes, find_states, keys, states_in
 from jaxbn._src.tracing import dataflow as _dataflow
 from jaxbn._src.tracing.harvest import over_arrays
 
@@ -62,7 +61,9 @@ class _Found(NamedTuple):
     values: dict[str, list[_dataflow.Value]]  # the variables of each layer in the program
 
 
-def fold(call: Call, variables: Any, example: Any, *, tolerance: float | None = None) -> tuple[Call, Any, FoldReport]:
+def fold(
+    call: Call, variables: Mapping[str, Any] | Frozen, example: Any, *, tolerance: float | None = None
+) -> tuple[Callable[[Any, Any], Any], Any, FoldReport]:
     """Folds normalizations into the linear layers beside them, so that in evaluation they cost nothing.
 
     Use it on a network that is trained, before it is served. The pairs are found by following the forward pass, and
@@ -104,7 +105,7 @@ def fold(call: Call, variables: Any, example: Any, *, tolerance: float | None = 
         Jacob et al., `Quantization and Training of Neural Networks <https://arxiv.org/abs/1712.05877>`_, 2018,
         section 3.2, equation 14.
     """
-    given = variables.variables if isinstance(variables, Frozen) else variables
+    given: Any = variables.variables if isinstance(variables, Frozen) else variables
     check_variables(given)
     given = flax.core.meta.unbox(flax.core.unfreeze(given))
     if not find_shapes(given):
@@ -234,7 +235,7 @@ def _write(variables: dict[str, Any], plan: _fold_plan.Plan, layers: Mapping[str
     return flax.traverse_util.unflatten_dict(kept)
 
 
-def _folded_call(call: Call, plan: _fold_plan.Plan, found: _Found) -> Call:
+def _folded_call(call: Call, plan: _fold_plan.Plan, found: _Found) -> Callable[[Any, Any], Any]:
     """The call in which a folded normalization passes its input on, and layers have the biases that they now have."""
     gone = {one.norm: found.norms[one.norm].dtypes[1] for one in plan.folds}
     changed = {one.layer for one in plan.folds}

@@ -1,7 +1,7 @@
 """What stands still in a linen model: the frozen network, and single layers that keep their statistics in training."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax
@@ -9,7 +9,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxbn._src.framework.framework import Call
 from jaxbn._src.framework.norm_layer import call_arguments, kind_of
 from jaxbn._src.framework.processes import check_unstacked
 from jaxbn._src.framework.selection import select
@@ -27,11 +26,11 @@ from jaxbn._src.linen.capture import (
 )
 from jaxbn._src.linen.framework import LINEN
 from jaxbn._src.linen.registry import REGISTER, as_norm, class_inside
-from jaxbn._src.linen.variables import check_variables, find_shapes, find_states, keys, with_leaves, without
+from jaxbn._src.linen.variables import Call, check_variables, find_shapes, find_states, keys, with_leaves, without
 from jaxbn._src.statistics.pass_report import Report
 
 
-def freeze(variables: Any, report: Report | None = None) -> Frozen:
+def freeze(variables: Mapping[str, Any], report: Report | None = None) -> Frozen:
     """Makes the network that is evaluated, saved and served, out of variables that are ready for it.
 
     Args:
@@ -146,7 +145,7 @@ def affine_mask(variables: Any, paths: str | Sequence[str]) -> Any:
     return flax.traverse_util.path_aware_map(lambda path, _: path[:-1] in layers, params)
 
 
-def summary(variables: Any, call: Call | None = None, batch: Any = None) -> str:
+def summary(variables: Mapping[str, Any] | Frozen, call: Call | None = None, batch: Any = None) -> str:
     """A table of what is normalized, how, and by what its statistics were estimated.
 
     Args:

@@ -7,10 +7,9 @@ import flax
 from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
-from jaxbn._src.framework.framework import Call
 from jaxbn._src.framework.layers import Weights
 from jaxbn._src.linen.framework import LINEN
-from jaxbn._src.linen.variables import check_variables
+from jaxbn._src.linen.variables import Call, check_variables
 from jaxbn._src.methods.protocol import NormTransform
 from jaxbn._src.numerics.averages import Averaging
 from jaxbn._src.numerics.moments import Moments
@@ -22,7 +21,7 @@ from jaxbn._src.statistics.statistics_pass import Options, run_pass
 
 def postproc(
     call: Call,
-    variables: Any,
+    variables: Mapping[str, Any],
     batches: Iterable[Any] | Callable[[], Iterator[Any]],
     *,
     estimator: Estimator = pooled(),  # noqa: B008  a constant: pure functions, made once
@@ -104,10 +103,11 @@ def postproc(
     """
     check_variables(variables)
     options = Options(estimator, consistent, tolerance, max_sweeps, stop_when, skip_nonfinite, mesh, progress)
-    return run_pass(LINEN, call, flax.core.unfreeze(variables), batches, weights, options)
+    given: Any = variables  # unfreeze leaves other mappings as they are
+    return run_pass(LINEN, call, flax.core.unfreeze(given), batches, weights, options)
 
 
-def install_moments(variables: Any, moments: Mapping[str, Moments]) -> dict[str, Any]:
+def install_moments(variables: Mapping[str, Any], moments: Mapping[str, Moments]) -> dict[str, Any]:
     """Writes moments into the statistics of their layers.
 
     jaxbn's layers treat installed statistics as constants. To differentiate through statistics, normalize with them in
@@ -142,7 +142,7 @@ def install_moments(variables: Any, moments: Mapping[str, Moments]) -> dict[str,
 
 
 def move_averages(
-    variables: Any,
+    variables: Mapping[str, Any],
     moments: Mapping[str, Moments],
     momentum: ArrayLike | Averaging | NormTransform[Any, Any] | None = None,
     *,

@@ -1,6 +1,6 @@
 """The statistics in the variables of a linen model: which layers there are, and what rides beside them."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax
@@ -13,6 +13,10 @@ from jaxbn._src.inference.arguments import not_variables
 from jaxbn._src.linen.modules import STATISTICS
 from jaxbn._src.methods.batch_norm import BatchNormState
 from jaxbn._src.methods.protocol import State
+
+# (variables, batch) -> outputs, written by the user. Type checkers reject a module in its place, because the first
+# argument of a module is an array.
+Call = Callable[[dict[str, Any], Any], Any]
 
 
 def find_states(variables: Mapping[str, Any]) -> dict[str, State]:
