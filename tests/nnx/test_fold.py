@@ -230,10 +230,10 @@ REASONS = {
     "tied": "the variables of 'linear_tied' are also used elsewhere",
     "variable": "the variables of 'linear_variable' are also used elsewhere",
     "activated": "its own activation or residual comes before the next layer",
-    "subclass": "'standardized' is a Standardized, which fold does not know",
+    "subclass": "'standardized' is a Standardized, which fold does not support",
     "mapped": "'weight_norm/layer_instance' computes with other values than its variables",
-    "centred": "it is a Centred, whose call is its own",
-    "product": "'linear_product' computes with a dot_general of its own",
+    "centred": "it is a Centred, which overrides __call__",
+    "product": "'linear_product' uses a custom dot_general",
 }
 
 

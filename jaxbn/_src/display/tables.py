@@ -97,7 +97,7 @@ def paragraph(text: str, *, start: str = "", width: int | None = None) -> str:
 
 def line_width() -> int:
     """Characters in a line: as wide as the terminal within 80 and 120, and 80 where standard output is not one."""
-    if not sys.stdout.isatty():
+    if sys.stdout is None or not sys.stdout.isatty():
         return WIDTH
     return min(max(shutil.get_terminal_size((WIDTH, 24)).columns, WIDTH), _WIDEST)
 

@@ -1,4 +1,4 @@
-"""Calls of normalizations and linear layers as `fold_plan` needs them, for any framework."""
+"""Tags and records the calls of normalizations and linear layers for `fold_plan`, in any framework."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -31,8 +31,8 @@ def tag_call(
         call: The call.
         args: Its arguments.
         kwargs: Its arguments.
-        input_name: The name of its first argument.
-        variables: The arrays that the layer holds.
+        input_name: The name of its first parameter.
+        variables: The arrays of the layer.
         record: `(y, *args, **kwargs)`, called for layers of this model.
         own: Whether the layer belongs to this model.
 
@@ -52,7 +52,7 @@ def tag_call(
 def called_norm(
     layer: Any, params: Any, state: State, arguments: CallArguments, y: jax.Array, refusal: str | None
 ) -> Norm:
-    """A normalization in a call with these arguments and this output; `refusal` says why it cannot be folded."""
+    """Records a call of a normalization; `refusal` is the reason why it cannot be folded."""
     x, _, residual, where = arguments
     return Norm(
         as_affine(evaluating_method(layer)),
@@ -78,23 +78,23 @@ def called_linear(
     einsum_str: str | None = None,
     **_: Any,
 ) -> Layer:
-    """A linear layer of Flax in a call.
+    """Records a call of a linear layer of Flax.
 
     Args:
         module: The layer.
-        kind: What it computes, as in `fold_arithmetic.of_flax`; None: not known, as of a subclass.
+        kind: Its operation, as in `fold_arithmetic.of_flax`; None: unknown, as for a subclass.
         weights: Its kernel and bias.
-        own: The options by which it computes with functions of the user.
+        own: The options that hold functions of the user, such as a `dot_general`.
         map_kernel: The function that it applies to its kernel, if it has one.
         inputs: The input.
         equation: An argument of the call of `Einsum`.
-        einsum_str: Another name of that.
+        einsum_str: Another name of `equation`.
 
     Returns:
         The layer.
     """
-    refusal = f"computes with a {own[0]} of its own" if own else None
+    refusal = f"uses a custom {own[0]}" if own else None
     if kind is None:
-        return Layer(None, weights, refusal or f"is a {type(module).__name__}, which fold does not know", map_kernel)
+        return Layer(None, weights, refusal or f"is a {type(module).__name__}, which fold does not support", map_kernel)
     linear = _fold_arithmetic.of_flax(kind, module, inputs.ndim, equation or einsum_str)
     return Layer(linear, weights, refusal, map_kernel)

@@ -1,4 +1,4 @@
-"""The statistics pass as steps of a training loop, for any framework, ending in the frozen network."""
+"""The steps of a statistics pass in a training loop, up to the frozen network, for any framework."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -41,10 +41,10 @@ def pass_steps(
         framework: The model library.
         structure: The static part of the model, as `framework.merge` takes it.
         call: Runs the model in evaluation.
-        arrays_of: The arrays of the model out of a train state.
-        estimator: Of the population statistics.
+        arrays_of: Takes the arrays of the model from a train state.
+        estimator: The estimator of the population statistics.
         axis_name: Axis over which the moments of a batch are merged.
-        kinds_of: The kinds of the layers out of a train state, where the model does not tell them.
+        kinds_of: Takes the kinds of the layers from a train state, if the model does not provide them.
 
     Returns:
         The steps.
@@ -62,11 +62,11 @@ def pass_steps(
 
     def finalize(state: Any, acc: Pass | None = None) -> tuple[Frozen, Report | None]:
         check_whole(state.step)
-        # Copies, as the next train_step may be given the memory of this state.
+        # Copies, because the next train_step may donate the arrays of this state.
         model, made = framework.merge(structure, copied(arrays_of(state))), None
         kinds: Mapping[str, LayerKind] | None = None if kinds_of is None else dict(kinds_of(state))
         if acc is not None:
-            if kinds is not None:  # an accumulator that was saved and loaded has lost the methods of the layers
+            if kinds is not None:  # a saved and loaded accumulator has no kinds
                 acc = dataclasses.replace(acc, kinds=tuple(kinds.items()))
             old, moments = framework.states(model), _sweep.finish(acc, estimator=estimator)
             model = install_moments(framework, model, moments)

@@ -207,7 +207,7 @@ def _norm(module: Any, y: jax.Array, *args: Any, **kwargs: Any) -> _fold_plan.No
     if not (is_frozen(module) or registered.evaluates(module, args, kwargs)):
         refusal = _fold_plan.MOVES
     elif not has_plain_call(module, cls):
-        refusal = f"it is a {cls.__name__}, whose call is its own"
+        refusal = f"it is a {cls.__name__}, which overrides __call__"
     params = layer.params if isinstance(layer, Norm) else NormParams(*(p and p[...] for p in (layer.scale, layer.bias)))
     return called_norm(layer, params, state_of(module), call_arguments(layer, args, kwargs), y, refusal)
 

@@ -39,7 +39,7 @@ _STUCK = 100
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Pass:
     """The state of a pass: a pytree of arrays that can be saved; a resumed pass gives identical bits."""
 
@@ -48,6 +48,10 @@ class Pass:
     skipped: jax.Array  # i32[]: number of batches with non-finite moments, which are ignored
     first_bad: dict[str, jax.Array]  # i32[] per layer: the first batch with non-finite moments, or -1
     kinds: tuple[tuple[str, LayerKind], ...] = dataclasses.field(metadata={"static": True})  # in the order of the calls
+
+    def __repr__(self) -> str:
+        """One line."""
+        return f"<Pass: {len(self.kinds)} layers in {self.batches} batches>"
 
 
 def stages(
