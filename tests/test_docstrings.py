@@ -54,7 +54,7 @@ SUMMARY_ONLY = {
     "jaxbn.MovingAverageBatchNormState": "a NamedTuple that moving_average_batch_norm makes; see its fields",
     "jaxbn.Moments": "a NamedTuple that batch_moments makes; its fields say their shapes",
     "jaxbn.NormParams": "a NamedTuple that batch_norm makes; its fields say their shapes",
-    "jaxbn.NormTransform": "a protocol, a tuple of functions whose signatures stand beside its fields",
+    "jaxbn.NormTransform": "a tuple of functions; the protocol of each field documents its arguments",
     "jaxbn.Report": "made by postproc; its example shows it",
     "jaxbn.serving.Program": "made by load_program, whose example shows it; its fields say what it holds",
     "jaxbn.serving.Match": "made by match, whose example shows it; its methods say what they take",

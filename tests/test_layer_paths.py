@@ -139,7 +139,7 @@ def test_a_method_of_which_only_the_name_is_known():
         jax.jit(traced)(7.0)
     assert type(by_name("a", "batch_renorm")) is str
     moments = {by_name("", "floor_norm"): jaxbn.batch_moments(X)}
-    with pytest.raises(ValueError, match="take the keys from capture_moments"):
+    with pytest.raises(ValueError, match="use the keys that capture_moments returns"):
         jaxbn.linen.install_moments(variables, moments)
 
 

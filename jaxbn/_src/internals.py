@@ -1,9 +1,9 @@
-"""Everything the library relies on that JAX and Flax do not promise to keep: all of it is in this file.
+"""All uses of JAX and Flax internals, which may change without notice.
 
-It holds the names outside the documented API, and the parameters of the primitives in a traced program. All of it was
-seen in JAX 0.10.0, 0.10.2, 0.11.2 and 0.12.0.1 with Flax 0.12.7, 0.12.8 and 0.12.12; where the versions differ, the
-place says how. `tests/test_internals.py` traces each primitive and checks what is read here. A parameter that is
-missing is an error that names the primitive and the JAX version.
+These are names outside the documented API, and parameters of the primitives in a traced program. They were checked with
+JAX 0.10.0, 0.10.2, 0.11.2 and 0.12.0.1 and Flax 0.12.7, 0.12.8 and 0.12.12; comments name the differences between
+versions. `tests/test_internals.py` traces each primitive and checks the parameters that this file reads. If a parameter
+is missing, the error names the primitive and the JAX version.
 """
 
 import contextlib
@@ -15,16 +15,16 @@ from jax.extend import core, source_info_util
 from jax.extend.core import primitives
 from jax.interpreters import ad, batching, mlir
 
-# A traced program: `core.Jaxpr` or `core.ClosedJaxpr`, which are one class since JAX 0.11. Both have `constvars`,
-# `invars`, `eqns` and `outvars`.
+# A traced program: `core.Jaxpr` or `core.ClosedJaxpr`, the same class since JAX 0.11. Both have `constvars`, `invars`,
+# `eqns` and `outvars`.
 Program = Any
 Equation = Any
 
 Literal = core.Literal
-# Raised where a decision depends on a dimension that an exported program leaves open.
+# Raised if a decision depends on a dimension that is symbolic in an exported program.
 UnknownDimension = core.InconclusiveDimensionOperation
 
-# Primitives that only call a program, and the parameter that holds it.
+# Primitives that only call a program -> the parameter that holds the program.
 _CALLS = {
     primitives.jit_p.name: "jaxpr",  # pmap is a jit of a shard_map
     primitives.remat_p.name: "jaxpr",
@@ -42,29 +42,29 @@ IDENTITIES = frozenset({"name", "sharding_constraint"})
 
 
 def is_tracer(x: Any) -> bool:
-    """Whether x has no value yet, because it is being traced."""
+    """Whether x is being traced, so that its value is unknown."""
     return isinstance(x, jax.core.Tracer)
 
 
 def is_array_of_jax(x: Any) -> bool:
-    """Whether JAX takes x as an array as it is: not text, and not numbers in another machine's byte order."""
+    """Whether JAX accepts x as an array without conversion; not so for text and for foreign byte orders."""
     return hasattr(x, "dtype") and core.valid_jaxtype(x)
 
 
 def varying(x: Any) -> frozenset[str]:
-    """The axes of a surrounding shard_map over which x may differ; x is an array."""
+    """The axes of a surrounding shard_map over which the array x may differ."""
     return frozenset(jax.typeof(x).manual_axis_type.varying)
 
 
 def parts_of_module(module: Any) -> Iterable[Any]:
-    """What a bound `flax.linen.Module` has made or was given so far: modules, among others."""
+    """The children of a bound `flax.linen.Module` so far: modules, variables and others."""
     return module._state.children.values()
 
 
 def is_given_an_example(module: Any) -> bool:
-    """Whether a `flax.nnx.Module` is called with an example of an input, to show it or to make variables of it.
+    """Whether `nnx.tabulate` or `nnx.bridge.lazy_init` is calling a `flax.nnx.Module` with an example input.
 
-    `nnx.tabulate` leaves a number in every module of the copy that it runs, and `nnx.bridge.lazy_init` sets a flag.
+    `nnx.tabulate` runs a copy and leaves an id in each of its modules; `nnx.bridge.lazy_init` sets a flag.
     """
     return hasattr(module, "_nnx_tabulate_id") or module._pytree__state.initializing
 
@@ -73,33 +73,33 @@ def is_given_an_example(module: Any) -> bool:
 
 
 def constants(program: Program) -> Sequence[Any]:
-    """The values of its `constvars`. A `Jaxpr` before JAX 0.11 has none attached."""
+    """The values of the program's `constvars`. Before JAX 0.11 a `Jaxpr` does not hold them."""
     return getattr(program, "consts", ())
 
 
 def inner_programs(equation: Equation) -> Iterator[Program]:
-    """The programs that an equation holds."""
+    """The programs among the parameters of an equation."""
     return core.jaxprs_in_params(equation.params)
 
 
 def called_program(equation: Equation) -> Program | None:
-    """The program that an equation calls once, on its inputs; None if it is no such call."""
+    """The program that an equation calls once, on its inputs; None if the equation is not a call."""
     name = _CALLS.get(equation.primitive.name)
     return None if name is None else parameters(equation, name)[0]
 
 
 def name_of_function(equation: Equation) -> str:
-    """The name of the function that was jitted; 'None' for other equations."""
+    """The name of the jitted function; 'None' for other equations."""
     return str(equation.params.get("name"))
 
 
 def has_own_derivative(equation: Equation) -> bool:
-    """Whether it is the call of a `jax.custom_jvp` or `jax.custom_vjp`."""
+    """Whether the equation calls a `jax.custom_jvp` or `jax.custom_vjp`."""
     return equation.primitive in (primitives.custom_jvp_call_p, primitives.custom_vjp_call_p)
 
 
 def is_recomputation(equation: Equation) -> bool:
-    """Whether the call computes again, for a gradient, what the program has computed before."""
+    """Whether the call recomputes values for a gradient, as `jax.checkpoint` does."""
     return equation.primitive is primitives.remat_p and parameters(equation, "differentiated")[0]
 
 
@@ -107,16 +107,16 @@ class Scan(NamedTuple):
     """Body: (constants, carry, one slice of each input) -> (carry, one slice of each output)."""
 
     body: Program
-    constants: int  # how many inputs are the same in every turn
-    carry: int  # how many inputs and outputs go from turn to turn
-    options: dict[str, Any]  # of lax.scan
+    constants: int  # number of inputs that are the same in every iteration
+    carry: int  # number of carried inputs and outputs
+    options: dict[str, Any]  # keyword arguments of lax.scan
 
 
 def scan_of(equation: Equation) -> Scan:
     """Reads a scan, which is also `lax.map` and a `fori_loop` with static bounds.
 
-    The shapes say which inputs are sliced: they have one axis more outside the body than inside. The parameters that
-    say so were `num_consts` and `num_carry` until JAX 0.10, and are `ft_in` and `ft_out` since.
+    An input is sliced if it has one axis more outside the body than inside. The shapes are used because the parameters
+    changed: `num_consts` and `num_carry` until JAX 0.10, `ft_in` and `ft_out` since.
     """
     body, length, reverse, unroll = parameters(equation, "jaxpr", "length", "reverse", "unroll")
     carry = _count_equal_ranks(equation.outvars, body.outvars)
@@ -130,7 +130,7 @@ def _count_equal_ranks(outside: Sequence[Any], inside: Sequence[Any]) -> int:
 
 
 def branches_of(equation: Equation) -> Sequence[Program]:
-    """The branches of a cond or switch, whose first input is the number of the branch."""
+    """The branches of a cond or switch; its first input is the index of the branch."""
     return parameters(equation, "branches")[0]
 
 
@@ -156,12 +156,12 @@ class ShardMap(NamedTuple):
     in_specs: Any
     out_specs: Any
     check_vma: bool
-    manual: frozenset[str]  # the axes of the mesh that it maps over
+    manual: frozenset[str]  # the mesh axes that it maps over
 
 
 def shard_map_of(equation: Equation) -> ShardMap:
     """Reads a shard_map, which is also a pmap."""
-    # In JAX 0.10.0 it has the other name, and holds the axes of a surrounding shard_map as well.
+    # JAX 0.10.0 has the name manual_axes; its value includes the axes of a surrounding shard_map.
     name = "manual_axes" if "manual_axes" in equation.params else "newly_manual_axes"
     body, mesh, in_specs, out_specs, check_vma, manual = parameters(
         equation, "jaxpr", "mesh", "in_specs", "out_specs", "check_vma", name
@@ -173,20 +173,20 @@ def parameters(equation: Equation, *names: str) -> list[Any]:
     """The parameters of an equation by name.
 
     Raises:
-        NotImplementedError: If one is missing, as it may be in a version of JAX that jaxbn does not know.
+        NotImplementedError: If one is missing, as in a version of JAX that jaxbn does not support.
     """
     missing = [name for name in names if name not in equation.params]
     if missing:
         raise NotImplementedError(
             f"`{equation.primitive.name}` has no parameter {missing[0]!r} in JAX {jax.__version__}; it has "
-            f"{sorted(equation.params)}. This version of jaxbn does not know this version of JAX: use another of one "
-            f"of the two."
+            f"{sorted(equation.params)}. This version of jaxbn does not support this version of JAX: change one of "
+            f"the two."
         )
     return [equation.params[name] for name in names]
 
 
 def place_of(equation: Equation) -> str:
-    """The line of the user's program that an equation comes from."""
+    """The line of the user's program that created an equation."""
     return source_info_util.summarize(equation.source_info) or "place unknown"
 
 
@@ -195,16 +195,16 @@ def place_of(equation: Equation) -> str:
 
 @contextlib.contextmanager
 def as_traced(equation: Equation) -> Iterator[None]:
-    """Within it, operations have the scope names and the configuration that the equation was traced with."""
+    """Sets the scope names and the configuration to those that the equation was traced with."""
     names = source_info_util.current_name_stack() + equation.source_info.name_stack
     with source_info_util.user_context(equation.source_info.traceback, name_stack=names), equation.ctx.manager:
         yield
 
 
 def bind(equation: Equation, values: Sequence[Any]) -> list[Any]:
-    """The outputs of an equation for these inputs."""
+    """Evaluates an equation."""
     primitive = equation.primitive
-    # Undoes what tracing did to the parameters of custom derivatives and calls; the identity for all others.
+    # For calls and custom derivatives, bind takes functions where an equation holds programs.
     outputs = primitive.bind(*values, **primitive.get_bind_params(equation.params))
     return list(outputs) if primitive.multiple_results else [outputs]
 
@@ -213,13 +213,16 @@ def bind(equation: Equation, values: Sequence[Any]) -> list[Any]:
 
 
 def identity_primitive(name: str, passes: Callable[..., Any], batch: Callable[..., Any], *, multiple: bool) -> Any:
-    """A primitive that gives back some of its operands and compiles to nothing; its derivative is that of an identity.
+    """Creates a primitive that returns some of its operands, has the derivative of the identity and costs nothing.
 
     Args:
-        name: Shown in programs.
-        passes: `(*operands, **parameters) -> the operands that come out`: one, or a list with `multiple`.
+        name: The name shown in programs.
+        passes: `(*operands, **parameters) -> outputs`: the operands that it returns; a list if `multiple`.
         batch: The rule for vmap, `(operands, axes, **parameters) -> (outputs, axes)`.
         multiple: Whether there may be several outputs.
+
+    Returns:
+        The primitive.
     """
     primitive: Any = core.Primitive(name)
     primitive.multiple_results = multiple
@@ -228,7 +231,7 @@ def identity_primitive(name: str, passes: Callable[..., Any], batch: Callable[..
     mlir.register_lowering(
         primitive, lambda ctx, *ops, **params: passes(*ops, **params) if multiple else [passes(*ops, **params)]
     )
-    # The tangents go round it, so no transpose is needed.
+    # The tangents do not pass through the primitive, so it needs no transpose rule.
     ad.primitive_jvps[primitive] = lambda primals, tangents, **params: (
         primitive.bind(*primals, **params),
         passes(*tangents, **params),
@@ -238,5 +241,5 @@ def identity_primitive(name: str, passes: Callable[..., Any], batch: Callable[..
 
 
 def lower_on(platform: str, primitive: Any, function: Callable[..., Sequence[Any]]) -> None:
-    """Compiles the primitive to this function on `platform`."""
+    """Makes the primitive compile to this function on a platform."""
     mlir.register_lowering(primitive, mlir.lower_fun(function, multiple_results=True), platform=platform)

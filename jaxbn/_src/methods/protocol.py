@@ -193,6 +193,19 @@ class BackwardFn(Protocol[ParamsIn, StateT]):
 class NormTransform(NamedTuple, Generic[ParamsT, StateT]):
     """A normalization method as pure functions; all of them may be jitted, vmapped and scanned.
 
+    Attributes:
+        init: `(feature_shape, *, dtype=float32) -> (params, state)`.
+        train: `(params, state, x, *, mask=None, residual=None) -> (y, state)`: normalizes with the statistics of the
+            batch, and updates the running averages.
+        eval: `(params, state, x, *, mask=None, residual=None) -> y`: normalizes with the statistics of the state.
+        measure: `(x, *, mask=None) -> moments`, which a statistics pass accumulates.
+        postproc: `(state, moments) -> state`: installs population moments.
+        update: `(state, moments, samples=None) -> state`: updates the running averages once. None: there are none.
+        backward: `(params, state, grads, *, loss_scale=1.0) -> state`, for methods that keep statistics of gradients.
+            None: the state does not depend on gradients.
+
+    `train`, `eval` and `measure` of `domain_batch_norm` take `domain=` as well.
+
     Three rules hold for every method, and the contract tests check them:
 
     - The state that comes out has the structure, the dtypes and, on Explicit meshes, the sharding of the state that
@@ -208,8 +221,8 @@ class NormTransform(NamedTuple, Generic[ParamsT, StateT]):
     eval: EvalFn[ParamsT, StateT]
     measure: MeasureFn
     postproc: PostprocFn[StateT]
-    update: UpdateFn[StateT] | None = None  # None: training keeps no running averages
-    backward: BackwardFn[ParamsT, StateT] | None = None  # None: the state does not depend on gradients
+    update: UpdateFn[StateT] | None = None
+    backward: BackwardFn[ParamsT, StateT] | None = None
 
 
 def on_meshes(transform: NormTransform[ParamsT, StateT], axis: _axes.Axis) -> NormTransform[ParamsT, StateT]:
