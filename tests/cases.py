@@ -33,7 +33,7 @@ class Case(NamedTuple):
     evaluate: Callable[[np.ndarray, Arrays, Arrays], np.ndarray]
     # (state, all values [rows, C]) -> state
     postproc: Callable[[Arrays, np.ndarray], dict[str, np.ndarray]]
-    # x [N, ...] -> what a call takes besides: `domain=`
+    # x [N, ...] -> further arguments of a call: `domain=`
     where: Callable[[Any], dict[str, Any]] = lambda x: {}
 
     def transform(self, **changes: Any) -> jaxbn.NormTransform:
@@ -163,7 +163,7 @@ def _moving_average_batch_norm(*, window: int, decay: float = 0.98, epsilon: flo
 
 
 def _domain_batch_norm() -> dict[str, Any]:
-    """Chang et al. 2019, equations 3 to 6: batch norm of the rows of each domain, whose id their values tell."""
+    """Chang et al. 2019, equations 3 to 6: batch norm of the rows of each domain, which their values tell."""
     plain = _batch_norm()
 
     def part(arrays: Arrays, domain: int) -> dict[str, np.ndarray]:

@@ -1,4 +1,4 @@
-"""Every test runs on 8 devices of the CPU, with strict dtype promotion, no rank promotion, and warnings as errors."""
+"""All tests run on 8 fake CPU devices, with strict dtype promotion, no rank promotion, and warnings as errors."""
 
 import collections
 import os
@@ -23,7 +23,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 def pytest_configure(config):
-    """Tests of one file go to one process of `-n`: they share what is compiled, and fixtures of a module."""
+    """Sends all tests of a file to one process of `-n`, where they share compiled programs and module fixtures."""
     if config.getoption("dist", None) == "load":
         config.option.dist = "loadfile"
 
@@ -43,5 +43,5 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture
 def rng():
-    """A generator of its own for each test."""
+    """A new generator for each test."""
     return np.random.default_rng(0)

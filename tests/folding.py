@@ -1,4 +1,4 @@
-"""What the tests of folding in both hosts share."""
+"""Helpers for the tests of folding in linen and NNX."""
 
 import collections
 

@@ -1,4 +1,4 @@
-"""What the tests of the layers of both hosts share: data, averages, and input that is wrong for either."""
+"""Helpers for the tests of layers in linen and NNX: data, averages, and invalid inputs."""
 
 import jax
 import numpy as np
@@ -50,7 +50,7 @@ batch_without_statistics = pytest.mark.parametrize(
 
 
 def both(function, stock, ours):
-    """`function(BatchNorm)` of our layer, and of stock Flax as what is expected."""
+    """Compares `function(BatchNorm)` of our layer with that of stock Flax."""
     with jax.numpy_dtype_promotion("standard"):
         expected = function(stock)
     return function(ours), expected

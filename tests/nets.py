@@ -1,4 +1,4 @@
-"""One small network in both hosts, with equal names, data for it, and what it computes in float64.
+"""One small network in linen and NNX, with equal names, its data, and its results in float64.
 
 Two blocks of a map (a convolution or a dense one), a normalization, relu and dropout, and a head.
 """
@@ -21,7 +21,7 @@ import jaxbn.nnx
 
 WIDTHS = (4, 6)
 LAYERS = ("norm_0", "norm_1")
-# Of the layers, so that a few steps move them; of the optimizer, which is written out in `trained_in_float64` too.
+# Of the layers, so that a few steps change the averages; of the optimizer, repeated in `trained_in_float64`.
 MOMENTUM = 0.9
 RATE, INERTIA = 0.05, 0.9
 OPTIMIZER = optax.sgd(RATE, momentum=INERTIA)
@@ -91,7 +91,7 @@ every_host = pytest.mark.parametrize("host", [LINEN, NNX], ids=["linen", "nnx"])
 
 
 def started(host, net):
-    """What moves in training: linen's variables, or the NNX model itself."""
+    """The state of training: linen's variables, or the NNX model itself."""
     return net if host is NNX else net.init(jax.random.key(0), make_batches(1)[0]["x"], train=True)
 
 
@@ -105,7 +105,7 @@ def split(moving):
 
 
 def train(net, moving, x):
-    """(outputs, what it has become)."""
+    """(outputs, the updated state)."""
     if isinstance(moving, nnx.Module):
         return moving(x), moving
     outputs, updates = net.apply(moving, x, train=True, mutable=["batch_stats"])
@@ -131,7 +131,7 @@ def params_of(state):
 
 
 def statistics_of(holder):
-    """{layer: {"mean": .., "var": ..}} of a train state, a Frozen, or anything that holds a host's variables."""
+    """{layer: {"mean": .., "var": ..}} of a train state, a Frozen, or any object with the variables of a framework."""
     if isinstance(holder, nnx.Module):
         holder = nnx.state(holder, nnx.BatchStat)
     elif isinstance(holder, jaxbn.nnx.TrainState):

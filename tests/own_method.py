@@ -1,4 +1,4 @@
-"""A method of one's own, as a user would write it: a hyper-parameter, a third learned parameter, and more state."""
+"""A custom method, as a user would write it: with a hyper-parameter, a third learned parameter, and more state."""
 
 from typing import NamedTuple
 

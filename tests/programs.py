@@ -1,4 +1,4 @@
-"""How the tests take hold of the programs of examples/."""
+"""Imports the programs of examples/ for the tests."""
 
 import importlib.util
 from pathlib import Path

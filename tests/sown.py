@@ -79,7 +79,7 @@ def primitive_names(jaxpr: Any) -> set[str]:
 
 
 def instructions(lowered: Any) -> list[str]:
-    """What is left after compilation, without names and metadata."""
+    """The compiled instructions, without names and metadata."""
     return re.findall(r" = (\w+\[[\d,]*\])\S* ([\w-]+)\(", lowered.compile().as_text())
 
 

@@ -1,4 +1,4 @@
-"""The house rules: who imports whom, who computes, where collectives are, and what things are called."""
+"""The architecture rules: imports, where arithmetic and collectives may be, and names."""
 
 import ast
 import inspect
@@ -46,7 +46,7 @@ OUTSIDE = {
     "statistics": TOOLS, "diagnostics": TOOLS, "inference": ARRAYS, "linen": {"jax", "flax"}, "nnx": {"jax", "flax"},
     "serving": ARRAYS | {"flax", "orbax"}, "interop": ARRAYS | {"flax"},
 }  # fmt: skip
-TYPES_ONLY = {"optax"}  # imported for type hints, where nothing runs
+TYPES_ONLY = {"optax"}  # imported for type hints only
 
 COLLECTIVES = set("psum pmean pmax pmin all_gather all_to_all ppermute psum_scatter axis_index axis_size".split())
 ARITHMETIC = COLLECTIVES | set(
@@ -64,7 +64,7 @@ def name_of(file: Path) -> str:
 
 
 def imports(file: Path) -> tuple[set[str], set[str]]:
-    """What a file imports where the code runs, and what it imports for type hints alone."""
+    """The imports of a file at run time, and its imports for type hints only."""
     found, for_types = set(), set()
     tree = ast.parse(file.read_text())
     blocks = [n for n in ast.walk(tree) if isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING"]
@@ -137,7 +137,7 @@ def test_only_tests_import_around_the_public_packages():
     assert not {name_of(file) for file in files if re.search(r"import .*_src|from jaxbn\._src", file.read_text())}
 
 
-def test_frameworks_compute_nothing():
+def test_frameworks_contain_no_arithmetic():
     wrong = {
         (name_of(file), name) for file in PRIVATE if room(file) in FRAMEWORKS for name in called(file) & ARITHMETIC
     }

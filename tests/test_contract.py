@@ -1,4 +1,4 @@
-"""What every method owes, in each of its hosts. Runs over `cases.CASES`; the oracles are float64 NumPy."""
+"""The contract of every method, in each framework. Runs over `cases.CASES`; the oracles are float64 NumPy."""
 
 import re
 
@@ -20,7 +20,7 @@ SHAPE = (ROWS, SPACE, FEATURES)
 SLOW_WAYS = [way for way in WAYS if way not in ("jit", "shard_map")]
 FULL = [case for case in CASES if case.factory is jaxbn.batch_norm]
 
-# They differ from others in the average or in what is learned, which the formulas tell apart.
+# They differ from other cases in the average or in the learned parameters, which the formulas cover.
 ALIKE = {"domain_batch_norm shared affine"} | {
     f"batch_norm {name}"
     for name in ("momentum 0.9", "no scale", "no bias", "no average", "debiased", "cumulative", "scheduled", "horizon")
@@ -265,7 +265,7 @@ def test_state_survives_averages_over_devices_and_over_time(case, x):
 
 
 @every_case
-def test_batch_without_a_valid_position_changes_nothing(case, x):
+def test_batch_without_a_valid_position_keeps_the_state(case, x):
     transform, params, state = started(case)
     y, after = transform.train(params, state, x, mask=np.zeros((ROWS, 1, 1), bool))
     chex.assert_trees_all_equal(after, state)
@@ -351,7 +351,7 @@ def assert_same_operations(found, expected):
 
 @every_case_and_dtype
 def test_linen_is_the_core(case, x, dtype):
-    """A host carries variables and computes nothing."""
+    """A framework only carries variables."""
     transform, params, state = started(case)
     module = case.linen_module()
     x = jnp.asarray(x, dtype)

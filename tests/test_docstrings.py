@@ -1,4 +1,4 @@
-"""Every example in a docstring runs, and every public name says what it does, takes and returns."""
+"""Every example in a docstring runs, and every public name documents its arguments and results."""
 
 import dataclasses
 import doctest
@@ -28,24 +28,24 @@ import jaxbn.testing
 MODULES = ["jaxbn", *(m.name for m in pkgutil.walk_packages(jaxbn.__path__, "jaxbn."))]
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
-# Names that may have a summary alone, and why: nobody calls them, or what they take is what their fields say.
+# Names that may have a summary only, and why: users do not call them, or comments on their fields document them.
 SUMMARY_ONLY = {
     "jaxbn.Averaging": "the type of what constant, scheduled, cumulative and horizon return; their examples show it",
     "jaxbn.BatchNormState": "a NamedTuple that batch_norm makes; its fields say their shapes",
     "jaxbn.BatchRenormState": "a NamedTuple that batch_renorm makes; its fields say their shapes",
     "jaxbn.DomainBatchNormState": "a NamedTuple that domain_batch_norm makes; its fields say their shapes",
-    "jaxbn.Diagnosis": "made by diagnose; its fields say what it holds",
+    "jaxbn.Diagnosis": "made by diagnose; its fields are documented",
     "jaxbn.Estimator": "a protocol, a tuple of functions; pooled and the others show it",
-    "jaxbn.Finding": "part of a Diagnosis; its fields say what they are",
-    "jaxbn.FoldReport": "made by fold; its fields say what they are",
-    "jaxbn.Frozen": "made by freeze, finalize and load; its fields say what it holds",
+    "jaxbn.Finding": "part of a Diagnosis; its fields are documented",
+    "jaxbn.FoldReport": "made by fold; its fields are documented",
+    "jaxbn.Frozen": "made by freeze, finalize and load; its fields are documented",
     "jaxbn.GhostBatchNormState": "a NamedTuple that ghost_batch_norm makes; its fields say their shapes",
-    "jaxbn.Info": "a NamedTuple in a Frozen; its fields say what they are",
-    "jaxbn.LayerDiagnosis": "part of a Diagnosis; its fields say what they are",
-    "jaxbn.LayerFold": "part of a FoldReport; its fields say what they are",
-    "jaxbn.LayerInfo": "a NamedTuple in a Frozen; its fields say what they are",
-    "jaxbn.LayerKind": "a NamedTuple in a Report; its fields say what they are",
-    "jaxbn.Steps": "a tuple of functions whose signatures stand beside its fields; make_steps shows it",
+    "jaxbn.Info": "a NamedTuple in a Frozen; its fields are documented",
+    "jaxbn.LayerDiagnosis": "part of a Diagnosis; its fields are documented",
+    "jaxbn.LayerFold": "part of a FoldReport; its fields are documented",
+    "jaxbn.LayerInfo": "a NamedTuple in a Frozen; its fields are documented",
+    "jaxbn.LayerKind": "a NamedTuple in a Report; its fields are documented",
+    "jaxbn.Steps": "a tuple of functions with their signatures at the fields; make_steps shows it",
     "jaxbn.linen.Norm": "the base of the layers, for a new method; the guide adding_a_method.md shows it",
     "jaxbn.linen.TrainState": "made by make_steps, whose example shows it; a class of Flax but for its last fields",
     "jaxbn.nnx.Norm": "the base of the layers, for a new method; the guide adding_a_method.md shows it",
@@ -56,10 +56,10 @@ SUMMARY_ONLY = {
     "jaxbn.NormParams": "a NamedTuple that batch_norm makes; its fields say their shapes",
     "jaxbn.NormTransform": "a tuple of functions; the protocol of each field documents its arguments",
     "jaxbn.Report": "made by postproc; its example shows it",
-    "jaxbn.serving.Program": "made by load_program, whose example shows it; its fields say what it holds",
-    "jaxbn.serving.Match": "made by match, whose example shows it; its methods say what they take",
-    "jaxbn.testing.Step": "a NamedTuple in a Vector; its docstring says what is in it",
-    "jaxbn.testing.Vector": "a NamedTuple that load makes; its fields say what they are",
+    "jaxbn.serving.Program": "made by load_program, whose example shows it; its fields are documented",
+    "jaxbn.serving.Match": "made by match, whose example shows it; its methods are documented",
+    "jaxbn.testing.Step": "a NamedTuple in a Vector; its docstring lists the contents",
+    "jaxbn.testing.Vector": "a NamedTuple that load makes; its fields are documented",
 }
 
 
@@ -84,7 +84,7 @@ def public_names():
 
 
 def section(doc, title):
-    """The indented lines below a title in a docstring; empty where there is no such section."""
+    """The indented lines below a title in a docstring; empty if there is no section of that title."""
     found = re.search(rf"^{title}:\n((?:(?: .*)?\n?)*)", doc, re.MULTILINE)
     return found.group(1) if found else ""
 
@@ -107,7 +107,7 @@ def test_public_names_are_documented(name, value):
     assert summary and len(summary.splitlines()) == 1 and summary.endswith("."), f"{name} has no one-line summary"
     if name in SUMMARY_ONLY:
         return
-    layer = inspect.isclass(value) and issubclass(value, flax.linen.Module)  # whose arguments are attributes
+    layer = inspect.isclass(value) and issubclass(value, flax.linen.Module)  # its arguments are attributes
     title, parameters = ("Attributes", fields(value)) if layer else ("Args", arguments(value))
     listed = re.findall(r"^    (\w+): ", section(doc, title), re.MULTILINE)
     missing = [parameter for parameter in parameters if parameter not in listed]

@@ -1,4 +1,4 @@
-"""With jax_enable_x64: float64 statistics keep their digits, and what a float32 state cannot hold does not enter it."""
+"""With jax_enable_x64: float64 statistics keep all digits, and values beyond float32 stay out of float32 states."""
 
 import jax
 import jax.numpy as jnp
@@ -87,7 +87,7 @@ def test_nor_by_the_functions_of_linen():
         install(variables, moments)
     with pytest.raises(ValueError, match="not in float32"):
         jaxbn.linen.postproc(net.apply, variables, [LARGE])
-    # What is not kept needs no rounding.
+    # Statistics that are not stored need no rounding.
     y = jaxbn.linen.adapt(net.apply, prior_count=0)(variables, LARGE)
     np.testing.assert_allclose(y.std((0, 1)), 1, rtol=1e-12)
 

@@ -46,7 +46,7 @@ class Copied(nn.Module):
 
 
 class Renamed(nn.Module):
-    """With names of its own for all variables, one more of them, and a flag as Flax's: a field or an argument."""
+    """A layer with other names for all variables, one more variable, and Flax's flag as a field or an argument."""
 
     use_running_average: bool | None = None
 
@@ -311,7 +311,7 @@ LINEN_CALLS = {
 
 
 class Mixed(nn.Module):
-    """A layer that is known beside one that is not."""
+    """A known layer next to an unknown one."""
 
     @nn.compact
     def __call__(self, x, train: bool):
@@ -525,7 +525,7 @@ def test_nnx_what_is_not_known_is_an_error_or_a_warning_that_names_it(name, data
         NNX_CALLS[name](NetNNX("unknown"), data)
     mixed = NetNNX("unknown")
     mixed.first = nnx.Sequential(mixed.first, nnx.BatchNorm(3, use_running_average=True, rngs=nnx.Rngs(0)))
-    if name in ("summary", "steps"):  # which lists what is known; the pass of the steps warns
+    if name in ("summary", "steps"):  # the summary lists known layers; the statistics pass of the steps warns
         return
     with pytest.warns(UserWarning, match=text):
         NNX_CALLS[name](mixed, data)

@@ -1,4 +1,4 @@
-"""Every entry point of both frameworks against the functions of the method itself, for every method and one's own."""
+"""Every entry point of both frameworks against the functions of the method itself, for all methods and a custom one."""
 
 import copy
 import dataclasses
@@ -357,7 +357,7 @@ def test_masks_reach_the_method():
 
 
 def test_moments_under_plain_strings():
-    """The method is told by the statistics where it can be; else it is an error that changes nothing."""
+    """The statistics tell the method where possible; otherwise there is an error, and the state stays."""
     x = jnp.array([[1.0], [3.0]])
     moments = {"": jaxbn.batch_moments(x)}
     layer = jaxbn.linen.MovingAverageBatchNorm(use_running_average=True)

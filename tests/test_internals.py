@@ -1,4 +1,4 @@
-"""What jaxbn reads of JAX and Flax beyond their documented API, each read off a program traced for the purpose."""
+"""Pins the parts of JAX and Flax beyond their documented API that jaxbn reads, each on a small traced program."""
 
 import re
 from functools import partial

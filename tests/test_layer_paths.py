@@ -1,4 +1,4 @@
-"""Keys of moments that know the method of a layer, through jit and what may lose them; names and defaults of fields."""
+"""Keys of moments that hold the method of a layer, through jit and other calls; names and defaults of fields."""
 
 import copy
 import pickle
@@ -24,7 +24,7 @@ X = jnp.asarray(np.random.default_rng(0).normal(3, 2, (ROWS, CHANNELS)), jnp.flo
 
 
 def floor_norm(*, floor=100.0, momentum=0.99):
-    """Has the statistics of batch norm, so that their names do not tell it; its variance is at least `floor`."""
+    """A method with the statistics of batch norm, so that their names do not identify it; variance at least `floor`."""
     base = jaxbn.batch_norm(momentum=momentum)
 
     def postproc(state, moments):
@@ -182,7 +182,7 @@ class NNXLearningNorm(jaxbn.nnx.Norm):
 
 
 def test_a_method_that_learns_from_the_gradient():
-    """In the steps of both frameworks, and in update_backward of NNX, whose layers know their method."""
+    """In the steps of both frameworks, and in update_backward of NNX, where layers hold their method."""
     loss_fn = lambda outputs, batch: (jnp.mean(outputs**3), {})
 
     class Learning(nn.Module):
@@ -243,7 +243,7 @@ class NNXMixNorm(jaxbn.nnx.Norm):
     factory = staticmethod(partial(mix_norm))
 
 
-def test_names_that_are_taken_and_initializers_of_nothing():
+def test_reserved_names_and_initializers_without_a_variable():
     rngs = nnx.Rngs(0)
     with pytest.raises(ValueError, match="clashing_norm has a parameter or a statistic 'mix'"):
         initial(ClashingNorm(use_running_average=True))

@@ -1,4 +1,4 @@
-"""Loops around layers, in every entry point of both frameworks, against the same turns written out one by one."""
+"""Loops around layers, in every entry point of both frameworks, against the unrolled loop."""
 
 from functools import partial
 

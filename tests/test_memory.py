@@ -1,4 +1,4 @@
-"""Nothing that a user's functions close over outlives the call that they were given to."""
+"""Values that a user's functions close over are freed after the call."""
 
 import functools
 import gc
@@ -113,7 +113,7 @@ def test_programs_are_found_again_for_the_same_functions_and_for_no_others():
         assert [int(program(models[0].method, n)(2)) for n in (1, 2)] == [3, 4]
     assert len(traces) == 3
     for _ in range(2):
-        assert int(program(Callable_(), 1)(2)) == 3  # nothing is kept
+        assert int(program(Callable_(), 1)(2)) == 3  # nothing is cached
         assert int(program(models[0], [1])(2)) == 3
     assert len(traces) == 7
 

@@ -35,7 +35,7 @@ DOMAINS = np.arange(ROWS, dtype=np.int32) % 3
 WHOLE, BY_CHANNEL, BY_ROW = P(), P("channels"), P("rows")
 VARIABLES = [(WHOLE, WHOLE), (BY_CHANNEL, BY_CHANNEL), (BY_ROW, WHOLE), (WHOLE, BY_CHANNEL)]  # (params, statistics)
 
-# One case of each method; for batch norm those that differ in what is computed.
+# One case of each method; for batch norm, those with different arithmetic.
 METHODS = {case.factory.__name__: case for case in reversed(CASES)}
 CHOSEN = {case.name for case in METHODS.values()} | {"batch_norm autodiff"}
 
@@ -82,7 +82,7 @@ def assert_same_types(after, before):
 
 
 def plain(case):
-    """(a function of everything that the plain functions of a method do, what it is called with on one device)."""
+    """(a function that calls all plain functions of a method, its arguments on one device)."""
     transform, where = case.factory(**case.arguments), where_of(case)
     params, state = transform.init(FEATURES)
     state = state._replace(mean=state.mean + 0.5, var=state.var * 1.5)
@@ -150,7 +150,7 @@ def assert_types_of_plain(found, params, state, x, mask):
 @every_kind
 @every_layout
 def test_plain_functions_can_be_traced(case, kind, layout):
-    """What an Explicit mesh refuses it refuses while tracing, for which nothing needs to be compiled."""
+    """An Explicit mesh raises its errors while tracing, so these tests do not compile."""
     everything, arguments = plain(case)
     there = plain_on(mesh_of(kind), arguments, *layout)
     for context in contextlib.nullcontext(), jax.set_mesh(mesh_of(kind)):
@@ -469,7 +469,7 @@ def test_statistics_pass(framework, name, kind):
         assert_close(found, expected)
         assert_same_types(found, variables)
         assert list(report.layers) == ["norm_0", "norm_1"]
-    if name != "domain_batch_norm":  # whose statistics no layer can take up
+    if name != "domain_batch_norm":  # no layer accepts its statistics
         folded = framework.folded(found, batches[0])
         assert_close(folded, framework.folded(expected, X[0]))
     assert_close(framework.call(found, batches[0]), framework.call(expected, X[0]))

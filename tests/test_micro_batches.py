@@ -1,4 +1,4 @@
-"""`move_averages` in both hosts: the running averages move once, by the moments of all micro-batches together.
+"""`move_averages` in linen and NNX: updates the running averages once, with the moments of all micro-batches.
 
 What is right is computed in float64 over the inputs of the layers, each micro-batch being normalized by itself.
 """
@@ -47,10 +47,10 @@ class Loop:
         self.net = host.net(axis_name=axis_name)
         self.params, self.others, self.join = split(started(host, self.net))
         self.package = host.package
-        self.momentum = (MOMENTUM,) if host is LINEN else ()  # which NNX has with its layers
+        self.momentum = (MOMENTUM,) if host is LINEN else ()  # NNX's layers hold it
 
     def captured(self, call):
-        """The call of (what moves, batch), as one of (params, other variables, batch) that returns moments too."""
+        """The call of (state, batch), as a call of (params, other variables, batch) that also returns moments."""
         capture = self.package.capture_moments(call, mode="as_called")
         return lambda params, others, batch: capture(self.join(params, others), batch)
 
@@ -81,7 +81,7 @@ def expected_averages(others, params, batches):
 
 
 @every_host
-def test_averages_move_once_for_each_step_of_the_optimizer(host):
+def test_averages_are_updated_once_for_each_step_of_the_optimizer(host):
     loop, batches = Loop(host), make_batches(2 * PARTS)
     params, others, optimizer = loop.params, loop.others, OPTIMIZER.init(loop.params)
     for micro_batches in (batches[:PARTS], batches[PARTS:]):
@@ -95,7 +95,7 @@ def test_averages_move_once_for_each_step_of_the_optimizer(host):
 
 
 @every_host
-def test_layers_left_alone_would_move_once_for_each_micro_batch(host):
+def test_layers_by_themselves_would_update_once_for_each_micro_batch(host):
     """And without the variance between the micro-batches: what `move_averages` is for."""
     loop, micro_batches = Loop(host), make_batches(PARTS)
     expected = expected_averages(loop.others, loop.params, micro_batches)
@@ -139,7 +139,7 @@ def test_micro_batches_of_a_scan_inside_the_call_are_pooled(host):
 
 @pytest.mark.sample(every=2)
 @every_host
-def test_with_multi_steps_of_optax_the_averages_move_when_the_parameters_do(host):
+def test_with_multi_steps_of_optax_the_averages_are_updated_with_the_parameters(host):
     loop, batches = Loop(host), make_batches(2 * PARTS)
     optimizer = optax.MultiSteps(OPTIMIZER, PARTS)
 
@@ -196,7 +196,7 @@ every_average = pytest.mark.parametrize("case", AVERAGES, ids=lambda case: case.
 
 
 def layer_of(host, case):
-    """(what moves, move), where move(what moves, moments, **options) is that of the host."""
+    """(state, move), where move(state, moments, **options) is that of the framework."""
     if host is NNX:
         return case.nnx_module(3), jaxbn.nnx.move_averages
     moving = case.linen_module(use_running_average=False).init(jax.random.key(0), jnp.ones((2, 3)))
@@ -212,7 +212,7 @@ def state_of(moving):
 
 @every_host
 @every_average
-def test_every_average_moves_as_by_one_large_batch(host, case):
+def test_every_average_is_updated_as_by_one_large_batch(host, case):
     """By the formula that the layer itself follows, for a batch of all rows."""
     moving, move = layer_of(host, case)
     expected = jax.tree.map(np.float64, state_of(moving))
@@ -230,7 +230,7 @@ def test_every_average_moves_as_by_one_large_batch(host, case):
 @every_host
 @every_average
 @pytest.mark.parametrize("bad", ["nothing seen", np.nan, np.inf], ids=str)
-def test_moments_of_nothing_and_of_nan_leave_everything(host, case, bad):
+def test_empty_moments_and_nan_keep_the_state(host, case, bad):
     moving, move = layer_of(host, case)
     for batch in make_batches(2):
         good = {"": jaxbn.batch_moments(batch["x"])}
@@ -252,7 +252,7 @@ def test_a_horizon_wants_to_know_the_samples(host):
         move(moving, moments)
 
 
-def test_where_nothing_is_averaged_nothing_moves():
+def test_layers_without_averages_stay_the_same():
     moments = {"": jaxbn.batch_moments(make_batches(1)[0]["x"])}
     moving, move = layer_of(LINEN, NO_AVERAGE)
     with pytest.raises(ValueError, match="not known how '' averages"):
@@ -260,7 +260,7 @@ def test_where_nothing_is_averaged_nothing_moves():
     call = lambda variables, x: NO_AVERAGE.linen_module(use_running_average=True).apply(variables, x)
     _, captured = jaxbn.linen.capture_moments(call)(moving, make_batches(1)[0]["x"])
     chex.assert_trees_all_equal(jaxbn.linen.move_averages(moving, captured), moving)
-    moving, move = layer_of(NNX, NO_AVERAGE)  # of which some layers may have an average and others none
+    moving, move = layer_of(NNX, NO_AVERAGE)  # some layers may have an average, others none
     chex.assert_trees_all_equal(state_of(move(moving, moments)), state_of(moving))
 
 

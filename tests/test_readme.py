@@ -1,4 +1,4 @@
-"""README and guides tell the truth: blocks run and print what they say, errors are raised, links lead somewhere."""
+"""README and guides are correct: blocks run and print the text shown, errors are raised, and links resolve."""
 
 import contextlib
 import doctest

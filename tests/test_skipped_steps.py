@@ -1,4 +1,4 @@
-"""`step_if`: a step whose gradients overflowed leaves everything as it was, the statistics too.
+"""`step_if`: a step with overflowed gradients keeps the whole state, including the statistics.
 
 End to end with networks in float16 and the loss scale of Flax.
 """
@@ -75,7 +75,7 @@ def scale_of(value):
 
 @pytest.mark.sample(every=2)
 @every_host
-def test_a_step_whose_gradients_overflow_leaves_everything(host):
+def test_a_step_with_overflowed_gradients_keeps_the_state(host):
     state, step = make_step(host)
     step, scale, taken = jax.jit(step), scale_of(2.0**18), []
     for batch in make_batches(8):
@@ -115,7 +115,7 @@ def test_all_devices_skip_where_the_gradients_of_one_overflow(host, way):
 
 
 def test_a_loop_of_nnx_keeps_model_and_optimizer():
-    """With nnx.jit and nnx.Optimizer, whose state is taken and put back as a whole."""
+    """With nnx.jit and nnx.Optimizer; the state is read and restored as a whole."""
     net = jaxbn.nnx.BatchNorm(3, dtype=jnp.float16, rngs=nnx.Rngs(0))
     optimizer = nnx.Optimizer(net, OPTIMIZER, wrt=nnx.Param)
 

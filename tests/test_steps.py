@@ -1,4 +1,4 @@
-"""`make_steps` in both hosts: train, postproc and eval as pure functions, on one device and on eight.
+"""`make_steps` in linen and NNX: train, postproc and eval as pure functions, on one device and on eight.
 
 The oracles are the formulas in float64, and loops that were written by hand with Flax alone.
 """
@@ -134,7 +134,7 @@ def test_a_loop_written_by_hand_gives_the_same(host, kind):
 
 
 def rows_first(batches):
-    """Batches as one, whose first axis is that over which rows are spread."""
+    """Batches as one array; rows are sharded along its first axis."""
     return jax.tree.map(lambda *arrays: np.stack(arrays, 1), *batches)
 
 
@@ -216,7 +216,7 @@ def test_state_and_accumulator_stay_on_the_devices_from_call_to_call(host, way):
 
 @pytest.mark.sample(every=2)
 @every_host
-def test_donated_state_is_gone_and_what_was_frozen_lives(host):
+def test_donated_state_is_deleted_and_frozen_networks_stay_valid(host):
     steps, batches, *_ = trained(host)
     train_step = jax.jit(steps.train_step, donate_argnums=0)
     postproc_step = jax.jit(steps.postproc_step, donate_argnums=1)
@@ -358,7 +358,7 @@ def test_nnx_key_of_a_step_leaves_the_streams_of_the_state():
 @pytest.mark.parametrize(
     "host, way", [(LINEN, "pmap"), (NNX, "pmap"), (NNX, "shard_map")], ids=["linen pmap", "nnx pmap", "nnx shard_map"]
 )
-def test_each_device_may_have_a_key_of_its_own(host, way):
+def test_each_device_may_have_its_own_key(host, way):
     """And the state is the same on all devices, which shard_map and `run` check."""
     steps, (batch,) = host.steps(host.net(rate=0.5, axis_name=AXIS), axis_name=AXIS), make_batches(1)
 
@@ -381,7 +381,7 @@ def without_keys(leaf):
 
 
 @every_host
-def test_nothing_is_dropped_in_postproc_and_in_eval(host):
+def test_dropout_is_off_in_postproc_and_in_eval(host):
     steps, batches, state = dropping(host)
     state = train(steps, state, batches, rng=KEY)
     frozen, _ = steps.finalize(state, estimate(steps, state, batches))
@@ -443,7 +443,7 @@ def test_without_running_averages_the_statistics_come_from_a_pass(host):
 
 
 @every_host
-def test_finalize_refuses_what_are_no_statistics(host):
+def test_finalize_refuses_other_objects_than_statistics(host):
     steps, batches, state, acc = trained(host)
     with pytest.raises(ValueError, match="The statistics of 'norm_0' were never estimated.*[Tt]rain"):
         steps.finalize(steps.init(KEY, batches[0]))
@@ -586,7 +586,7 @@ def test_layers_that_do_not_synchronize_are_an_error(host, kind, axis_name):
 
 @pytest.mark.sample(every=2)
 @pytest.mark.parametrize("host, way", [(LINEN, "pmap"), (NNX, "shard_map")], ids=["linen pmap", "nnx shard_map"])
-def test_a_pass_merges_what_unsynchronized_layers_saw(host, way):
+def test_a_pass_merges_the_moments_of_unsynchronized_layers(host, way):
     """Layers that keep no averages may normalize with the rows of their own device."""
     steps, (batch,) = host.steps(host.net(momentum=None), axis_name=AXIS), make_batches(1, rows=32)
 

@@ -1,4 +1,4 @@
-"""Weights of the examples, in a layer to which the model gives a mask: what counts is the product of both."""
+"""Weights of examples in a layer with a mask: the product of both applies."""
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ GIVEN = {
 
 
 class Model:
-    """One layer, whose mask is a part of the batch."""
+    """One layer; its mask is part of the batch."""
 
     def __init__(self, framework, case):
         self.case, self.package = case, getattr(jaxbn, framework)
@@ -85,7 +85,7 @@ def test_moments_are_those_of_the_product(name, framework):
     pytest.param(case, id=case.name, marks=pytest.mark.slow) for case in CASES[1:]
 ])  # fmt: skip
 def test_every_entry_point_weighs_with_the_product(case, framework):
-    """It does what it does where the mask of the model is the product, and there are no weights."""
+    """The result equals that of a model with the product as its mask and no weights."""
     model = Model(framework, case)
     apart, together = {"x": X, "mask": MASK}, {"x": X, "mask": PRODUCT}
     for mode in ("batch", "eval"):

@@ -1,4 +1,4 @@
-"""Derivatives of all that runs a model for its user: in float64 against central differences, and against stock Flax.
+"""Derivatives of all functions that run a user's model: in float64 against central differences, and against stock Flax.
 
 The statistics of a batch depend on the batch, and gradients flow through them; no gradient flows into stored ones.
 """
@@ -29,7 +29,7 @@ STEP = 1e-5
 COMPILER_OPTIONS = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 BY_NAME = {"stock": None} | {case.name: case for case in CASES}
-# One of each method; what the others differ in, such as how averages move, mostly does nothing here.
+# One case of each method; the others mostly differ in their averages, which have no influence here.
 FAST = [("linen", name) for name in ("batch_norm", "moving_average_batch_norm", "domain_batch_norm")]
 FAST += [("nnx", name) for name in ("stock", "batch_renorm", "ghost_batch_norm")]
 ALL = [(framework, name) for framework in ("linen", "nnx") for name in BY_NAME]
@@ -67,7 +67,7 @@ class NNXNet(nnx.Module):
 
 
 class Model:
-    """A net in one of the frameworks, taken apart: what is learned and its statistics, in float64."""
+    """A net in one of the frameworks, split into parameters and statistics, in float64."""
 
     def __init__(self, framework, name):
         self.framework, case = framework, BY_NAME[name]
@@ -138,7 +138,7 @@ class Model:
         return run
 
     def folded(self):
-        """The call of the folded net, whose variables stay."""
+        """The call of the folded net; its variables are constants."""
         moving = self.together(self.learned, self.statistics)
         if self.framework == "linen":
             call, variables, _ = self.package.fold(self.call, moving, self.x)
@@ -149,7 +149,7 @@ class Model:
 
 
 def assert_derivatives(model, losses):
-    """In one direction of what is learned and the input; gives back the derivative by the statistics."""
+    """In one direction of the parameters and the input; returns the derivative with respect to the statistics."""
     losses = list(losses)
 
     def total(learned, statistics, x):  # sqrt(2), sqrt(3), ...: what one of them lacks, no other makes up for

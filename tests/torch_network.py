@@ -1,4 +1,4 @@
-"""Writes torch_network.json: a small network of PyTorch, what it computes, and what two steps of training make of it.
+"""Writes torch_network.json: a small network of PyTorch, its outputs, and its state after two training steps.
 
 Run it with PyTorch, which the tests do without: `python tests/torch_network.py`.
 """

@@ -34,7 +34,7 @@ class NnxNet(nnx.Module):
     def __init__(self, rngs):
         self.first, self.second = nnx.Linear(3, 4, rngs=rngs), nnx.Linear(4, 4, rngs=rngs)
         self.norms = nnx.List([nnx.BatchNorm(4, rngs=rngs), jaxbn.nnx.BatchRenorm(4, rngs=rngs)])
-        self.dropout = nnx.Dropout(0.5, deterministic=True, rngs=rngs)  # whose state holds a random key
+        self.dropout = nnx.Dropout(0.5, deterministic=True, rngs=rngs)  # its state holds a random key
 
     def __call__(self, x):
         x = self.dropout(nnx.relu(self.norms[0](self.first(x))))
@@ -42,7 +42,7 @@ class NnxNet(nnx.Module):
 
 
 def mesh(kind=AxisType.Explicit):
-    """Over all devices; with Explicit axes, as `jax.make_mesh` makes them if nothing is said."""
+    """Over all devices; with Explicit axes, the default of `jax.make_mesh`."""
     return jax.make_mesh((DEVICES,), ("data",), (kind,), devices=jax.devices()[:DEVICES])
 
 
@@ -146,7 +146,7 @@ def diagnosed_nnx():
 
 
 def stepped(spread):
-    """A loop of one's own, which runs the same program on all processes; the state may be spread over them."""
+    """A custom loop, which runs the same program on all processes; the state may be sharded over them."""
     steps = jaxbn.linen.make_steps(Net(), lambda y, _: (jnp.mean(y), {}), optax.sgd(0.1), inputs=lambda batch: batch)
     given = batches(3, AxisType.Auto)
     state = spread(steps.init(jax.random.key(0), np.zeros((2, 3), np.float32)))
@@ -209,7 +209,7 @@ AGREE = {
     "steps, sharded parameters": lambda: stepped(sharded),
 }
 
-# What fails in both, with what is in the messages of process 0 and 1.
+# Errors in both processes, with the messages of process 0 and 1.
 FAIL = {
     "none on one": (lambda p: linen([] if p else batches(3)), ["RuntimeError: .*have global batches.*none"] * 2),
     "fewer on one": (

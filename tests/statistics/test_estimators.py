@@ -85,7 +85,7 @@ def test_merge_is_the_whole_in_order(which, cut, batches):
 
 
 @every_estimator
-def test_batches_in_which_a_layer_saw_nothing_do_not_count(which, batches):
+def test_batches_in_which_a_layer_has_no_values_do_not_count(which, batches):
     estimator = formulas(batches)[which][0]
     empty = measured([np.zeros((0, 3), np.float32)])
     moments = measured(batches)
@@ -94,7 +94,7 @@ def test_batches_in_which_a_layer_saw_nothing_do_not_count(which, batches):
 
 
 @every_estimator
-def test_nothing_seen_is_count_0(which, batches):
+def test_without_batches_the_count_is_0(which, batches):
     estimator = formulas(batches)[which][0]
     found = run(estimator, measured([np.zeros((0, 3), np.float32)]))
     np.testing.assert_array_equal(found.count, 0)
@@ -102,7 +102,7 @@ def test_nothing_seen_is_count_0(which, batches):
 
 
 def test_pooled_is_right_where_the_mean_of_batches_is_not(batches):
-    """PyTorch's update_bn is the mean of batches; on such data it is far off."""
+    """PyTorch's update_bn is the mean of batches; it is wrong for such data."""
     truth = np.concatenate(batches).mean(0)
     np.testing.assert_allclose(run(jaxbn.pooled(), measured(batches)).mean, truth, rtol=1e-6)
     assert (run(jaxbn.mean_of_batches(), measured(batches)).mean > 2 * truth).all()

@@ -11,7 +11,7 @@ import pytest
 
 KILLS = 8
 
-# The pass, saved after each batch; it goes on from what is there. Each batch waits for a line of input, or for its end.
+# The pass, saved after each batch and resumed from the file. Each batch waits for a line of input, or for its end.
 PROGRAM = """
 import itertools, os, sys
 import flax.linen as nn

@@ -55,7 +55,7 @@ def rows(report):
 
 @every_host
 def test_the_numbers_of_a_pass(host):
-    """Of the first layer, whose input does not depend on statistics; the last batch is smaller."""
+    """In the first layer, since its input does not depend on statistics; the last batch is smaller."""
     data = [batch["x"] for batch in make_batches(8)]
     data[-1] = data[-1][:5]
     net = host.net(momentum=0.9)
@@ -96,8 +96,8 @@ def test_one_batch_and_averages_that_forget_have_no_errors():
         assert report.layers[""].per_batch == 3
 
 
-def test_constant_channels_say_nothing_of_the_others():
-    """Their variance is 0, or what rounding makes of it, and nothing can be measured in it."""
+def test_constant_channels_do_not_affect_the_others():
+    """Their variance is 0 up to rounding, so distances relative to it are undefined."""
     some, none = layer(0.5, constant=2), layer(0.5)
     assert some.summary == pytest.approx(none.summary)
     assert some.constant.tolist() == [True, True, False, False]

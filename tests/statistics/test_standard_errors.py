@@ -62,7 +62,7 @@ def test_formula(estimator, kind, batches):
 @pytest.mark.parametrize("estimator", [POOLED, MEANS], ids=["pooled", "mean of batches"])
 @pytest.mark.parametrize("cut", [0, 1, 5, len(SIZES)])
 def test_merged_about_another_shift(estimator, cut, batches):
-    """The second part starts at a batch of its own; either may be empty."""
+    """The second part has its own origin; either may be empty."""
     first, second = batches[:cut], [batch + np.float32(4) for batch in batches[cut:]]
     nothing = accumulated(estimator, [batches[0][:0]])
     parts = [accumulated(estimator, part) if part else nothing for part in (first, second)]

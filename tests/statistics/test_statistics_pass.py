@@ -28,7 +28,7 @@ def data():
 
 
 class Model:
-    """A network of one host with its values, and the pass over it."""
+    """A network in one framework with its values, and the pass over it."""
 
     def __init__(self, host, layer="ours"):
         self.host, net = host, host.net(getattr(host, layer))
@@ -74,7 +74,7 @@ def test_consistent_statistics_are_those_of_all_data_whatever_the_batches(host, 
 
 @pytest.mark.sample(every=2)
 @every_host
-def test_layer_k_stands_still_after_k_sweeps(host, data):
+def test_layer_k_is_exact_after_k_sweeps(host, data):
     model, exact = Model(host), pooled_in_float64(Model(host).params, [data])
     _, report = model.postproc(in_batches(data, 7), consistent=True, tolerance=0)
     assert (report.sweeps, report.change) == (len(LAYERS) + 1, 0.0)
@@ -87,7 +87,7 @@ def test_layer_k_stands_still_after_k_sweeps(host, data):
 
 @every_host
 def test_the_last_change_is_that_of_each_layer(host, data):
-    """The first layer is right after the first sweep, and the second one moves in the second sweep."""
+    """The first layer is right after the first sweep, and the second one changes in the second sweep."""
     _, report = Model(host).postproc(in_batches(data, 7), consistent=True, max_sweeps=2)
     first, second = (report.layers[layer].last_change for layer in LAYERS)
     assert first < 1e-6 < 1e-2 < second == report.change
@@ -178,7 +178,7 @@ def filled(batches, size):
 @every_host
 @pytest.mark.parametrize("consistent, devices", [(False, None), (True, mesh())], ids=["once", "consistent, 8 devices"])
 def test_examples_of_weight_0_are_as_if_they_were_not_there(host, consistent, devices, data):
-    """One batch is whole, one is filled up by half, one holds nothing at all."""
+    """One batch is full, one is half padding, one is all padding."""
     model, parts = Model(host, "stock"), [data[:16], data[400:408], data[:0]]
     found, report = model.postproc(filled(parts, 16), weights=weight_of, consistent=consistent, mesh=devices)
     exact = pooled_in_float64(model.params, [np.concatenate(parts)] if consistent else parts[:2])
@@ -254,7 +254,7 @@ def test_weights_multiply_a_mask_of_the_model(data):
 
 
 @every_host
-def test_nothing_of_the_weights_is_left_in_what_the_call_returns(host, data):
+def test_the_weights_do_not_leak_into_the_result_of_the_call(host, data):
     if host is LINEN:
         net = nn.BatchNorm(use_running_average=False)
         variables = net.init(jax.random.key(0), data[:4])
@@ -273,7 +273,7 @@ def test_nothing_of_the_weights_is_left_in_what_the_call_returns(host, data):
 
 
 @every_host
-def test_batches_that_are_not_finite_are_left_out_and_counted(host, data):
+def test_batches_that_are_not_finite_are_skipped_and_counted(host, data):
     model, batches = Model(host), in_batches(data[:60].copy(), 20)
     clean, _ = model.postproc([batches[0], batches[2]])
     batches[1][7, 1] = np.inf
@@ -283,7 +283,7 @@ def test_batches_that_are_not_finite_are_left_out_and_counted(host, data):
     assert_same_statistics(found, clean, 1e-6)
     assert (report.batches, report.skipped) == (3, 1)
     assert "3 batches, 1 of which were not finite and left out" in str(report)
-    with pytest.raises(ValueError, match="Batch 0"):  # nothing would be left
+    with pytest.raises(ValueError, match="Batch 0"):  # no batch would be left
         model.postproc([batches[1]], skip_nonfinite=True)
 
 
@@ -318,7 +318,7 @@ def test_on_a_mesh_as_on_one_device(host, consistent, data):
 
 @pytest.mark.sample(every=2)
 @every_host
-def test_batches_that_are_spread_already_compile_once(host, data):
+def test_batches_that_are_sharded_already_compile_once(host, data):
     model, on, traces = Model(host), mesh(), []
     spread = [jax.device_put(batch, NamedSharding(on, P("devices"))) for batch in in_batches(data[:256], 64)]
 

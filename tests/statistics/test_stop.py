@@ -1,4 +1,4 @@
-"""The stop rule of the pass: where it stops, what it reads, and what it does not wait for."""
+"""The stop rule of the pass: when it stops, how many batches it reads, and when it blocks."""
 
 import itertools
 
@@ -28,7 +28,7 @@ def endless(kind="normal", seed=0):
 
 
 def layer_alone(host, batches, **options):
-    """A normalization and nothing else, so that its input is known."""
+    """A single normalization, so that its input is known."""
     if host is NNX:
         return jaxbn.nnx.postproc(jaxbn.nnx.BatchNorm(3, rngs=nnx.Rngs(0)), batches, **options)
     net = jaxbn.linen.BatchNorm(use_running_average=True)
@@ -51,7 +51,7 @@ def test_an_endless_source_ends_near_the_number_of_values_that_is_needed(host, k
 
 
 def test_the_mean_decides_where_batches_differ_in_it():
-    """Means of batches of std 1 beside values of std 1: their mean is known to 1 / sqrt(2 B), 0.1 takes 50 batches."""
+    """Batch means of std 1 and values of std 1: the error of the mean is 1 / sqrt(2 B), so 0.1 takes 50 batches."""
     rng = np.random.default_rng(0)
     batches = (rng.normal(rng.normal(size=(1, 3)), 1, (200, 3)).astype(np.float32) for _ in itertools.count())
     _, report = layer_alone(LINEN, batches, stop_when=0.1)
@@ -59,7 +59,7 @@ def test_the_mean_decides_where_batches_differ_in_it():
     assert report.batches in (41, 62, 93, 140) and max(mean, var) <= 0.1
 
 
-def test_decisions_are_rare_and_nothing_else_waits(monkeypatch):
+def test_only_decisions_block_and_they_are_rare(monkeypatch):
     asked = []
 
     def never(state, **_):
@@ -108,7 +108,7 @@ def test_later_sweeps_read_as_many_batches_as_the_first(host):
 
 
 def test_a_batch_that_is_not_finite_is_an_error_at_the_next_decision():
-    """And not after all batches, of which there may be no end; left out, it counts for nothing."""
+    """And not after all batches, which may be endless; a skipped batch has no influence."""
     bad = np.full((ROWS, 3), np.nan, np.float32)
     source = endless()
     with pytest.raises(ValueError, match=r"Batch 0 \(counted from 0\)"):
@@ -126,13 +126,13 @@ def test_the_bar_ends_with_the_pass(capfd):
 
 
 @pytest.mark.parametrize("estimator", [jaxbn.mean_of_batches(), jaxbn.pooled(unbiased=True)], ids=["means", "pooled"])
-def test_other_estimators_whose_batches_weigh_alike(estimator):
+def test_other_estimators_with_equal_weights(estimator):
     _, report = layer_alone(LINEN, endless(), stop_when=0.1, estimator=estimator)
     assert report.stopped and report.batches in CHECKS
 
 
 @every_host
-def test_what_cannot_stop_is_refused_before_the_first_batch(host):
+def test_estimators_without_errors_are_refused_before_the_first_batch(host):
     source = endless()
     with pytest.raises(
         ValueError, match=r"stop_when needs standard errors, and moving_average\(0.9\) has none: its last"

@@ -1,4 +1,4 @@
-"""A diagnosis gives no all-clear beside a gap of the outputs, or beside anything that it could not judge."""
+"""A diagnosis never says that all is well if the outputs differ, or if it could not judge a layer."""
 
 import functools
 
@@ -107,7 +107,7 @@ def test_layers_that_training_never_updates_are_told_in_the_call_of_training():
     never = next(finding for finding in found.findings if finding.name == "never_trains")
     assert set(never.layers) == {"norm_1", "norm_2"}
     assert "evaluates 2 of 3 layers" in never.text
-    # What is said of the size of the batches is said of the layer that minds it.
+    # The finding about the batch size names the layer that is sensitive to it.
     assert {layer for finding in found.findings if finding.name == "tiny_batches" for layer in finding.layers} == {
         "norm_0"
     }
@@ -119,7 +119,7 @@ def test_layers_that_training_never_updates_are_told_in_the_call_of_training():
     np.testing.assert_allclose(found.output_gap, gap, rtol=1e-4)
 
 
-def test_layers_that_nothing_ever_updated_are_told_in_a_call_of_evaluation():
+def test_layers_that_were_never_updated_are_reported_in_a_call_of_evaluation():
     _, variables, x = blocks((True, True, False))
     net = Blocks((True, True, False))
     found = jaxbn.linen.diagnose(lambda v, x: net.apply(v, x, False), variables, x)
@@ -182,7 +182,7 @@ def test_a_gap_that_no_layer_explains_is_a_finding():
     assert found.output_gap > 0.5 and ALL_CLEAR not in str(found)
 
 
-def test_a_layer_whose_running_averages_stagnate_is_told(rng):
+def test_a_layer_with_stagnating_running_averages_is_reported(rng):
     net = nn.BatchNorm(use_running_average=True)
     x = 1e5 + rng.standard_normal((5, 32, 2)).astype(np.float32)
     variables = {"batch_stats": {"mean": jnp.full(2, 1e5), "var": jnp.ones(2)}}

@@ -1,4 +1,4 @@
-"""The reference vectors: made anew they are the same, and the library gives their numbers in every host."""
+"""The reference vectors: regenerated files are equal, and the library reproduces them in every framework."""
 
 import contextlib
 import functools
@@ -98,7 +98,7 @@ HOSTS = {"core": core, "linen": linen, "nnx": nnx_module}
 
 
 def steps_of(calls, devices, measure):
-    """The training and the evaluation of several calls at once: compiled together, what they share is compiled once."""
+    """The training and the evaluation of several calls at once: compiled together, so common parts compile once."""
 
     def spread(call, params, state, x, mask, where):
         if devices == 1:

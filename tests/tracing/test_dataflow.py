@@ -1,4 +1,4 @@
-"""Who makes values and who uses them, read off small programs."""
+"""Producers and users of values in small programs."""
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ def labels(nodes):
     return [node.label for node in nodes]
 
 
-def test_calls_are_inlined_and_what_nothing_needs_is_left_out():
+def test_calls_are_inlined_and_dead_code_is_removed():
     @jax.jit
     def inner(x):
         jnp.exp(x)  # of no use

@@ -67,7 +67,7 @@ def test_every_rule_has_a_program():
     assert reached >= _harvest._RULES.keys()
 
 
-# Stacked layers: the index is sliced beside the statistics
+# Stacked layers: the index is sliced together with the statistics
 
 
 STACK_PROGRAMS = {
@@ -312,7 +312,7 @@ def test_limit_derivatives_inside(program, times):
     assert_moments(got, Moments(times * expected.count, expected.mean, times * expected.m2))
 
 
-# What is refused
+# Unsupported programs
 
 
 def test_unknown_primitive_is_named():
@@ -546,7 +546,7 @@ def test_moments_come_out_with_their_derivative(name):
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_mark_compiles_to_nothing():
+def test_sow_compiles_to_no_operation():
     x, index = inputs(), jnp.asarray(FLAT_INDEX)
     with_sow, bare = (instructions(jax.jit(fun).lower(x, index)) for fun in (normed, lambda x, index: jnp.tanh(x)))
     assert {op for op in with_sow if op[1] != "parameter"} == {op for op in bare if op[1] != "parameter"}

@@ -105,14 +105,14 @@ def test_inside_without_jit(name):
 
 
 def test_marks_on_some_devices_only():
-    """A cond whose predicate differs from device to device."""
+    """A cond with a predicate that differs between devices."""
     x = inputs(ALL) + 9 * jnp.where(jnp.arange(len(inputs(ALL))) < 3 * ROWS, 1, -1)[:, None]
     program = sharded(lambda x, i: lax.cond(x.sum() > 0, normed, lambda x, i: x, x, i))
     assert_seen(jax.jit(harvest(program)), x, [(FLAT_INDEX, x[: 3 * ROWS])])
 
 
 @every_check
-def test_devices_that_see_nothing_and_devices_that_see_little(check_vma):
+def test_devices_with_no_values_and_devices_with_few(check_vma):
     """A mask that leaves some devices without a row."""
     x, valid = inputs(ALL), np.random.default_rng(0).random(ALL) > 0.6
     valid[: 3 * ROWS] = False
@@ -243,7 +243,7 @@ def test_nested(inner, outer, check_vma):
 
 
 @every_check
-def test_nested_with_nothing_left_to_map(check_vma):
+def test_nested_without_axes_left_to_map(check_vma):
     inside = partial(jax.shard_map, in_specs=(P(), P()), out_specs=P(), axis_names={"a", "b"}, check_vma=check_vma)
     program = sharded(lambda x, i: inside(normed)(x, i), check_vma, on=grid(), rows=P("a"))
     assert_seen(jax.jit(harvest(program)), inputs(ALL), [(FLAT_INDEX, inputs(ALL))])
@@ -252,7 +252,7 @@ def test_nested_with_nothing_left_to_map(check_vma):
 @every_check
 @pytest.mark.parametrize("axis_names", ["b", "ab"])
 def test_harvest_within_the_users_shard_map(axis_names, check_vma):
-    """What it runs inside is pooled; the records are still those of one device of the user's own."""
+    """An inner shard_map is pooled; the records are still those of one device of the outer one."""
     specs = {"in_specs": (P("b"), P()), "out_specs": P("b"), "axis_names": set(axis_names)}
 
     def program(x, index):
@@ -286,7 +286,7 @@ def test_axes_that_are_left_to_the_compiler_stay_so(inner, outer):
     assert manual_axes(before) == manual_axes(after) and len(manual_axes(before)) == 2
 
 
-# Meshes of two axes: what is the same along one of them counts once
+# Meshes of two axes: values that are equal along one of them count once
 
 
 KINDS = [(AUTO, AUTO), (EXPLICIT, EXPLICIT), (EXPLICIT, AUTO), (AUTO, EXPLICIT)]
@@ -304,7 +304,7 @@ def placed(x, rows, on):
     [(P(("b", "a")), "ab"), (P("a"), "ab"), (P("b"), "ab"), (P(), "ab"), (P("a"), "a"), (P(), "b")],
     ids=["both", "over a", "over b", "none", "over a, manual a", "none, manual b"],
 )
-def test_axes_over_which_nothing_is_divided(rows, axis_names, kinds, check_vma):
+def test_axes_over_which_no_array_is_sharded(rows, axis_names, kinds, check_vma):
     on, x = grid(*kinds), inputs(ALL)
     program = sharded(normed, check_vma, on=on, rows=rows, axis_names=set(axis_names))
     given, index = placed(x, rows, on)
@@ -353,7 +353,7 @@ def test_features_on_different_devices(check_vma):
 
 @every_check
 def test_differences_that_no_spec_tells_of(check_vma):
-    """Of b, over which nothing is divided, an operation inside makes a difference."""
+    """No array is sharded over b, but an operation inside varies over it."""
     programs = {
         "axis_index": lambda x, i: normed(x + lax.axis_index("b").astype(jnp.float32), i),
         "psum_scatter": lambda x, i: normed(lax.psum_scatter(x, "b", tiled=True) / 4, i),
@@ -373,7 +373,7 @@ def test_differences_that_no_spec_tells_of(check_vma):
 
 @pytest.mark.parametrize(("check_vma", "times"), [(True, 1), (False, 4)], ids=["checked", "unchecked"])
 def test_limit_operations_that_name_an_axis(check_vma, times):
-    """The mean over b makes no difference along b, which only the types tell."""
+    """The mean over b does not vary along b, which only the types show."""
 
     def layer(x, index):
         x = lax.pcast(x, "b", to="varying") if check_vma else x
