@@ -149,7 +149,7 @@ def test_batches_without_rows(package):
 
 @pytest.mark.parametrize("estimator", [jaxbn.constant(0.9), jaxbn.cumulative(), "pooled", jaxbn.pooled, None])
 def test_what_is_no_estimator(estimator):
-    said = "an average for `momentum`.*" * isinstance(estimator, jaxbn.Averaging) + "Give jaxbn.pooled"
+    said = "an average for the `momentum`.*" * isinstance(estimator, jaxbn.Averaging) + "Pass jaxbn.pooled"
     for run in (
         lambda: jaxbn.linen.postproc(NET.apply, VARIABLES, [X], estimator=estimator),
         lambda: jaxbn.nnx.postproc(MODEL, [X], estimator=estimator),

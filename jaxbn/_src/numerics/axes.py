@@ -124,27 +124,30 @@ def weights_like(mask: ArrayLike | None, x: jax.Array) -> jax.Array | None:
     """
     if mask is None:
         return None
-    weights, shape = jnp.asarray(mask), x.shape
-    try:
-        fits = jnp.broadcast_shapes(weights.shape, shape) == shape
-    except ValueError:
-        fits = False
-    if not fits:
-        leading = weights.shape == shape[: weights.ndim]
-        fix = f"mask.reshape({weights.shape + (1,) * (len(shape) - weights.ndim)})" if leading else "one that does"
-        raise ValueError(
-            f"A mask of shape {weights.shape} does not broadcast to the input {shape}: shapes are aligned at "
-            f"the last axis. Pass {fix}."
-        )
-    front, back = weights.shape + (1,) * (len(shape) - weights.ndim), (1,) * (len(shape) - weights.ndim) + weights.shape
-    # NumPy would align the mask at the last axis; users often mean rows. Where both fit, refuse to guess.
-    if weights.size > 1 and front != back and weights.shape == shape[: weights.ndim]:
-        raise ValueError(
-            f"A mask of shape {weights.shape} fits the leading axes of the input {shape} as well as the last "
-            f"ones, along which shapes are aligned. Pass mask.reshape({front}) for the leading axes, as of rows, or "
-            f"mask.reshape({back})."
-        )
+    weights = jnp.asarray(mask)
+    shape = _aligned(weights.shape, x.shape)
     if jnp.issubdtype(weights.dtype, jnp.complexfloating):
         raise TypeError(f"A mask must hold booleans or real weights, but this one is {weights.dtype}.")
-    weights = weights.reshape(back).astype(jnp.float32)
+    weights = weights.reshape(shape).astype(jnp.float32)
     return _explicit_meshes.on_values(lax.stop_gradient(jnp.where(weights > 0, weights, 0)), x)
+
+
+def _aligned(mask: tuple[int, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of a mask with the rank of the input; raises a ValueError if it does not fit or is ambiguous."""
+    ones = (1,) * (len(shape) - len(mask))
+    front, back = mask + ones, ones + mask
+    fits_leading = mask == shape[: len(mask)]
+    if len(mask) > len(shape) or any(m not in (1, n) for m, n in zip(back, shape, strict=True)):
+        fix = f"mask.reshape({front})" if fits_leading else "one that does"
+        raise ValueError(
+            f"A mask of shape {mask} does not broadcast to the input {shape}: shapes are aligned at the last axis. "
+            f"Pass {fix}."
+        )
+    # NumPy would align the mask at the last axis; users often mean rows. Where both fit, refuse to guess.
+    if math.prod(mask) > 1 and front != back and fits_leading:
+        raise ValueError(
+            f"A mask of shape {mask} fits the leading axes of the input {shape} as well as the last ones, along which "
+            f"shapes are aligned. Pass mask.reshape({front}) for the leading axes, as of rows, or "
+            f"mask.reshape({back})."
+        )
+    return back

@@ -165,20 +165,11 @@ def _backward(
     cut_off = (None, None) if kept else (lay_out(offset), _distinct_zero(x, cotangents[0]))
     vectors = _Vectors(lay_out(mean), lay_out(multiplier), *cut_off)
     differentiate = functools.partial(_differentiate, spec, operands, _barriers.barrier(y, "cuda"), cotangents[0])
-
-    def barrier(tree: Any) -> Any:
-        return tree if kept else _barriers.barrier(tree, "cpu", "cuda")
-
-    # Both sums need dz. Behind separate barriers, each recomputes it from x and dy instead of reading it from memory.
-    dz, _ = differentiate(barrier(vectors))
-    # The reversed order makes this a second barrier: XLA merges equal ones.
-    turned = _barriers.barrier(vectors[::-1], "cpu", *(() if kept else ("cuda",)))
-    dz_again, centred = differentiate(_Vectors(*turned[::-1]))
-
-    local, (sum_dz, sum_dzx) = _sum(spec, operands, dz, dz_again * centred)
-    # One reduction and one collective for both sums; dx below needs their totals, dscale and dbias the local parts too.
+    # One reduction and one collective for both sums; dx needs their totals, dscale and dbias the local parts too.
+    local, (sum_dz, sum_dzx) = _sum(spec, operands, *_summands(differentiate, vectors, kept))
     slopes = lay_out(sum_dz / count), lay_out(sum_dzx / count * jnp.square(inverse))
-    vectors, slopes = barrier((vectors, slopes))
+    if not kept:
+        vectors, slopes = _barriers.barrier((vectors, slopes), "cpu", "cuda")
     dz, centred = differentiate(vectors)
     correction = slopes[0] + centred * slopes[1]
     if weights is not None:
@@ -206,6 +197,16 @@ class _Vectors(NamedTuple):
     multiplier: jax.Array  # of the same shape, and so is the offset
     offset: jax.Array | None
     zero: jax.Array | None  # []
+
+
+def _summands(differentiate: Callable[..., Any], vectors: _Vectors, kept: bool) -> tuple[jax.Array, jax.Array]:
+    """The arrays dz and dz (x - mean) to sum; `kept` says that the pre-activation is not recomputed."""
+    # Both sums need dz. Behind separate barriers, each recomputes it from x and dy instead of reading it from memory.
+    dz, _ = differentiate(vectors if kept else _barriers.barrier(vectors, "cpu", "cuda"))
+    # The reversed order makes this a second barrier: XLA merges equal ones.
+    turned = _barriers.barrier(vectors[::-1], "cpu", *(() if kept else ("cuda",)))
+    dz_again, centred = differentiate(_Vectors(*turned[::-1]))
+    return dz, dz_again * centred
 
 
 def _differentiate(
