@@ -1,4 +1,4 @@
-"""Batch Renormalization against its paper in float64, against Keras, and where other implementations go wrong."""
+"""Batch Renormalization against the paper in float64, against Keras, and on inputs where others fail."""
 
 import inspect
 import os
@@ -23,9 +23,9 @@ CHANNELS = 6
 
 
 def oracle(batches, r_max, d_max, *, decays=None, track_variance=False, start=(0.0, 1.0)):
-    """Algorithm 1 in float64: outputs [steps, rows, C], mean and variance at the end, and shares of clipped r and d.
+    """Algorithm 1 in float64: outputs [steps, rows, C], final mean and variance, and the shares of clipped r and d.
 
-    `decays` are those of the moving averages, by step; `start` their initial mean and variance.
+    `decays` are the decays of the averages by step; `start` is the initial mean and variance.
     """
     mean = np.full(batches.shape[-1], start[0])
     sigma = np.full(batches.shape[-1], np.sqrt(start[1] + EPSILON))
@@ -46,7 +46,7 @@ def oracle(batches, r_max, d_max, *, decays=None, track_variance=False, start=(0
 
 
 def drifting(steps, rows=4, seed=0):
-    """Small batches whose mean and scale wander, so that r and d meet their bounds now and then."""
+    """Small batches with drifting mean and scale, so that r and d reach their bounds in some steps."""
     rng = np.random.default_rng(seed)
     wander = np.cumsum(0.02 * rng.standard_normal((2, steps, 1, CHANNELS)), 1)
     scale = np.exp(np.linspace(-2, 2, CHANNELS) + wander[0])
@@ -54,7 +54,7 @@ def drifting(steps, rows=4, seed=0):
 
 
 def scanned(transform, batches, dtype=jnp.float32):
-    """All outputs, and the state at the end."""
+    """Returns all outputs and the final state."""
     params, state = transform.init(CHANNELS, dtype=dtype)
     step = jax.jit(
         lambda state, batches: jax.lax.scan(lambda s, x: transform.train(params, s, x)[::-1], state, batches)
@@ -71,7 +71,7 @@ def constant(value):
     return lambda step: value
 
 
-# name: arguments of ours, and r_max, d_max by step
+# name: the arguments, and r_max and d_max as functions of the step
 SCHEDULES = {
     "the ramp": (jaxbn.renorm_ramp(warmup=100), ramp(1, 3, 100, 800), ramp(0, 5, 100, 500)),
     "the switch": (
@@ -131,7 +131,7 @@ def test_the_default_schedule_is_that_of_the_paper():
     np.testing.assert_allclose(scaled["r_max"](steps / 100), defaults["r_max"](steps), rtol=1e-6)
 
 
-def test_without_correction_it_is_batch_norm():
+def test_equals_batch_norm_without_correction():
     x, target = drifting(1, rows=16)[0], drifting(1, rows=16, seed=1)[0]
 
     def everything(transform):
@@ -148,7 +148,7 @@ def test_without_correction_it_is_batch_norm():
     chex.assert_trees_all_close(everything(before_the_ramp), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_without_bounds_training_gives_what_evaluation_gives():
+def test_training_equals_evaluation_without_bounds():
     transform = jaxbn.batch_renorm(r_max=np.inf, d_max=np.inf)
     params, state = transform.init(CHANNELS)
     train = jax.jit(transform.train)
@@ -163,7 +163,7 @@ def test_without_bounds_training_gives_what_evaluation_gives():
 
 @pytest.mark.parametrize("autodiff", [False, True], ids=["", "autodiff"])
 def test_gradients_with_r_and_d_as_constants(autodiff, rng):
-    """Against central differences in float64 in which r and d stay, and with weights."""
+    """Compares with central differences in float64 that keep r and d fixed; with weights."""
     x, target = 2 + 3 * rng.standard_normal((12, 3)), rng.standard_normal((12, 3))
     weights = np.abs(np.sin(np.arange(12.0)))[:, None]
     scale, bias = rng.standard_normal(3) + 1, rng.standard_normal(3)
@@ -206,8 +206,8 @@ def test_gradients_with_r_and_d_as_constants(autodiff, rng):
     "activation, params",
     [(jax.nn.relu, "scale and bias"), (jax.nn.relu, "none"), (jax.nn.leaky_relu, "scale"), (jnp.tanh, "bias")],
 )
-def test_the_fast_derivative_is_jaxs_own(activation, params, rng):
-    """With a residual and an activation inside, in half precision parameters too, with and without each of them."""
+def test_the_custom_derivative_equals_that_of_jax(activation, params, rng):
+    """With and without a residual, an activation, and parameters in half precision."""
     x, residual, target = (jnp.asarray(rng.standard_normal((12, 3)), jnp.float32) for _ in range(3))
     affine = jaxbn.NormParams(
         jnp.array([1.0, -2.0, 0.5], jnp.bfloat16) if "scale" in params else None,
@@ -233,7 +233,7 @@ def test_the_fast_derivative_is_jaxs_own(activation, params, rng):
 
 @pytest.mark.parametrize("bounds", [{}, {"r_max": 3.0, "d_max": 5.0}, {"r_max": np.inf, "d_max": np.inf}], ids=str)
 def test_channels_without_variance_have_finite_gradients(bounds, rng):
-    """Constant, all zero, and far from zero."""
+    """Channels that are constant, all zero, and far from zero."""
     x = rng.standard_normal((8, 4)).astype(np.float32)
     x[:, 1:3] = 0.7, 0.0
     x[:, 3] += 1e6
@@ -262,7 +262,7 @@ def test_channels_without_variance_have_finite_gradients(bounds, rng):
     ids=["debiased", "cumulative", "scheduled", "horizon"],
 )
 def test_averages_of_every_kind(average, decay):
-    """Those that drop their initial values have nothing to compare the first batch with: it is batch norm's."""
+    """If an average drops its initial values, the first step is batch norm."""
     batches = 3 + drifting(60)
     outputs, state = scanned(jaxbn.batch_renorm(momentum=average, r_max=np.inf, d_max=np.inf), batches)
     none_at_first = lambda bound: lambda step: bound if step == 0 and decay(0) == 0 else np.inf
@@ -290,7 +290,7 @@ def test_the_mean_of_the_statistics_over_devices_keeps_their_dtypes(rng):
     assert stats["step"] == 1
 
 
-# --- One value, and what is refused -----------------------------------------------------------------------------------
+# --- One value per channel, and errors --------------------------------------------------------------------------------
 
 
 def test_one_value_per_channel_warns_and_has_no_gradient():
@@ -310,7 +310,7 @@ def test_one_value_per_channel_warns_and_has_no_gradient():
     assert over_two(jnp.array([[[3.0, -7.0]], [[1.0, 2.0]]])).shape == (2, 1, 2)  # two values, and no warning
 
 
-def test_no_warning_of_one_value_at_initialization_and_in_evaluation():
+def test_one_value_does_not_warn_at_initialization_and_in_evaluation():
     net = jaxbn.linen.BatchRenorm()
     variables = net.init(jax.random.key(0), jnp.ones((1, 2)), use_running_average=False)
     net.apply(variables, jnp.ones((1, 2)), use_running_average=True)
@@ -331,12 +331,12 @@ def test_no_warning_of_one_value_at_initialization_and_in_evaluation():
     ],
     ids=lambda value: ", ".join(value) if isinstance(value, dict) else "",
 )
-def test_arguments_that_make_no_sense_are_errors(arguments, message):
+def test_invalid_arguments_raise(arguments, message):
     with pytest.raises(ValueError, match=message):
         jaxbn.batch_renorm(**arguments)
 
 
-def test_schedules_that_make_no_sense_are_errors():
+def test_invalid_schedules_raise():
     with pytest.raises(ValueError, match="pass numbers"):
         jaxbn.renorm_ramp(warmup=0)
     with pytest.raises(ValueError, match="r_max=0.5 must be at least 1"):
@@ -345,7 +345,7 @@ def test_schedules_that_make_no_sense_are_errors():
         jaxbn.renorm_switch(d_max=-5.0)
 
 
-def test_input_that_does_not_fit_is_an_error():
+def test_input_of_the_wrong_shape_raises():
     transform = jaxbn.batch_renorm()
     params, state = transform.init(2)
     for x, error, message in [
@@ -359,11 +359,11 @@ def test_input_that_does_not_fit_is_an_error():
         transform.train(params, state._replace(step=None), jnp.ones((4, 2)))
 
 
-# --- Others -----------------------------------------------------------------------------------------------------------
+# --- Other implementations --------------------------------------------------------------------------------------------
 
 
 def of_sbx(x, mean, var, r_max=3.0, d_max=5.0):
-    """The output of sbx and CrossQ after their warm-up: r and d go into the statistics, and epsilon is added again."""
+    """The output of sbx and CrossQ after warm-up: they fold r and d into the statistics and add epsilon again."""
     mean_batch, var_batch = x.mean(0, keepdims=True), x.var(0, keepdims=True)
     root, mean = jnp.sqrt(var[None] + EPSILON), mean[None]
     r, d = jax.lax.stop_gradient((jnp.sqrt(var_batch + EPSILON) / root, (mean_batch - mean) / root))
@@ -382,8 +382,8 @@ def test_sbx_gives_nan_for_a_constant_feature():
 
 
 @pytest.mark.parametrize("std, differ", [(2.0, 1e-3), (0.02, 0.1)], ids=["above epsilon", "of the size of epsilon"])
-def test_sbx_differs_where_the_variance_is_of_the_size_of_epsilon(std, differ):
-    """Neither r nor d is clipped, so that the output in training is to be that of evaluation: ours is, theirs not."""
+def test_sbx_differs_if_the_variance_is_about_epsilon(std, differ):
+    """Without clipping the training output should equal the evaluation output; ours does, and that of sbx does not."""
     x, mean, var = jnp.array([[5.0 - std], [5.0 + std]]), jnp.array([5.0 - 5 * std]), jnp.array([(5 * std) ** 2])
     transform = jaxbn.batch_renorm(r_max=30.0, d_max=50.0, track_variance=True)
     params, state = transform.init(1)

@@ -1,4 +1,4 @@
-"""Batch Renormalization as a layer of both hosts: fields, the pass and what comes behind it, other checkpoints."""
+"""Batch Renormalization as a layer of linen and NNX: fields, statistics pass, freezing, and other checkpoints."""
 
 import inspect
 
@@ -40,7 +40,7 @@ def test_factory_and_layers_have_the_same_arguments_and_defaults():
 
 
 @pytest.mark.parametrize("arguments", [{}, OPEN, jaxbn.renorm_switch(7), {"momentum": jaxbn.cumulative()}], ids=str)
-def test_layers_of_equal_arguments_are_equal(arguments):
+def test_equal_arguments_make_equal_layers(arguments):
     linen = [jaxbn.linen.BatchRenorm(**arguments) for _ in range(2)]
     assert linen[0] == linen[1] and hash(linen[0]) == hash(linen[1])
     graphs = [nnx.graphdef(jaxbn.nnx.BatchRenorm(3, **arguments, rngs=nnx.Rngs(0))) for _ in range(2)]
@@ -52,18 +52,18 @@ def test_ramps_made_twice_make_equal_layers():
     assert jaxbn.linen.BatchRenorm(**jaxbn.renorm_ramp(9)) != jaxbn.linen.BatchRenorm(**jaxbn.renorm_ramp(8))
 
 
-def test_no_field_of_batch_norm_is_swallowed():
+def test_all_fields_of_batch_norm_are_used():
     with pytest.raises(TypeError, match="r_min"):
         jaxbn.nnx.BatchRenorm(3, r_min=0.5, rngs=nnx.Rngs(0))
 
 
-# --- The pass, and what comes behind it -------------------------------------------------------------------------------
+# --- Statistics pass and freezing -------------------------------------------------------------------------------------
 
 
 @pytest.mark.sample(every=2)
 @every_host
-def test_the_pass_normalizes_with_the_statistics_of_the_batch_alone(host):
-    """As batch norm of this epsilon does: r = 1 and d = 0, whatever the averages are."""
+def test_the_statistics_pass_uses_batch_statistics_only(host):
+    """It equals batch norm with this epsilon: r = 1 and d = 0 for any averages."""
     x = make_batches(1)[0]["x"]
 
     def captured(norm, **fields):
@@ -82,7 +82,7 @@ def test_the_pass_normalizes_with_the_statistics_of_the_batch_alone(host):
 
 @every_host
 def test_train_postproc_freeze_save_and_load(host, tmp_path):
-    """With r and d at work in training; the frozen network is (x - mean) / sqrt(var + epsilon) in float64."""
+    """Training uses r and d; the frozen network is (x - mean) / sqrt(var + epsilon) in float64."""
     batches = [4 + 3 * normal(8, 5, seed=seed) for seed in range(6)]
     if host is NNX:
         model = jaxbn.nnx.BatchRenorm(5, **jaxbn.renorm_ramp(warmup=1), rngs=nnx.Rngs(0))
@@ -137,7 +137,7 @@ def test_make_steps(host):
 
 
 @every_host
-def test_layers_that_stand_still(host):
+def test_frozen_layers(host):
     batch = make_batches(1)[0]["x"]
     net = host.net(LAYERS[host], **OPEN)
     if host is NNX:
@@ -153,8 +153,8 @@ def test_layers_that_stand_still(host):
 
 
 @every_host
-def test_averages_moved_once_by_the_moments_of_micro_batches(host):
-    """By the rule of the method, which averages sigma, and as by one batch of all rows."""
+def test_averages_are_updated_once_for_several_micro_batches(host):
+    """The rule of the method averages sigma; the result is that of one batch of all rows."""
     parts = [2 + 3 * normal(4, 5, seed=seed) for seed in range(3)]
     moments = {"": jaxbn.pool(jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(jaxbn.batch_moments, parts)))}
     fields = {"momentum": 0.75, **jaxbn.renorm_ramp(warmup=1)}
@@ -185,7 +185,7 @@ class Net(nn.Module):
 
 
 def filled(tree):
-    """The variables with numbers of their own; variances positive."""
+    """Fills the variables with random numbers; variances are positive."""
     leaves, structure = jax.tree.flatten(tree)
     return jax.tree.unflatten(
         structure, [1.5 + 0.1 * jnp.abs(normal(*leaf.shape, seed=i)) for i, leaf in enumerate(leaves)]
@@ -221,7 +221,7 @@ def test_checkpoints_of_sbx():
     assert "step" in like["batch_stats"]["BatchRenorm_0"] and "steps" in given["batch_stats"]["BatchRenorm_0"]
 
 
-def test_what_does_not_fit_is_named():
+def test_the_error_names_the_variable_that_does_not_fit():
     x, key = normal(8, 3), jax.random.key(0)
     like = Net(jaxbn.linen.BatchRenorm).init(key, x)
     given = Net(nn.BatchNorm).init(key, x)
@@ -240,8 +240,8 @@ def test_what_does_not_fit_is_named():
         jaxbn.linen.convert_norms(both, like=like)
 
 
-def test_nnx_models_take_over_statistics_by_name():
-    """NNX names a layer by its attribute, so that one line does it."""
+def test_nnx_models_load_statistics_by_name():
+    """NNX names a layer by its attribute, so one line is enough."""
     bn = jaxbn.nnx.BatchNorm(3, epsilon=EPSILON, rngs=nnx.Rngs(0))
     brn = jaxbn.nnx.BatchRenorm(3, rngs=nnx.Rngs(0))
     x = 2 + normal(8, 3)

@@ -27,7 +27,7 @@ def normal(*shape, seed=0):
 
 
 def data(steps, seed=0):
-    """Batches of unequal mixes of domains that differ, some of them absent, and masks that weigh."""
+    """Batches with unequal shares of domains, some without a domain, and masks with real weights."""
     rng = np.random.default_rng(seed)
     ids = rng.choice(DOMAINS, (steps, ROWS), p=[0.5, 0.3, 0.15, 0.05]).astype(np.int32)
     x = rng.standard_normal((steps, ROWS, SPACE, CHANNELS)) * (1 + ids[..., None, None]) + 7 * ids[..., None, None]
@@ -42,7 +42,7 @@ def moments(x, weights):
 
 
 def oracle(x, ids, weights, scale, bias, *, cumulative=False):
-    """Equations 3 to 6, step by step: outputs, means and variances at the end, and how often each domain was there."""
+    """Equations 3 to 6, step by step: outputs, final means and variances, and the number of steps of each domain."""
     x, weights = np.float64(x), np.float64(weights)
     mean, var, count = np.zeros((DOMAINS, CHANNELS)), np.ones((DOMAINS, CHANNELS)), np.zeros(DOMAINS)
     y = np.zeros_like(x)
@@ -70,7 +70,7 @@ def started(dtype=jnp.float32, **arguments):
     ("cumulative", "dtype", "tolerance"),
     [(False, "float32", 1e-5), (False, "float64", 1e-12), (True, "float32", 1e-5)],  # counts are float32
 )
-def test_more_than_a_thousand_steps_follow_the_formula(cumulative, dtype, tolerance):
+def test_follows_the_formula_over_more_than_a_thousand_steps(cumulative, dtype, tolerance):
     steps = 1200
     x, ids, weights = data(steps)
     with jax.enable_x64(dtype == "float64"):
@@ -93,8 +93,8 @@ def test_more_than_a_thousand_steps_follow_the_formula(cumulative, dtype, tolera
 
 @pytest.mark.sample(every=2)
 @pytest.mark.parametrize("autodiff", [False, True], ids=["", "autodiff"])
-def test_equals_a_batch_norm_for_each_domain_on_its_rows(autodiff):
-    """Outputs, statistics and gradients."""
+def test_equals_a_separate_batch_norm_for_each_domain(autodiff):
+    """Compares outputs, statistics and gradients."""
     transform, params, state = started(autodiff=autodiff, activation=jax.nn.relu)
     one = jaxbn.batch_norm(momentum=MOMENTUM, autodiff=autodiff, activation=jax.nn.relu)
     x, residual = normal(ROWS, SPACE, CHANNELS) + IDS[:, None, None], normal(ROWS, SPACE, CHANNELS, seed=1)
@@ -122,8 +122,8 @@ def test_equals_a_batch_norm_for_each_domain_on_its_rows(autodiff):
     np.testing.assert_allclose(after.var[:3], states.var, rtol=1e-5)
 
 
-def test_gradients_are_differences_of_the_formula():
-    """In float64, with domains absent and masks that weigh."""
+def test_gradients_equal_finite_differences():
+    """In float64, with absent domains and masks with real weights."""
     x, ids, weights = (part[0] for part in data(1))
     target = normal(ROWS, SPACE, CHANNELS, seed=2)
     with jax.enable_x64(True):
@@ -172,7 +172,7 @@ def test_one_domain_is_batch_norm(share_affine):
 @pytest.mark.sample(every=2)
 @pytest.mark.parametrize("way", ["jit", "jit explicit", "shard_map", "vmap"])
 def test_devices_with_unequal_mixes_and_masks_equal_one_device(way):
-    """Sorted by domain, so that most devices hold one domain alone; one of them nothing that is valid."""
+    """Rows are sorted by domain, so that most devices hold one domain only; one device holds no valid row."""
     x, ids, mask = (part[0] for part in data(1))
     ids = np.sort(ids)
     mask[3:6] = 0
@@ -193,7 +193,7 @@ def test_devices_with_unequal_mixes_and_masks_equal_one_device(way):
     chex.assert_trees_all_close(found, jax.tree.map(np.asarray, expected), rtol=1e-5, atol=1e-5)
 
 
-def test_a_domain_that_is_absent_keeps_its_state_to_the_bit():
+def test_an_absent_domain_keeps_its_state_bit_for_bit():
     transform, params, state = started(momentum=jaxbn.cumulative())
     state = jax.tree.map(lambda leaf: leaf + 3, state)
     _, after = transform.train(params, state, normal(ROWS, CHANNELS), domain=IDS)
@@ -201,7 +201,7 @@ def test_a_domain_that_is_absent_keeps_its_state_to_the_bit():
     assert all((new[:3] != old[:3]).all() for new, old in zip(after, state, strict=True))
 
 
-def test_an_id_that_is_no_domain_moves_nothing_and_shows_as_nan():
+def test_an_invalid_id_changes_no_statistics_and_gives_nan():
     transform, params, state = started()
     x = normal(ROWS, CHANNELS)
     for bad in (-1, DOMAINS, 2**31 - 1):
@@ -216,7 +216,7 @@ def test_an_id_that_is_no_domain_moves_nothing_and_shows_as_nan():
         chex.assert_trees_all_close(after, after_without, rtol=1e-6)
 
 
-def test_what_is_not_finite_in_one_domain_harms_no_other():
+def test_nan_in_one_domain_does_not_affect_the_others():
     transform, params, state = started()
     x = normal(ROWS, SPACE, CHANNELS)
     harmed = x.copy()
@@ -233,8 +233,8 @@ def test_what_is_not_finite_in_one_domain_harms_no_other():
     np.testing.assert_array_equal(after.mean[1], state.mean[1])
 
 
-def test_a_huge_mean_beside_a_small_one_loses_no_digits():
-    """Mean 1e4, std 1e-2 in one domain; a shift that all domains share would lose all digits of the others."""
+def test_domains_of_very_different_means_keep_their_digits():
+    """One domain has mean 1e4 and std 1e-2; a common shift would lose all digits of the others."""
     rng = np.random.default_rng(0)
     x = (0.01 * rng.standard_normal((512, CHANNELS)) + np.where(np.arange(512) % 2, 1e4, -3.0)[:, None]).astype("f4")
     transform, _, state = started(num_domains=2)
@@ -244,8 +244,8 @@ def test_a_huge_mean_beside_a_small_one_loses_no_digits():
 
 
 @pytest.mark.slow
-def test_what_a_step_costs_hardly_depends_on_the_number_of_domains():
-    """Of images of 32 by 32; measured in the program that is compiled for it, against D = 2."""
+def test_the_cost_of_a_step_hardly_depends_on_the_number_of_domains():
+    """For images of 32 by 32; measured in the compiled program, relative to D = 2."""
     x, ids = np.zeros((16, 32, 32, 8), np.float32), np.zeros(16, np.int32)
 
     def cost(num_domains):
@@ -263,7 +263,7 @@ def test_what_a_step_costs_hardly_depends_on_the_number_of_domains():
     assert eight < 1.3 * two and eight_held < 1.3 * two_held
 
 
-def test_averages_of_a_loop_over_micro_batches_move_once():
+def test_averages_are_updated_once_for_several_micro_batches():
     transform, params, state = started()
     x = normal(ROWS, SPACE, CHANNELS)
     parts = [transform.measure(part, domain=ids) for part, ids in ((x[:7], IDS[:7]), (x[7:], IDS[7:]))]
@@ -283,14 +283,14 @@ def test_averages_of_a_loop_over_micro_batches_move_once():
         (normal(6, 3), {"domain": IDS[:6], "residual": normal(3)}, ValueError, "shape of the input"),
     ],
 )
-def test_input_that_does_not_fit_is_an_error(x, given, error, message):
+def test_invalid_input_raises(x, given, error, message):
     transform, params, state = started()
     for call in (transform.train, transform.eval):
         with pytest.raises(error, match=message):
             call(params, state, x, **given)
 
 
-def test_arguments_that_make_no_sense_are_errors():
+def test_invalid_arguments_raise():
     with pytest.raises(ValueError, match="num_domains=0"):
         jaxbn.domain_batch_norm(num_domains=0)
     with pytest.raises(TypeError):
@@ -342,7 +342,7 @@ def batches_of_domains():
 
 
 def population(x, ids, dense, top):
-    """The exact statistics of each domain in both layers, where each layer sees the first with fixed statistics."""
+    """The exact statistics of each domain in both layers; the second layer sees the first with fixed statistics."""
     first = np.float64(x) @ np.float64(dense[0]) + np.float64(dense[1])
     mean, var = (np.stack([f(first[ids == k], 0) for k in range(3)]) for f in (np.mean, np.var))
     z = np.maximum((first - mean[ids]) / np.sqrt(var[ids] + EPSILON), 0)
@@ -394,7 +394,7 @@ def test_postproc_is_exact_in_each_domain_in_nnx():
     assert "domain_batch_norm" in jaxbn.nnx.summary(frozen)
 
 
-def test_the_pass_of_one_domain_leaves_the_others_alone():
+def test_a_pass_over_one_domain_does_not_change_the_others():
     x, ids, _ = batches_of_domains()
     variables = linen_started()
     batch = {"x": x[ids == 1], "domain": ids[ids == 1]}
@@ -416,7 +416,7 @@ def test_weights_of_examples_reach_their_domains():
     chex.assert_trees_all_close(found["first"], expected["first"], rtol=1e-5, atol=1e-5)
 
 
-def test_frozen_layers_normalize_each_domain_with_what_is_stored():
+def test_frozen_layers_normalize_each_domain_with_its_statistics():
     x, ids, batches = batches_of_domains()
     variables, _ = linen_pass()
     expected = linen_call(variables, batches[0])
@@ -430,7 +430,7 @@ def test_frozen_layers_normalize_each_domain_with_what_is_stored():
 
 
 @pytest.mark.slow
-def test_diagnose_looks_at_all_domains_at_once():
+def test_diagnose_covers_all_domains():
     x, ids, batches = batches_of_domains()
     variables, _ = linen_pass()
     assert set(jaxbn.linen.diagnose(linen_call, variables, batches).layers) == {"first", "second"}
@@ -439,7 +439,7 @@ def test_diagnose_looks_at_all_domains_at_once():
 @pytest.mark.slow
 @pytest.mark.parametrize("share_affine", [False, True])
 def test_starts_from_a_trained_batch_norm(share_affine):
-    """Every domain has a copy, and evaluates as the layer did."""
+    """Every domain starts with a copy, and evaluates like the batch norm."""
     x, ids, _ = batches_of_domains()
     old = Linen(nn.BatchNorm, ())
     given = old.init(jax.random.key(0), x, True)
@@ -459,7 +459,7 @@ def test_starts_from_a_trained_batch_norm(share_affine):
     assert float(like.first.mean[...].sum()) == 0
 
 
-def test_what_has_no_place_is_named():
+def test_the_error_names_the_variable_that_does_not_fit():
     trained, like = Nnx(nnx.BatchNorm), Nnx(num_domains=3, use_bias=False)
     with pytest.raises(ValueError, match="'first/bias', 'second/bias' of the model"):
         jaxbn.nnx.convert_norms(trained, like)

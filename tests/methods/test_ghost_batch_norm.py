@@ -24,7 +24,7 @@ every_grouping = pytest.mark.parametrize("grouping", ["contiguous", "strided"])
 
 @pytest.fixture
 def x(rng):
-    """Each row of another mean, so that it matters which of them make up a group."""
+    """Rows of different means, so that the result depends on the grouping."""
     drift = np.linspace(-3, 5, ROWS)[:, None, None]
     return (drift + 2 * rng.standard_normal((ROWS, SPACE, FEATURES))).astype(np.float32)
 
@@ -36,7 +36,7 @@ def members(size, grouping, rows=ROWS):
 
 
 def oracle(x, size, grouping, weights=None, stored=(0.0, 1.0)):
-    """Outputs of batch norm by group, and the counts, means and biased variances [G, C] of the groups; in float64."""
+    """Batch norm of each group in float64: outputs, and counts, means and biased variances [G, C]."""
     x = np.float64(x)
     weights = np.broadcast_to(1.0 if weights is None else weights, x.shape)
     y, moments = np.empty(x.shape), []
@@ -89,7 +89,7 @@ def test_the_unbiased_variance(x, running):
 
 @every_average
 def test_averages_of_every_kind(momentum):
-    """Of the pooled variance they are those of batch norm: one step, and all rows, for each training step."""
+    """With pooled variances the averages equal those of batch norm: one update with all rows per training step."""
     ghost = jaxbn.ghost_batch_norm(ghost_size=4, running="pooled", momentum=momentum)
     plain = jaxbn.batch_norm(momentum=momentum)
     (params, state), (_, expected) = ghost.init(FEATURES), plain.init(FEATURES)
@@ -102,7 +102,7 @@ def test_averages_of_every_kind(momentum):
 
 
 @every_grouping
-def test_masks_weigh_and_a_group_without_a_value_uses_the_stored_statistics(x, grouping):
+def test_masks_and_a_group_without_values_which_uses_the_running_statistics(x, grouping):
     weights = np.abs(np.sin(np.arange(ROWS * SPACE) + 1.0)).reshape(ROWS, SPACE, 1).astype(np.float32)
     weights[members(8, grouping)[2]] = 0
     transform, params, state = started(ghost_size=8, grouping=grouping)
@@ -118,7 +118,7 @@ def test_masks_weigh_and_a_group_without_a_value_uses_the_stored_statistics(x, g
 @every_grouping
 @pytest.mark.parametrize("axis", [0, (0, 2)], ids=str)
 def test_feature_axes_before_and_behind_the_rows(axis, grouping, rng):
-    """As with the features last."""
+    """The result is the same as with the features last."""
     x = rng.standard_normal((8, 6, 4)).astype(np.float32)
     features = tuple(sorted(a % 3 for a in (axis if isinstance(axis, tuple) else (axis,))))
     last = np.moveaxis(x, features, range(3 - len(features), 3))
@@ -135,7 +135,7 @@ def test_feature_axes_before_and_behind_the_rows(axis, grouping, rng):
 
 
 @pytest.mark.parametrize("autodiff", [False, True], ids=["", "autodiff"])
-def test_gradients_are_those_of_batch_norm_of_each_group(x, autodiff, rng):
+def test_gradients_equal_those_of_batch_norm_of_each_group(x, autodiff, rng):
     residual, target = (rng.standard_normal(x.shape).astype(np.float32) for _ in range(2))
     params = jaxbn.NormParams(jnp.array([1.0, -0.5, 2.0, 0.1]), jnp.array([0.0, 1.0, -1.0, 0.3]))
 
@@ -157,7 +157,7 @@ def test_gradients_are_those_of_batch_norm_of_each_group(x, autodiff, rng):
 
 
 def test_one_group_is_batch_norm(x):
-    """Also where the batch is smaller than a group."""
+    """Also if the batch is smaller than a group."""
     for size in (ROWS, 10 * ROWS):
         transform, params, state = started(ghost_size=size, momentum=0.9)
         plain = jaxbn.batch_norm(momentum=0.9)
@@ -168,7 +168,7 @@ def test_one_group_is_batch_norm(x):
 
 
 def test_gradients_of_half_precision_parameters_are_added_up_in_float32():
-    """32 groups, each of which adds 1 to a sum of 256: bfloat16 has 8 bits, and would stay there."""
+    """32 groups add 1 each to a sum of 256; in bfloat16, with 8 bits, the sum would not change."""
     transform, params, state = started(ghost_size=1, use_scale=False)
     params = params._replace(bias=params.bias.astype(jnp.bfloat16))
     x, weight = jnp.ones((ROWS, SPACE, FEATURES)), np.zeros((ROWS, 1, 1), np.float32)
@@ -185,7 +185,7 @@ def test_gradients_of_half_precision_parameters_are_added_up_in_float32():
 
 # --- Devices ----------------------------------------------------------------------------------------------------------
 
-# 8 devices with 4 rows each: two groups on each, one on two, and one and two on all.
+# 8 devices with 4 rows each: two groups per device, one group on two devices, and one and two groups on all.
 LAYOUTS = [(2, "contiguous"), (8, "contiguous"), (32, "contiguous"), (16, "strided")]
 ON_DEVICES = [(*layout, way) for layout in LAYOUTS for way in ("jit", "shard_map")]
 OTHER_WAYS = [(2, "contiguous", way) for way in ("jit explicit", "pmap")]
@@ -197,7 +197,7 @@ ON_DEVICES += [pytest.param(*layout, marks=pytest.mark.slow) for layout in OTHER
 @pytest.mark.sample(every=7)
 @pytest.mark.parametrize("size, grouping, way", ON_DEVICES)
 def test_devices_equal_one_device(size, grouping, way, x, rng):
-    """Outputs, statistics and gradients, with masks that leave some devices and groups nothing."""
+    """Outputs, statistics and gradients; some devices and groups are masked entirely."""
     mask = rng.random((ROWS, SPACE, 1)) > 0.3
     mask[8:12] = False
     batch = {"x": x, "mask": mask, "target": rng.standard_normal(x.shape).astype(np.float32)}
@@ -220,8 +220,8 @@ def test_devices_equal_one_device(size, grouping, way, x, rng):
 @pytest.mark.sample(every=3)
 @pytest.mark.parametrize("momentum, count", [(None, 0), (0.9, 1)], ids=["no averages", "averages"])
 @pytest.mark.parametrize("size, way", [(2, "jit"), (2, "jit explicit"), (2, "shard_map"), (4, "jit"), (4, "pmap")])
-def test_groups_that_fit_stay_on_their_device(size, way, momentum, count, x):
-    """Forward and backward; the averages, which are the same everywhere, take one collective."""
+def test_groups_on_one_device_need_no_collective(size, way, momentum, count, x):
+    """Forward and backward; the averages, which are the same on all devices, take one collective."""
     transform, params, state = started(
         ghost_size=size, momentum=momentum, axis_name=AXIS if way in NAMED else None, activation=jax.nn.relu
     )
@@ -241,7 +241,7 @@ def test_groups_that_fit_stay_on_their_device(size, way, momentum, count, x):
 
 
 @pytest.mark.parametrize("momentum", [None, 0.9])
-def test_groups_over_devices_take_one_collective_each_way(momentum, x):
+def test_groups_over_devices_take_one_collective_in_each_direction(momentum, x):
     transform, params, state = started(ghost_size=8, momentum=momentum, axis_name=AXIS)
 
     def step(params, batch):
@@ -257,8 +257,8 @@ def test_groups_over_devices_take_one_collective_each_way(momentum, x):
     assert len(re.findall(r" (?:all-gather|all-reduce)(?:-start)?\(", text)) == 2
 
 
-def test_rows_that_lie_along_a_named_axis_alone():
-    """The input of each member of a vmap is features alone."""
+def test_rows_along_a_named_axis_only():
+    """Inside the vmap the input has features only."""
     x = np.array([[1.0], [3.0], [11.0], [13.0]], np.float32)
     transform = jaxbn.ghost_batch_norm(ghost_size=2, axis_name=AXIS, momentum=0.0, epsilon=0.0)
     y, after = jax.jit(jax.vmap(lambda x: transform.train(*transform.init(1), x), axis_name=AXIS))(x)
@@ -266,7 +266,7 @@ def test_rows_that_lie_along_a_named_axis_alone():
     np.testing.assert_allclose(after.var, np.ones((4, 1)), rtol=1e-6)
 
 
-# --- Layers, and what is refused --------------------------------------------------------------------------------------
+# --- Layers and errors ------------------------------------------------------------------------------------------------
 
 
 def test_factory_and_layers_have_the_same_arguments_and_defaults():
@@ -280,8 +280,8 @@ def test_factory_and_layers_have_the_same_arguments_and_defaults():
     assert graphs[0] == graphs[1]
 
 
-def test_the_pass_and_the_frozen_network_are_those_of_batch_norm(x):
-    """The pass normalizes with the statistics of its whole batch, and takes batches of any size."""
+def test_pass_and_frozen_network_equal_those_of_batch_norm(x):
+    """A pass normalizes with the statistics of its whole batch, and accepts batches of any size."""
     net = nn.Sequential([nn.Dense(5), jaxbn.linen.GhostBatchNorm(ghost_size=8, use_running_average=False)])
     x = x.reshape(-1, FEATURES)
     variables = net.init(jax.random.key(0), x[:3])  # of any size too, if it is smaller than a group
@@ -312,12 +312,12 @@ def test_the_pass_and_the_frozen_network_are_those_of_batch_norm(x):
     ],
     ids=lambda value: ", ".join(value) if isinstance(value, dict) else "",
 )
-def test_arguments_that_make_no_sense_are_errors(arguments, error, message):
+def test_invalid_arguments_raise(arguments, error, message):
     with pytest.raises(error, match=message):
         jaxbn.ghost_batch_norm(**{"ghost_size": 4} | arguments)
 
 
-def test_batches_that_cannot_be_cut_are_errors(x):
+def test_batches_that_do_not_divide_raise(x):
     def train(x, axis_name=None, **arguments):
         transform, params, state = started(axis_name=axis_name, **arguments)
         return transform.train(params, state, x)

@@ -1,4 +1,4 @@
-"""Moving average batch normalization against its released algorithm in float64, through every switch."""
+"""Moving average batch normalization against the released layer in float64, in all of its phases."""
 
 import inspect
 
@@ -25,7 +25,7 @@ LAYERS = {LINEN: jaxbn.linen.MovingAverageBatchNorm, NNX: jaxbn.nnx.MovingAverag
 
 
 def oracle(batches, cotangents, scale, bias, *, window=WINDOW, warmup=WARMUP, r_max=R_MAX):
-    """The released layer in float64, with its ring buffers: outputs, dx, dscale of each step, and its buffers."""
+    """The released layer in float64 with its ring buffers: outputs, dx and dscale of each step, and the buffers."""
     var, ring_x2, ring_gz = np.ones(CHANNELS), np.zeros((window, CHANNELS)), np.zeros((window, CHANNELS))
     outputs, gradients, of_scale, used = [], [], [], []
     for i, (x, dy) in enumerate(zip(np.float64(batches), np.float64(cotangents), strict=True)):
@@ -47,7 +47,7 @@ def oracle(batches, cotangents, scale, bias, *, window=WINDOW, warmup=WARMUP, r_
 
 
 def drifting(steps, rows=3, seed=0):
-    """Batches whose scale wanders, so that r meets its bounds now and then."""
+    """Batches with a drifting scale, so that r reaches its bounds in some steps."""
     rng = np.random.default_rng(seed)
     wander = np.cumsum(0.03 * rng.standard_normal((steps, 1, CHANNELS)), 0)
     x = np.exp(np.linspace(-2, 2, CHANNELS) + wander) * rng.standard_normal((steps, rows, CHANNELS))
@@ -59,7 +59,7 @@ def affine(dtype=jnp.float32):
 
 
 def scanned(transform, params, batches, cotangents):
-    """Outputs, dx and dscale of each step, and the state at the end; `backward` follows each gradient."""
+    """Returns outputs, dx and dscale of each step, and the final state; calls `backward` after each gradient."""
 
     def step(state, batch):
         x, dy = batch
@@ -84,7 +84,7 @@ def relative(found, expected):
 
 @pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("float64", 1e-12)])
 def test_the_released_layer_over_1300_steps(dtype, tolerance):
-    """Through the end of the warm-up at 20 and that of r = 1 at 1000."""
+    """Covers the end of the warm-up at 20 and of r = 1 at 1000."""
     batches, cotangents = drifting(1300)
     transform = jaxbn.moving_average_batch_norm(momentum=MOMENTUM, window=WINDOW, warmup=WARMUP, r_max=R_MAX)
     with jax.enable_x64(dtype == "float64"):
@@ -103,8 +103,8 @@ def test_the_released_layer_over_1300_steps(dtype, tolerance):
     assert state.step == state.gradients == 1300
 
 
-def test_with_a_window_of_one_it_is_rms_norm():
-    """Its gradient is then JAX's own of that."""
+def test_equals_rms_norm_with_a_window_of_one():
+    """The gradient is then the derivative of the output."""
     (x, *_), (dy, *_) = drifting(1)
     transform = jaxbn.moving_average_batch_norm(window=1, warmup=0)
     params, state = transform.init(CHANNELS)
@@ -119,10 +119,10 @@ def test_with_a_window_of_one_it_is_rms_norm():
     np.testing.assert_allclose(found[1](dy)[0], expected[1](dy)[0], rtol=1e-5, atol=1e-5)
 
 
-def test_where_the_weights_stand_still_its_gradient_is_that_of_the_joint_batch():
-    """Of RMS norm over W batches at once, whose loss is the sum of theirs; against differences in float64.
+def test_the_gradient_with_constant_weights_is_that_of_the_joint_batch():
+    """Compares with RMS norm over W batches at once and the sum of their losses, by differences in float64.
 
-    The batches come round, so that all psi in the window are by the same V.
+    The W batches repeat, so that all psi in the window come from the same V.
     """
     batches, cotangents = (np.tile(a, (3, 1, 1)) for a in drifting(WINDOW))
     transform = jaxbn.moving_average_batch_norm(window=WINDOW, warmup=0)
@@ -142,8 +142,8 @@ def test_where_the_weights_stand_still_its_gradient_is_that_of_the_joint_batch()
     np.testing.assert_allclose(found[-1], slopes, rtol=2e-5, atol=2e-5 * np.abs(slopes).max())
 
 
-def test_psi_is_read_off_the_gradient_of_the_scale(rng):
-    """By its definition, psi = E[g z], with weights and r at work."""
+def test_psi_from_the_gradient_of_the_scale(rng):
+    """Compares with the definition, psi = E[g z], with weights and r."""
     x, dy = (rng.standard_normal((6, CHANNELS)).astype(np.float32) for _ in range(2))
     weights = rng.uniform(0, 2, (6, 1)).astype(np.float32)
     weights[2] = 0
@@ -166,8 +166,8 @@ def test_psi_is_read_off_the_gradient_of_the_scale(rng):
     np.testing.assert_allclose(after.values, np.full(CHANNELS, weights.sum()), rtol=1e-6)
 
 
-def test_without_gradients_psi_is_that_of_the_batch():
-    """Nobody calls `backward`: the windows of zeros must not count."""
+def test_psi_is_that_of_the_batch_without_backward():
+    """If `backward` is never called, the windows of zeros must not count."""
     (x, *_), (dy, *_) = drifting(1)
     transform = jaxbn.moving_average_batch_norm(window=2, warmup=0)
     params, state = affine(), transform.init(CHANNELS)[1]
@@ -183,7 +183,7 @@ def test_without_gradients_psi_is_that_of_the_batch():
 
 
 def test_a_loss_scale_changes_neither_psi_nor_the_gradient():
-    """As with `DynamicScale`: a scale that grows, and a step that is skipped, of infinite gradients."""
+    """Like `DynamicScale`: the scale grows, and a step with infinite gradients is skipped."""
     batches, cotangents = drifting(8)
     transform, params = jaxbn.moving_average_batch_norm(window=3, warmup=0), affine()
 
@@ -220,8 +220,8 @@ def test_a_loss_scale_changes_neither_psi_nor_the_gradient():
     [pytest.param(LINEN, "jit", marks=pytest.mark.slow), (LINEN, "shard_map"), (LINEN, "pmap"), (NNX, "shard_map")],
     ids=lambda value: getattr(value, "name", value),
 )
-def test_make_steps_on_many_devices_is_one_device(host, way):
-    """Parameters and all statistics, psi among them, after windows have come into use."""
+def test_make_steps_on_many_devices_equals_one_device(host, way):
+    """Compares parameters and all statistics, including psi, after the windows are full."""
     batches = make_batches(5)
 
     def trained(train_step, state):
@@ -252,7 +252,7 @@ def test_make_steps_on_many_devices_is_one_device(host, way):
         np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
 
 
-def test_remat_moves_the_windows_once():
+def test_remat_updates_the_windows_once():
     (x, *_), _ = drifting(1)
     layer = jaxbn.linen.MovingAverageBatchNorm(use_running_average=False, window=3)
     variables = layer.init(jax.random.key(0), x)
@@ -271,11 +271,11 @@ def test_remat_moves_the_windows_once():
     assert found["step"] == found["gradients"] == 1
 
 
-# --- Channels that are all alike, and what is refused -----------------------------------------------------------------
+# --- Constant channels, and errors ------------------------------------------------------------------------------------
 
 
 def test_channels_without_variance_stay_finite(rng):
-    """Constant, all zero, and far from zero; through the end of the warm-up, and of r = 1."""
+    """Channels that are constant, all zero, and far from zero; past the warm-up and r = 1."""
     x = rng.standard_normal((12, 4, CHANNELS)).astype(np.float32)
     x[..., 1:3] = 0.7, 0.0
     x[..., 3] += 1e6
@@ -299,7 +299,7 @@ def test_channels_without_variance_stay_finite(rng):
     assert state.step == 1006
 
 
-def test_what_is_not_finite_stays_out_of_both_windows():
+def test_nan_does_not_enter_the_windows():
     (x, *_), _ = drifting(1)
     transform = jaxbn.moving_average_batch_norm(window=2)
     params, state = transform.init(CHANNELS)
@@ -315,7 +315,7 @@ def test_what_is_not_finite_stays_out_of_both_windows():
     assert (after.gradient_window[-1, :2] != 0).all()
 
 
-def test_one_value_per_channel_is_a_sign_in_the_warm_up():
+def test_one_value_per_channel_gives_its_sign_in_the_warm_up():
     transform = jaxbn.moving_average_batch_norm()
     y, _ = transform.train(*transform.init(2), jnp.array([[3.0, -7.0]]))
     np.testing.assert_allclose(y, [[1, -1]], rtol=1e-5)
@@ -335,18 +335,18 @@ def test_one_value_per_channel_is_a_sign_in_the_warm_up():
     ],
     ids=lambda value: ", ".join(value) if isinstance(value, dict) else "",
 )
-def test_arguments_that_make_no_sense_are_errors(arguments, message):
+def test_invalid_arguments_raise(arguments, message):
     with pytest.raises(ValueError, match=message):
         jaxbn.moving_average_batch_norm(**arguments)
 
 
-def test_complex_input_is_an_error():
+def test_complex_input_raises():
     transform = jaxbn.moving_average_batch_norm()
     with pytest.raises(TypeError, match="takes real input"):
         transform.train(*transform.init(2), jnp.ones((4, 2), jnp.complex64))
 
 
-# --- The hosts --------------------------------------------------------------------------------------------------------
+# --- linen and NNX ----------------------------------------------------------------------------------------------------
 
 
 def test_factory_and_layers_have_the_same_arguments_and_defaults():
@@ -359,7 +359,7 @@ def test_factory_and_layers_have_the_same_arguments_and_defaults():
 
 
 def test_after_a_plain_train_state_step_of_linen():
-    """One line, with micro-batches that an optimizer accumulates: each gradient, before it is accumulated."""
+    """One line more, after each gradient and before the optimizer accumulates it."""
     batches, cotangents = drifting(8)
     layer = jaxbn.linen.MovingAverageBatchNorm(
         use_running_average=False, momentum=MOMENTUM, window=WINDOW, warmup=0, r_max=R_MAX
@@ -407,7 +407,7 @@ def test_in_a_plain_loop_of_nnx():
     np.testing.assert_allclose(np.sort(model.gradient_window[...], 0), np.sort(ring_gz, 0), rtol=1e-4, atol=1e-6)
 
 
-def test_layers_under_vmap_learn_each_from_its_own_gradient():
+def test_layers_under_vmap_use_their_own_gradients():
     x = jnp.asarray(drifting(1)[0][0])
     layer = jaxbn.linen.MovingAverageBatchNorm
     axes = {"variable_axes": {"params": 0, "batch_stats": 0}, "split_rngs": {"params": True}}
@@ -431,8 +431,8 @@ def test_layers_under_vmap_learn_each_from_its_own_gradient():
 
 
 @every_host
-def test_the_pass_installs_the_second_moment_and_normalizes_with_that_of_the_batch(host):
-    """In float64 for one layer; frozen, it evaluates with the second moment of all rows."""
+def test_the_pass_normalizes_with_second_moments_and_installs_them(host):
+    """In float64 for one layer; the frozen layer evaluates with the second moment of all rows."""
     parts = [(3 + np.random.default_rng(seed).standard_normal((4, CHANNELS))).astype(np.float32) for seed in range(3)]
     rows = np.float64(np.concatenate(parts))
     if host is NNX:
@@ -455,7 +455,7 @@ def test_the_pass_installs_the_second_moment_and_normalizes_with_that_of_the_bat
 
 
 @every_host
-def test_make_steps_learns_psi_and_ends_in_a_frozen_network(host):
+def test_make_steps_updates_psi_and_freezes(host):
     batches = make_batches(4)
     steps = host.steps(host.net(LAYERS[host], window=2, warmup=0))
     state = steps.init(jax.random.key(0), batches[0])
@@ -474,7 +474,7 @@ def test_make_steps_learns_psi_and_ends_in_a_frozen_network(host):
     np.testing.assert_allclose(alone, steps.eval_step(frozen, batches[0]), rtol=1e-5, atol=1e-5)
 
 
-def test_the_gradient_that_is_missing_is_named():
+def test_the_error_names_the_missing_gradient():
     x = jnp.ones((2, 3))
     layer = jaxbn.linen.MovingAverageBatchNorm(use_running_average=False)
     variables = layer.init(jax.random.key(0), x)
@@ -485,7 +485,7 @@ def test_the_gradient_that_is_missing_is_named():
         jaxbn.nnx.update_backward(model, nnx.State({}))
 
 
-def test_other_layers_are_left_alone():
+def test_update_backward_does_not_change_other_layers():
     x = jnp.ones((2, 3))
     net = jaxbn.linen.BatchNorm(use_running_average=False)
     variables = net.init(jax.random.key(0), x)
