@@ -139,6 +139,7 @@ def training_batches(data: Batch, order: str, rng: np.random.Generator) -> list[
     """The batches of one epoch: shuffled digits, or a single digit per batch with the batches in random order."""
     images, labels = data
     groups = [np.arange(len(labels))] if order == "shuffled" else [np.flatnonzero(labels == d) for d in range(10)]
+    # Batches are cut within each group, so with `--order class` no batch mixes digits.
     shuffled = [rng.permutation(rows) for rows in groups]
     batches = [batch for rows in shuffled for batch in in_batches(images[rows], labels[rows])]
     return [batches[i] for i in rng.permutation(len(batches))]
@@ -175,6 +176,7 @@ def evaluate(
     steps, labels = by_name[POOLED], held_out[1]
     batches = in_batches(*held_out)
     # A statistics pass over a single batch gives the statistics of that batch.
+    # A pass over one batch gives its batch statistics, in a form that `eval_step` accepts.
     own = [predict(steps, postproc(steps, state, [batch])[0], batch) for batch in batches]
     scores = {OWN: np.mean(np.concatenate(own) == labels)}
     scores[ONE] = np.mean(predict(steps, steps.finalize(state)[0], held_out) == labels)
@@ -205,6 +207,7 @@ def explain(steps: jaxbn.Steps, scores: list[Scores], state: Any, held_out: Batc
     if order == "class":
         cause = "batches of one digit spoiled the training; better statistics cannot repair it"
         return f"Why: {cause}: batch {scores[-1][OWN]:.2f}, pooled {scores[-1][POOLED]:.2f}."
+    # After t steps the initial value has weight momentum^t in the running average.
     left = MOMENTUM ** int(state.step)
     share = f"{left:.0%} ({MOMENTUM}^{state.step}) of each running average is still its initial value"
     without = predict(steps, without_start(steps.finalize(state)[0], left), held_out)
@@ -214,6 +217,7 @@ def explain(steps: jaxbn.Steps, scores: list[Scores], state: Any, held_out: Batc
 def diagnose(api: str, state: Any, batches: list[Batch]) -> jaxbn.Diagnosis:
     """Diagnoses the network with its running averages on these batches."""
     if api == "linen":
+        # `diagnose` sets the statistics of each layer itself; the flag of the model does not matter.
         apply = functools.partial(DigitNet().apply, train=False)
         return jaxbn.linen.diagnose(lambda variables, batch: apply(variables, batch[0]), state.variables, batches)
     net = NNXDigitNet(nnx.Rngs(0))
@@ -330,6 +334,7 @@ def main(argv: Sequence[str] | None = None) -> list[Scores]:
     console.print(f"\n{diagnose(args.api, state, batches)}\n", soft_wrap=True)
     draw(scores, report, args.order, args.picture)
     jaxbn.serving.save(args.network, frozen)
+    # The file must be enough: the fresh process sees neither the parameters nor the training data.
     same = predict(steps, frozen, held_out) == serve(args.network, args.api, args.seed)
     console.print(f"Saved {args.network}; in a fresh process {same.sum()} of {same.size} predictions are the same.")
     console.print(f"Saved {args.picture}; {time.perf_counter() - start:.0f} s, compilation included.", soft_wrap=True)

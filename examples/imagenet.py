@@ -112,6 +112,7 @@ class Checkpoints:
         """Saves the state if a checkpoint is due, or if `force` is set."""
         if self.manager and self.manager.latest_step() != step and (force or self.manager.should_save(step)):
             # Copy to host memory, because the next step reuses the donated device memory.
+            # Copy to the host first: the next train step donates the device buffers.
             copy = ocp.args.StandardSave(jax.device_get(state))
             self.manager.save(step, args=copy, custom_metadata=self.settings, force=True)
 
@@ -129,6 +130,7 @@ def sharding(*axes: str) -> NamedSharding:
 
 def schedule(args: argparse.Namespace, steps_per_epoch: int) -> optax.Schedule:
     """Linear warm-up, then cosine decay to zero; the peak is proportional to the batch size."""
+    # Linear scaling rule (Goyal et al., 2017).
     peak = args.learning_rate * args.batch_size / 256
     warmup, total = round(args.warmup * steps_per_epoch), args.epochs * steps_per_epoch
     return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, total)
@@ -179,6 +181,7 @@ def run(args: argparse.Namespace, data: Data, checkpoints: Checkpoints) -> Itera
     """Trains, and yields an evaluated row after each epoch and at the end."""
     steps, per_epoch = make_steps(args, data), len(data.train)
     state = checkpoints.restore(initial_state(steps, args))
+    # The schedule depends on `--epochs` alone, so a run that stops early can be resumed.
     end = min(args.epochs * per_epoch, args.stop_after or math.inf)
     for epoch, start, stop in segments(int(state.step), end, per_epoch):
         batches = data.train.batches(epoch, start, stop)
@@ -234,6 +237,7 @@ def evaluate(steps: jaxbn.Steps, state: Any, data: Data, epoch: int, args: argpa
         last = steps.start(state, batch) if accumulator is None else accumulator
         accumulator = steps.postproc_step(state, last, batch)
         jax.block_until_ready(last)
+    # Without an accumulator, `finalize` uses the running averages (Method ONE).
     networks = [steps.finalize(state, acc)[0] for acc in (None, accumulator)]
     correct = []
     for batch in map(put, args.bar(data.held_out.batches(), "Evaluating", total=len(data.held_out))):

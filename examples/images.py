@@ -188,6 +188,7 @@ class Loader:
         """The image index of each row of an epoch; `PADDING` in the padded rows of the last batch."""
         images, rows = len(self.source.labels), len(self) * self.batch_size
         if self.shuffle:
+            # The order depends only on seed and epoch, so a resumed run continues with the same batches.
             return np.random.default_rng([*self.seed, epoch]).permutation(images)[:rows]
         return np.pad(np.arange(images), (0, rows - images), constant_values=PADDING)
 
@@ -198,6 +199,7 @@ class Loader:
             ValueError: If the image cannot be read; the message contains its location.
         """
         if index == PADDING:
+            # Padding keeps the last batch in the shape of the others, so evaluation compiles once.
             black = np.zeros((self.image_size, self.image_size, 3), np.uint8)
             return {"image": black, "label": np.array(PADDING, np.int32)}
         try:
@@ -213,6 +215,7 @@ def by_threads(read: Callable[[int], Batch], rows: range, loader: Loader) -> Ite
     pool = ThreadPoolExecutor(loader.workers, "images")
     batches = iter([rows[i : i + loader.batch_size] for i in range(0, len(rows), loader.batch_size)])
     started = ([pool.submit(read, row) for row in batch] for batch in batches)
+    # Generators submit lazily: only `ahead` batches are in memory at any time.
     under_way = collections.deque(itertools.islice(started, loader.ahead))
     try:
         while under_way:

@@ -91,6 +91,7 @@ def work() -> None:
     share, fewest = BATCH // len(processes), min(len(data_of(i)) for i in processes)
     shares = [slice(start, start + share) for start in range(0, fewest, share)]
     batches = global_batches([data_of(process)[rows] for rows in shares])
+    # All processes run this program on the same global batches; no merge is needed afterwards.
     found, report = jaxbn.linen.postproc(predict, variables, batches, consistent=True)
     jaxbn.check_replicas(found)
     if process == 0:
@@ -101,6 +102,7 @@ def work() -> None:
     mine = data_of(process)
     own = [mine[start : start + BATCH] for start in range(0, len(mine), BATCH)]
     mesh = jax.make_mesh((jax.local_device_count(),), ("data",), (AxisType.Auto,), devices=jax.local_devices())
+    # Here the processes run on their own and merge their accumulators once per sweep.
     found, report = jaxbn.linen.postproc(predict, variables, own, consistent=True, mesh=mesh)
     jaxbn.check_replicas(found)
     if process == 0:

@@ -72,6 +72,7 @@ class LinenBlock(nn.Module):
         if project:
             x = conv(EXPANSION * width, (1, 1), strides=stride, name="shortcut_conv")(x)
             x = norm(name="shortcut_norm")(x)
+        # One call for norm, sum and ReLU: they share one read and one write of the activations.
         return norm(name="norm3", activation=jax.nn.relu, scale_init=_ZEROS)(y, residual=x)
 
 

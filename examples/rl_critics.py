@@ -145,8 +145,10 @@ def both(batch: dict[str, jax.Array], actor: Any) -> tuple[jax.Array, jax.Array]
 def critic_loss(params: Any, learner: Learner, batch: dict[str, jax.Array]) -> tuple[jax.Array, Any]:
     """Squared temporal differences, and the updated statistics."""
     variables = learner.critics | {"params": params}
+    # One training call for both halves: separate calls would normalize them with different statistics.
     values, updates = CRITICS.apply(variables, *both(batch, learner.actor), True, mutable=["batch_stats"])
     now, later = jnp.split(values, 2, axis=1)
+    # The minimum over the ensemble counters overestimation, as in TD3.
     target = jax.lax.stop_gradient(batch["reward"] + DISCOUNT * later.min(0))
     return jnp.square(now - target[None]).mean(1).sum(), updates
 
@@ -158,6 +160,7 @@ def actor_loss(actor: Any, critics: Any, state: jax.Array) -> jax.Array:
 
 def learn(learner: Learner, key: jax.Array) -> Learner:
     """Takes one step of the critics and one of the actor on rows drawn from the filled part of the buffer."""
+    # `play` has already written the rows of this step, hence + 1.
     rows = jax.random.randint(key, (BATCH,), 0, (learner.step + 1) * PLAYERS)
     batch = {name: values[rows] for name, values in learner.replay.items()}
     params = learner.critics["params"]
@@ -225,12 +228,14 @@ def best_linear_policy() -> np.ndarray:
     for _ in range(1000):
         ahead = DISCOUNT * FORCE.T @ cost
         gain = np.linalg.solve(force_cost + ahead @ FORCE, ahead @ DYNAMICS)
+        # Fixed-point iteration of the Riccati equation; the discount makes it converge.
         cost = state_cost + DISCOUNT * DYNAMICS.T @ cost @ (DYNAMICS - FORCE @ gain)
     return gain
 
 
 def tabulate(learner: Learner, variables: Any, seed: int) -> tuple[list[Table], dict[str, float]]:
     """Makes the tables of results; returns them, and the numbers by name."""
+    # Starts that training did not see.
     state, gain = starts(jax.random.key(seed + 1000), 256), jnp.asarray(best_linear_policy(), jnp.float32)
     untrained = ACTOR.init(jax.random.key(seed), state)
     had = returns(lambda state: ACTOR.apply(learner.actor, state), state)

@@ -114,6 +114,7 @@ def measure(networks: Sequence[Network], inputs: np.ndarray, *, rounds: int, pro
     seconds = np.empty((WARM_UP + rounds, len(networks)))
     screen, title = Console(stderr=True), f"Timing, {len(inputs)} at a time"
     for i in track(range(len(seconds)), title, console=screen, transient=True, disable=not progress):
+        # Alternate the order, so that neither network always runs first.
         for j in np.roll(range(len(networks)), i):
             start = time.perf_counter()
             jax.block_until_ready(compiled[j](networks[j].arrays, inputs))
@@ -181,6 +182,7 @@ def main(argv: Sequence[str] | None = None) -> dict[int, list[Cost]]:
     console.print(f"{report}\n", soft_wrap=True)
     jaxbn.serving.export(args.program, after.call, after.variables, digits)
 
+    # The unfolded network in this process is the reference for the exported program.
     trained = np.asarray(jax.jit(before.predict)(before.arrays, digits))
     served = answer(args.program, digits)
     same, off = trained.argmax(-1) == served.argmax(-1), np.abs(served - trained).max()

@@ -143,6 +143,7 @@ def _shardings(device: str) -> tuple[Sharding, Sharding]:
     chips = np.array(topology.devices[: DEVICES[device].chips])
     if chips.size == 1:
         return (SingleDeviceSharding(chips[0]),) * 2
+    # Data parallelism: batches are split over one axis, variables are replicated.
     mesh = Mesh(chips, ("data",))
     return NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
 

@@ -233,6 +233,7 @@ def layer_program(
         def forward(params: Any, *inputs: jax.Array) -> Any:
             return layer.apply({"params": params, **rest}, *inputs, mutable=["batch_stats"])
 
+        # One program for both passes, so that XLA may reuse reads and saved arrays as in a network.
         y, pull, updates = jax.vjp(forward, variables.get("params", {}), *inputs, has_aux=True)
         return y, updates, pull(dy)
 
@@ -257,6 +258,7 @@ def train_program(form: Form, dtype: DTypeLike, batch: int, *, size: int = IMAGE
         params = jax.tree.map(lambda p, g: p - 0.1 * g, variables["params"], grads)
         return {"params": params, **updates}, value
 
+    # Donated as in a real loop: the new variables reuse the memory of the old ones.
     return Program(step, shapes_of(net, images), (images, labels), donates=True)
 
 
@@ -266,6 +268,7 @@ def eval_program(form: Form, dtype: DTypeLike, batch: int) -> Program:
     images = jax.ShapeDtypeStruct((batch, *IMAGE), dtype)
     if form.fold is None:
         return Program(net.apply, shapes_of(net, images), (images,))
+    # Folding reads values, so initialize for real, on a small image: the variables do not depend on its size.
     small = jnp.ones((1, 32, 32, 3), dtype)
     run, variables, _ = form.fold(net.apply, jax.jit(net.init)(jax.random.key(0), small), small)
     return Program(run, jax.eval_shape(lambda: variables), (images,))

@@ -145,6 +145,7 @@ def size(type_text: str) -> int:
     total = 0
     for dtype, shape, layout in _ARRAY.findall(type_text):
         bits = 8 if dtype == "pred" else int(re.search(r"\d+", dtype).group())
+        # Memory spaces 1 to 4 are on the chip and cost no traffic.
         on_chip = re.search(r"S\([1-4]\)", layout)
         total += 0 if on_chip else math.prod(int(n.strip("<=")) for n in shape.split(",") if n) * bits // 8
     return total
@@ -162,13 +163,16 @@ def run(program: Program, name: str | None = None, turns: int = 1) -> Iterator[K
         op = instruction.op
         if op in FREE or op.endswith(("-start", "-update")):
             continue
+        # An asynchronous operation appears two or more times; count it once, at its end.
         if op.endswith("-done"):
             instruction = _whole(instruction, computation)
             op = instruction.op
         if op in ("while", "call", "async"):
+            # Without a known trip count, count a loop once.
             known = _TURNS.search(instruction.attributes)
             yield from run(program, instruction.called, turns * (int(known.group(1)) if known else 1))
         elif op == "conditional":
+            # Only one branch runs; assume the most expensive one.
             branches = [list(run(program, branch, turns)) for branch in _branches(instruction)]
             yield from max(branches, key=lambda kernels: sum(kernel.moved for kernel in kernels))
         else:
@@ -191,6 +195,7 @@ def _whole(done: Instruction, computation: Computation) -> Instruction:
 def _kernel(program: Program, computation: Computation, instruction: Instruction, turns: int) -> Kernel:
     if instruction.op == "fusion":
         body = program.computations[instruction.called]
+        # Inside a fusion, operands are parameters; a parameter that is only sliced is not read as a whole.
         takes = {int(i.arguments): i for i in body.values() if i.op == "parameter"}
         arguments = [(operand, _read(body, takes[n])) for n, operand in enumerate(instruction.operands)]
         written = _written(body, next(i for i in body.values() if i.root), instruction.type)
@@ -213,6 +218,7 @@ def _read(body: Computation, source: Instruction) -> int:
         if source.name not in user.operands:
             continue
         if user.op in SLICES and source.name not in user.operands[1:]:
+            # The slice itself may be on chip, but its elements come from device memory.
             parts += size(_off_chip(user.type))
         elif user.op in _VIEWS:
             parts += _read(body, user)
@@ -228,6 +234,8 @@ def _written(body: Computation, root: Instruction, type_text: str) -> int:
     if root.op in _VIEWS and root.operands[0] in body:
         return _written(body, body[root.operands[0]], type_text)
     if root.op == "dynamic-update-slice":
+        # An update in place writes only the updated slice.
         return min(size(type_text), size(_off_chip(body[root.operands[1]].type)))
+    # Libraries request scratch memory as u8 outputs of a custom call.
     scratch = sum(map(size, re.findall(r"\bu8\[\d+\]", type_text))) if root.op == "custom-call" else 0
     return size(type_text) - scratch

@@ -86,6 +86,7 @@ def measure(case: Case, args: argparse.Namespace) -> Seconds:
     for name in args.norms:
         program = program_of(name, case, x, dy)
         if program:
+            # Short calls are repeated until a measurement is long compared with the resolution of the clock.
             counts[name] = repeats_for(program.run, args.seconds)
             runs[name] = functools.partial(program.run, counts[name])
     times: dict[str, Times] = interleave(runs, range(args.rounds))
@@ -105,10 +106,12 @@ def rows(group: Group, inputs: dict[str, Seconds], args: argparse.Namespace) -> 
         size = math.prod(case.shape) * np.dtype(jax.numpy.dtype(case.dtype)).itemsize
         for name, taken in seconds.items():
             ratios = [str(ratio(taken, seconds[under])) for under in unders]
+            # Bytes that any layer must move, per second, relative to a plain copy.
             share = MOVES[case.train] * size / np.median(taken) / args.bandwidth if args.bandwidth else 0
             yield key, name, f"{1000 * np.median(taken):.3f}", *ratios, *([f"{share:.2f}"] if share else [])
     for name in args.norms:
         means = [ratios_to(under, inputs, name) for under in unders]
+        # A layer that is missing on some program has no mean.
         if all(means):
             numbers = [str(geometric_mean(list(found.values()))) for found in means]
             yield ALL, name, "", *numbers, *([""] if args.bandwidth else [])

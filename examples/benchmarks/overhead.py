@@ -117,6 +117,7 @@ def programs_of(norm: Norm, layers: int) -> dict[str, Program]:
         graphdef, params, stats = nnx.split(model, nnx.Param, nnx.BatchStat)
 
         def forward(params: Any, stats: Any, x: jax.Array) -> tuple[jax.Array, Any]:
+            # A copy, because the call updates the statistics in place.
             model = nnx.merge(graphdef, params, stats, copy=True)
             return jnp.square(model(x)).mean(), nnx.state(model, nnx.BatchStat)
 
@@ -130,6 +131,7 @@ def programs_of(norm: Norm, layers: int) -> dict[str, Program]:
 def make(program: Program) -> list[float]:
     """Seconds to trace, to lower and to compile a program with empty caches."""
     jax.clear_caches()
+    # A new jit per round: a reused one would return its cached trace.
     fresh = jax.jit(program.run)
     times = [time.perf_counter()]
     traced = fresh.trace(*program.arguments)
@@ -143,6 +145,7 @@ def make(program: Program) -> list[float]:
 
 def count_equations(program: Any) -> int:
     """The number of equations of a program, nested ones included."""
+    # Sub-programs of scan, cond, pjit and custom derivatives are parameters of their equation.
     inner = [leaf for e in program.eqns for leaf in jax.tree.leaves(e.params) if hasattr(leaf, "eqns")]
     return len(program.eqns) + sum(map(count_equations, inner))
 

@@ -75,6 +75,7 @@ def make_program(layer: Layer, case: Case, x: np.ndarray, dy: np.ndarray) -> Pro
 
     arrays = (x, dy) if case.train else (x,)
     if layer.channels_first:
+        # Transpose outside the timed program, so that no library pays for another's layout.
         arrays = tuple(np.moveaxis(array, -1, 1) for array in arrays)
     placed = [jnp.asarray(array, case.dtype) for array in arrays]
     leaves, structure = jax.tree.flatten((layer.params, layer.state, *placed))

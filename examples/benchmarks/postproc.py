@@ -167,6 +167,7 @@ def linen_programs(norm: Callable[..., Any], shape: Shape, batches: list[jax.Arr
         return net.apply(variables, x, train=False)
 
     def run_loop(count: int) -> Any:
+        # Each update waits for the last one on the device only; the host does not block.
         return functools.reduce(functools.partial(update, params), batches[:count], stats)
 
     def run_postproc(count: int) -> None:
@@ -186,6 +187,7 @@ def nnx_programs(norm: Callable[..., Any], shape: Shape, batches: list[jax.Array
     """The programs of an NNX network."""
     model, example = NnxNet(norm, shape, nnx.Rngs(0)), batches[0]
     graphdef, state = nnx.split(model)
+    # The loop updates statistics in place; `postproc` below must start from the initial ones.
     updated = nnx.clone(model)
 
     @jax.jit
@@ -227,6 +229,7 @@ def torch_programs(shape: Shape, batches: list[jax.Array]) -> dict[str, Program]
         return {}
     where = {"device": device, "memory_format": torch.channels_last}
     net = torch_net(torch, shape).to(**where)
+    # Copy to the device in advance, as for JAX: only the pass is measured.
     images = [torch.tensor(np.moveaxis(np.asarray(x), -1, 1)).to(**where) for x in batches]
 
     def program(run: Callable[[list[Any]], Any]) -> Program:
@@ -280,6 +283,7 @@ def measure(programs: dict[Key, Program], args: argparse.Namespace) -> dict[Key,
     runs = {key: functools.partial(program.run, args.batches) for key, program in programs.items()}
     first = {}
     for key in args.bar(list(runs), "Compiling"):
+        # The first call compiles; the second warms up caches with the full number of batches.
         first[key] = clock(functools.partial(programs[key].run, 1))[0]
         clock(runs[key])
     times = interleave(runs, args.bar(range(args.repeats), "Measuring"))

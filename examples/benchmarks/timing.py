@@ -57,6 +57,7 @@ def clock(run: Callable[[], Any]) -> tuple[float, float]:
 
 def take_turns(keys: Sequence[_Key], rounds: Iterable[int], measure: Callable[[_Key], Any]) -> dict[_Key, np.ndarray]:
     """Measures everything once per round, in alternating order; returns the measurements, [rounds, ...]."""
+    # Reverse every other round, so that drifts such as heating cancel.
     found = [{key: measure(key) for key in (keys[::-1] if turn % 2 else keys)} for turn in rounds]
     return {key: np.array([measured[key] for measured in found]) for key in keys}
 
@@ -83,6 +84,7 @@ def repeat(call: Callable[[], Any], count: int) -> Any:
 def repeats_for(run: Callable[[int], Any], seconds: float) -> int:
     """The number of runs per measurement, so that a measurement takes at least `seconds`."""
     run(1)  # warm-up
+    # The minimum is least affected by other load.
     taken = min(clock(functools.partial(run, 1))[0] for _ in range(2))
     return max(1, math.ceil(seconds / taken))
 
@@ -95,6 +97,7 @@ def ratio(over: np.ndarray, under: np.ndarray) -> Interval:
 def geometric_mean(ratios: Sequence[np.ndarray]) -> Interval:
     """The geometric mean over cases of the median ratio of each, [rounds]."""
     rng = np.random.default_rng(0)
+    # Resample whole rounds, because times within a round are correlated.
     drawn = [r[rng.integers(len(r), size=(DRAWS, len(r)))] for r in ratios]
     means = np.exp(np.mean([np.log(np.median(draws, axis=1)) for draws in drawn], axis=0))
     value = math.exp(np.mean([np.log(np.median(r)) for r in ratios]))

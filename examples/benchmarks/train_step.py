@@ -113,6 +113,7 @@ class Step:
     def memory(self) -> int:
         """Bytes according to the compiler."""
         found = self.compiled.memory_analysis()
+        # Donated arguments share memory with outputs (alias), so count them once.
         held = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
         return held + found.temp_size_in_bytes
 
@@ -144,6 +145,7 @@ def search_largest(fits: Callable[[int], bool], start: int) -> int:
     if not fits(start):
         return 0
     low = start
+    # Doubling first keeps the number of compilations logarithmic.
     while fits(2 * low):
         low *= 2
     high = 2 * low
@@ -168,6 +170,7 @@ def measure(setting: Setting, args: argparse.Namespace) -> dict[str, Cost]:
     """Measures memory first, while this process holds none; then times all norms in alternation."""
     stats, largest, memory = memory_stats(), {}, {}
     for norm in args.bar(args.norms if stats else [], f"Memory of {setting.network}"):
+        # The peak counter of a process never decreases, so each norm needs its own process.
         memory[norm] = apart(peak_memory, norm, setting)
         if args.largest and "bytes_limit" in stats:
             largest[norm] = apart(largest_batch, norm, setting)

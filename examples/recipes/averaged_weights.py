@@ -28,7 +28,9 @@ def averages(data: Batch, epochs: int) -> dict[str, tuple[Any, Any]]:
     states = list(train(SGD, data, epochs))
     ema = states[0].params
     for state in states:
+        # Only params are averaged. The statistics come from the pass below, not from an average.
         ema = optax.incremental_update(state.params, ema, 1 - DECAY)
+    # SWA averages the second half of training with equal weights.
     swa = jax.tree.map(lambda *p: sum(p) / len(p), *(state.params for state in states[len(states) // 2 :]))
     *_, free = train(SCHEDULE_FREE, data, epochs)
     evaluated = optax.contrib.schedule_free_eval_params(free.opt_state, free.params)

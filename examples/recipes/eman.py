@@ -37,6 +37,7 @@ def main(epochs: int = 3) -> dict[str, float]:
     teacher = None
     for state in train(SGD, data, epochs):
         student = {"params": state.params, "batch_stats": state.batch_stats}
+        # Start from the first student: an average from other weights would keep a share of them.
         teacher = student if teacher is None else follow(teacher, student)
     networks = {
         "student": student,

@@ -63,6 +63,7 @@ def run(step: Step, optimizer: optax.GradientTransformation, variables: Any, bat
 
 def fine_tune_nnx(model: nnx.Module, batches: list[Batch]) -> nnx.Module:
     """The recipe in NNX: `freeze_layers` returns a model, and `"norms"` selects its list of normalization layers."""
+    # Frozen layers ignore `train()`, so the small batches below do not touch their statistics.
     model = jaxbn.nnx.freeze_layers(model, "norms")
     held = jaxbn.nnx.affine_mask(model, "norms")
     optimizer = nnx.Optimizer(model, optax.chain(SLOW, optax.masked(optax.set_to_zero(), held)), wrt=nnx.Param)

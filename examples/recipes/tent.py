@@ -32,6 +32,7 @@ def entropy(logits: jax.Array) -> jax.Array:
 def make_tent(variables: Any, learning_rate: float = LEARNING_RATE) -> tuple[Any, Callable[..., Any]]:
     """The recipe: an optimizer state, and a step that returns new params and the logits of the old ones."""
     mask = jaxbn.linen.affine_mask(variables, "")
+    # Only scale and bias of normalization layers learn; all other parameters get zero updates.
     optimizer = optax.multi_transform({True: optax.adam(learning_rate), False: optax.set_to_zero()}, mask)
     in_batch_mode = jaxbn.linen.capture_moments(predict, mode="batch")
 
@@ -51,6 +52,7 @@ def make_tent(variables: Any, learning_rate: float = LEARNING_RATE) -> tuple[Any
 def make_tent_nnx(model: nnx.Module, learning_rate: float = LEARNING_RATE) -> Callable[[Batch], jax.Array]:
     """The recipe in NNX: a filter selects the trainable parameters, and the step updates the model in place."""
     affine = {path for path, found in nnx.to_flat_state(jaxbn.nnx.affine_mask(model, "")) if found}
+    # The filter selects the same parameters for the gradient and for the optimizer.
     learns = nnx.All(nnx.Param, lambda path, _: path in affine)
     optimizer = nnx.Optimizer(model, optax.adam(learning_rate), wrt=learns)
     in_batch_mode = jaxbn.nnx.capture_moments(lambda model, batch: model(batch["x"]), mode="batch")

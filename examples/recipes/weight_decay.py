@@ -42,6 +42,7 @@ def make_optimizer(
     scales, kernels = masks(variables)
     return optax.chain(
         optax.masked(optax.add_decayed_weights(rate), kernels),
+        # Biases are in neither mask, so they do not decay.
         optax.masked(decay_towards_one(rate), scales),
         optimizer,
     )

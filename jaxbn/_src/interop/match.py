@@ -71,6 +71,7 @@ class Match:
             if path in self.flattened:
                 found["weight"] = _flatten_first(found["weight"], self.flattened[path], to_flax=to_flax)
             if path in counts:
+                # Bessel's factor: PyTorch's var * (n - 1) / n is Flax's.
                 biased = 1 - 1 / counts[path]
                 found["running_var"] = found["running_var"] * (biased if to_flax else 1 / biased)
             arrays[layer.path] = {
@@ -239,6 +240,7 @@ def _checked(source: Sequence[Layer], target: Sequence[Layer], given: Mapping[st
 
 
 def _check_complete(olds: Sequence[Layer], news: Sequence[Layer]) -> None:
+    # Compare how often each set of shapes occurs, since the order may differ.
     counts = [Counter(layer.signature for layer in layers) for layers in (olds, news)]
     alone = [
         [layer for layer in layers if mine[layer.signature] > others[layer.signature]]
@@ -264,6 +266,7 @@ def _check_flattened(model: Model, flattened: Mapping[str, tuple[int, ...]]) -> 
         size = known[path].shapes["weight"][-1]
         if shape and math.prod(shape) != size:
             raise ValueError(f"flattened: {path!r} takes {size} features, and {shape} are {math.prod(shape)}.")
+    # Flattening multiplies the features of a Dense layer by H W, which reveals it. A plain Dense resets the search.
     channels = 0
     for layer in (layer for layer in model.layers if "weight" in layer.shapes):
         shape = layer.shapes["weight"]

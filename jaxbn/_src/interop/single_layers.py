@@ -79,6 +79,7 @@ def from_haiku(params: Any, state: Any, name: str = "batch_norm") -> dict[str, A
     References:
         Haiku, `BatchNorm <https://dm-haiku.readthedocs.io/en/latest/api.html#batchnorm>`_.
     """
+    # `average` is the debiased value that Haiku evaluates with; `hidden` is the raw one.
     own, mean, var = params.get(name, {}), *(state[f"{name}/~/{part}_ema"]["average"] for part in ("mean", "var"))
     return _variables(own.get("scale"), own.get("offset"), mean, var)
 
@@ -149,6 +150,7 @@ def from_equinox(layer: Any, state: Any) -> dict[str, Any]:
         mean, var = state.get(layer.ema_state_index)
         return _variables(layer.weight, layer.bias, mean, var)
     count = int(state.get(layer.batch_counter))
+    # The same debiasing as in Equinox's own evaluation, so that both give the same outputs.
     weight = 1 - layer.momentum**count if count else 1
     mean, var = (np.asarray(hidden) / weight for hidden in state.get(layer.batch_state_index))
     return _variables(layer.weight, layer.bias, mean, var)
@@ -180,6 +182,7 @@ def to_equinox(variables: Any, layer: Any, state: Any) -> tuple[Any, Any]:
     copies = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), dict(variables))
     params, stats = copies.get("params", {}), copies["batch_stats"]
     new = {id(layer.weight): params.get("scale"), id(layer.bias): params.get("bias")}
+    # Find the leaves by identity, since the class of the layer is not imported here.
     if layer.weight is not None:
         layer = jax.tree.map(lambda leaf: new.get(id(leaf), leaf), layer)
     averages = (stats["mean"], stats["var"])

@@ -155,6 +155,7 @@ def _of_linen(init: Callable[[], Any]) -> Model:
     lost = ["/".join(key) for key in flat if key[1:-1] not in kinds]
     if lost:
         raise ValueError(f"{lost[0]!r} comes from a call that cannot be traced: pass the init itself, not jitted.")
+    # Variables of one module keep their order, since `sorted` is stable.
     order = {path: position for position, path in enumerate(kinds)}
     keys = sorted(flat, key=lambda key: order[key[1:-1]])
 
@@ -201,6 +202,7 @@ def _of_nnx(model: Any) -> Model:
         return {path: variable.get_value() for path, variable in nnx.to_flat_state(nnx.state(model, SAVED))}
 
     def update(model: Any, updates: Mapping[Key, Any]) -> Any:
+        # NNX models are mutable, and callers expect the given one to stay unchanged.
         copy = nnx.clone(model)
         for path, variable in nnx.to_flat_state(nnx.state(copy, SAVED)):
             if path in updates:
@@ -266,5 +268,6 @@ def _as_array(value: Any) -> np.ndarray:
     """A value as a NumPy array; handles PyTorch tensors without importing PyTorch."""
     if hasattr(value, "detach"):
         value = value.detach().cpu()
+        # NumPy has no bfloat16; float32 holds its values exactly.
         value = (value.float() if "bfloat16" in str(value.dtype) else value).numpy()
     return np.asarray(value)

@@ -24,6 +24,7 @@ class Draw:
 
     def uniform(self, shape: Sequence[int], low: float = -2.0, high: float = 3.0, *, step: float = STEP) -> np.ndarray:
         """Multiples of `step` from [low, high)."""
+        # Integer steps are exact, while arithmetic on random floats could differ between machines.
         steps = [int(self._random() * ((high - low) / step)) for _ in range(int(np.prod(shape)))]
         return low + step * np.array(steps, np.float64).reshape(shape)
 
@@ -82,6 +83,7 @@ def calls(
 
 def passes(estimator: str, arguments: dict[str, Any], batches: Sequence[np.ndarray]) -> dict[str, Any]:
     """The fields of a vector: runs an estimator of `reference` over these batches."""
+    # Batches without a mask: all values have weight 1.
     seen = [reference.moments(x, np.ones_like(x)) for x in batches]
     mean, var = getattr(reference, estimator)(seen, **arguments)
     updates = [Step("update", {"x": x}, found._asdict(), {}) for x, found in zip(batches, seen, strict=True)]

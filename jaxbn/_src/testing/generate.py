@@ -28,6 +28,7 @@ def _on_devices(draw: Draw) -> list[Call]:
     """Calls on three devices with four rows each, some of them invalid."""
     steps = []
     for counts in ([4, 1, 0], [2, 4, 3]):
+        # Valid rows come first on each device, as in a padded last batch.
         mask = (np.arange(4) < np.array(counts)[:, None])[..., None]
         batch = draw.batch(3, 4, 2, mask=mask)
         steps.append(Call("train", batch | {"cotangent": batch["cotangent"] * mask}))
@@ -113,6 +114,7 @@ RENORM = PLAIN | {"epsilon": 1e-3, "r_max": 1.25, "d_max": 0.25}
 def batch_renorm(draw: Draw) -> dict[str, Any]:
     """Steps in which r and d are clipped in some channels only, then an evaluation."""
     steps = [Call("train", draw.batch(6, 4)) for _ in range(3)]
+    # Close enough to the batch that some channels stay within the bounds.
     state = {"mean": draw.uniform([4], -0.5, 1.5), "var": draw.uniform([4], 1.0, 4.0)}
     evaluation = Call("eval", {"x": draw.uniform([2, 4])})
     return calls("batch_renorm", RENORM, draw.params(4), state, [*steps, evaluation])
@@ -122,6 +124,7 @@ def batch_renorm(draw: Draw) -> dict[str, Any]:
 def batch_renorm_unbounded(draw: Draw) -> dict[str, Any]:
     """Bounds so wide that training gives the outputs of evaluation with the averages before the step."""
     steps = [Call("train", draw.batch(4, 3)) for _ in range(2)]
+    # Bounds that never clip.
     arguments = RENORM | {"r_max": 1e6, "d_max": 1e6}
     return calls("batch_renorm", arguments, draw.params(3), _started(3), steps)
 
@@ -165,6 +168,7 @@ def ghost_batch_norm_strided(draw: Draw) -> dict[str, Any]:
 @vector
 def ghost_batch_norm_masked(draw: Draw) -> dict[str, Any]:
     """A mask of rows; the second group of the first batch is empty and is normalized with the running statistics."""
+    # Groups of three consecutive rows: rows 3 to 5 of the first mask are the empty group.
     masks = ([1, 1, 0, 0, 0, 0, 1, 1, 1], [1, 0, 1, 1, 1, 1, 0, 1, 1])
     steps = [Call("train", draw.batch(9, 2, mask=np.array(mask, bool)[:, None])) for mask in masks]
     return calls("ghost_batch_norm", PLAIN | {"ghost_size": 3}, draw.params(2), _started(2), steps)
@@ -205,6 +209,7 @@ def moving_average_batch_norm(draw: Draw) -> dict[str, Any]:
 def moving_average_batch_norm_warmup(draw: Draw) -> dict[str, Any]:
     """The last two steps of the warm-up, which use batch statistics only, and the first step after it."""
     steps = [Call("train", draw.batch(3, 2)) for _ in range(3)]
+    # The state is after step 4, so steps 5 and 6 are in the warm-up and step 7 is not.
     arguments, state = MABN | {"warmup": 7}, _windowed(draw, 3, 2, 4.0)
     return calls("moving_average_batch_norm", arguments, draw.params(2), state, steps)
 

@@ -57,6 +57,7 @@ def batch_norm(*, momentum: float = 0.99, epsilon: float = 1e-5) -> Method:
     def train(params: State, state: State, x: np.ndarray, w: np.ndarray) -> Trained:
         found, seen = moments(x, w), total(w) > 0
         y, backward = normalized(params, state, x, w, epsilon)
+        # Channels without values keep their state.
         a = np.where(seen, momentum, 1.0)
         new = {name: a * state[name] + (1 - a) * getattr(found, name) for name in ("mean", "var")}
         return Trained(y, new, found, backward)
@@ -74,8 +75,10 @@ def batch_renorm(
 
     def train(params: State, state: State, x: np.ndarray, w: np.ndarray) -> Trained:
         found, seen = moments(x, w), total(w) > 0
+        # r and d are constants for the derivative (the paper stops their gradient).
         r, d = renorm_constants(state, found, epsilon=epsilon, r_max=r_max, d_max=d_max)
         y, backward = normalized(params, state, x, w, epsilon, r, d)
+        # The paper averages the standard deviation with epsilon inside the root.
         old, new = (np.sqrt(var + epsilon) for var in (state["var"], found.var))
         var = (momentum * old + (1 - momentum) * new) ** 2 - epsilon
         updated = {
@@ -96,6 +99,7 @@ def ghost_batch_norm(
         rows = np.arange(len(x))
         groups = rows.reshape(-1, ghost_size) if grouping == "contiguous" else rows.reshape(ghost_size, -1).T
         parts = [normalized(params, state, x[rows], w[rows], epsilon) for rows in groups]
+        # `order` undoes the grouping: concatenated groups back to the order of the rows.
         found, order = moments(x, w), np.argsort(groups.ravel())
         each = [moments(x[rows], w[rows]) for rows in groups]
         within = total(np.array([one.count * one.var for one in each])) / np.where(found.count > 0, found.count, 1)
@@ -148,8 +152,10 @@ def moving_average_batch_norm(
         mean_of_window, squares = newest(state["square_window"], chi, seen)
         v = np.where(seen, mean_of_window if counts(state["step"]) else chi, state["var"])
         s = np.sqrt(v + epsilon)
+        # The released code keeps r at 1 until the running statistics are of use.
         bound = 1.0 if state["step"] + 1 <= max(1000, warmup) else r_max
         r = np.where(seen, np.clip(s / np.sqrt(state["var"] + epsilon), 1 / bound, bound), 1.0)
+        # MABN does not subtract the batch mean.
         z = (x - np.where(seen, 0, state["mean"])) / s
 
         def backward(dy: np.ndarray) -> dict[str, np.ndarray]:
@@ -190,6 +196,7 @@ def normalized(
     found = moments(x, w)
     seen = found.count > 0
     mean, var = (np.where(seen, getattr(found, name), state[name]) for name in ("mean", "var"))
+    # Infinity makes the correction 0: statistics that are constants have no derivative.
     share = w / np.where(seen, found.count, np.inf)
     s = np.sqrt(var + epsilon)
     z = (x - mean) / s
@@ -214,6 +221,7 @@ def domain_batch_norm(*, num_domains: int, momentum: float = 0.99, epsilon: floa
     def train(params: State, state: State, x: np.ndarray, w: np.ndarray, *, domain: np.ndarray) -> Trained:
         rows = [domain == k for k in range(num_domains)]
         done = [one.train(part(params, k), part(state, k), x[r], w[r]) for k, r in enumerate(rows)]
+        # NaN shows rows without a domain, which no vector may contain.
         y = np.full_like(x, np.nan)
         for r, of_domain in zip(rows, done, strict=True):
             y[r] = of_domain.y
@@ -244,6 +252,7 @@ def pooled(batches: Sequence[Moments], *, unbiased: bool = False) -> tuple[np.nd
     r"""The law of total variance, :math:`\sum n_B (\sigma_B^2 + (\mu_B - \mu)^2) / n`; over n - 1 if unbiased."""
     n = total(np.array([b.count for b in batches]))
     mean = total(np.array([b.count * b.mean for b in batches])) / n
+    # Within batches plus between their means, about the mean of all values.
     spread = total(np.array([b.count * (b.var + (b.mean - mean) ** 2) for b in batches]))
     return mean, spread / (n - 1 if unbiased else n)
 

@@ -112,6 +112,7 @@ def _arrays(values: Mapping[str, Any]) -> Arrays:
 
 
 def _text(value: Any, indent: str = "") -> str:
+    # json.dumps would write one line per number; this keeps each array on one line.
     inner = indent + "  "
     if isinstance(value, dict) and value:
         lines = [f"{inner}{json.dumps(key)}: {_text(item, inner)}" for key, item in value.items()]
