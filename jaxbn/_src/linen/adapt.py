@@ -1,4 +1,4 @@
-"""Evaluation of any linen model with statistics between the stored ones and those of what is evaluated."""
+"""Test-time adaptation of linen models: evaluation with mixed statistics."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,4 @@
-"""What layers learn from the gradient, for linen: nothing, unless their method has a `backward`."""
+"""Updates of linen layers whose method learns from the gradient."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -14,27 +14,29 @@ from jaxbn._src.linen.variables import check_variables, keys, statistics_by_laye
 
 
 def update_backward(variables: Mapping[str, Any], grads: Any, *, loss_scale: ArrayLike = 1.0) -> dict[str, Any]:
-    """Lets the layers of moving average batch normalization learn from a gradient: once after each training call.
+    """Updates the layers of moving average batch normalization with a gradient; call it once after each training call.
 
-    Layers of a method of your own that has a `backward` learn in `make_steps`; elsewhere call it yourself, as the
-    variables do not tell the method.
+    `make_steps` calls it for you. In your own loop, call it before the step of the optimizer, with the parameters that
+    the gradient belongs to: `stats = update_backward({"params": state.params, **updates}, grads)["batch_stats"]`. Pure,
+    and may be jitted. It returns new variables; its counterpart in NNX updates the model in place, as layers and
+    optimizers of NNX do.
 
-    `make_steps` does it. In a loop of your own, before the optimizer's step, with the parameters of which the gradient
-    is: `stats = update_backward({"params": state.params, **updates}, grads)["batch_stats"]`. Pure; may be jitted.
+    Layers of your own methods with a `backward` are updated by `make_steps` only, because the variables do not tell the
+    method.
 
     Args:
-        variables: All variables of the model, with the statistics as the training call left them. Other layers stay as
-            they are.
-        grads: The gradient of the params by the mean loss over the rows: not accumulated, not clipped, without the loss
-            scale; of several devices averaged, as by `pmean`. Where it is not finite the windows stay.
-        loss_scale: What the loss of the NEXT step will be multiplied by. Where a scaled step was skipped, call this
-            with the statistics that were kept, so that they learn of the new scale.
+        variables: All variables of the model, with the statistics that the training call returned. Other layers do not
+            change.
+        grads: The gradient of the mean loss over the rows with respect to the params: not accumulated, not clipped,
+            without the loss scale, and averaged over devices, as by `pmean`. Windows are kept where it is not finite.
+        loss_scale: The loss scale of the NEXT step. After a skipped step, call this with the statistics that were kept,
+            so that they take the new scale into account.
 
     Returns:
         New variables.
 
     Raises:
-        ValueError: If the gradient of a layer is not there.
+        ValueError: If the gradient of a layer is missing.
 
     Example:
         >>> layer = jaxbn.linen.MovingAverageBatchNorm(use_running_average=False)
@@ -53,7 +55,7 @@ def update_backward(variables: Mapping[str, Any], grads: Any, *, loss_scale: Arr
 
 
 def learn(variables: Any, grads: Any, known: Iterable[str], loss_scale: ArrayLike = 1.0) -> dict[str, Any]:
-    """As `update_backward`, for layers of other methods too if their path knows the method."""
+    """As `update_backward`, and for layers of other methods if their path carries the method."""
     held = statistics_by_layer(variables)
     transforms = {path: method_with(frozenset(statistics)) for path, statistics in held.items()}
     transforms |= {path: path.method() for path in known if isinstance(path, LayerPath)}

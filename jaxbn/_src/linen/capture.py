@@ -1,9 +1,9 @@
-"""Moments out of any linen model, jaxbn's layers and stock `flax.linen.BatchNorm` alike, without changing the model.
+"""The capture hook of linen: the moments of the inputs of all normalization layers, without changes to the model.
 
-Three parts. A `Slot` goes in beside the statistics of each layer: it says which flat positions of the layer a call
-holds, whatever transformation carried the statistics there, and being part of the tree structure it keeps compiled
-programs with and without capture apart. An interceptor at the layer's call measures the input once, normalizes with the
-wanted statistics, whatever flags the model passes, and marks the output. `harvest` brings the marked moments out.
+It has three parts. A `Slot` is added to the statistics of each layer. Its array holds the flat positions of the
+statistics, so that transformations slice both together; its static part makes jit caches distinguish calls with and
+without a capture. An interceptor at the call of the layer measures the input once, normalizes with the statistics of
+the mode, whatever flags the model passes, and sows the moments on the output. `harvest` collects them.
 """
 
 import dataclasses
@@ -42,11 +42,9 @@ from jaxbn._src.tracing import harvest as _harvest
 
 _SLOT = "jaxbn_slot"
 _WEIGHTS = "jaxbn_weights"
-FROZEN = "jaxbn_frozen"  # beside the statistics of a layer that is to keep and to use them
-REPLACED = (
-    "jaxbn_replaced"  # in the flags of scopes: what takes the place of layers, and of how deep a model it was said
-)
-# Fields of the stock layer that matter once its statistics are given.
+FROZEN = "jaxbn_frozen"  # a leaf among the statistics of frozen layers
+REPLACED = "jaxbn_replaced"  # a flag of scopes: the replacement of layers, and the depth of the model
+# Fields of the stock layer that evaluation depends on.
 _STOCK_FIELDS = (
     "axis epsilon dtype param_dtype use_bias use_scale bias_init scale_init force_float32_reductions".split()
 )
@@ -55,7 +53,7 @@ _STOCK_FIELDS = (
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Slot:
-    """Which flat positions of the layer the statistics beside it are. `layer` is part of the tree structure."""
+    """The flat positions of the statistics of a layer. `layer` is part of the tree structure."""
 
     index: jax.Array
     layer: Layer = dataclasses.field(metadata={"static": True})
@@ -64,30 +62,29 @@ class Slot:
 def capture_moments(
     call: Call, *, mode: str = "batch", weights: Weights | None = None
 ) -> Callable[[Any, Any], tuple[Any, dict[str, _moments.Moments]]]:
-    """Makes a function that also returns the moments of every normalization layer's input.
+    """Makes a function that also returns the moments of the input of every normalization layer.
 
-    The model needs no change, and nothing needs to be mutable. The function is pure, and may be jitted.
+    The model needs no changes, and no collection needs to be mutable. The function is pure, and may be jitted.
 
-    Both results may be differentiated. In mode "batch" gradients flow through the statistics of the batch, as in
-    training (for every method the plain derivative); the moments can be part of a loss, such as one that matches
-    statistics (DeepInversion). No gradient flows into weights, nor into the stored statistics of jaxbn's layers; into
-    those of Flax's it does in mode "eval", as without capture.
+    Both results are differentiable. In mode "batch" gradients flow through the statistics of the batch, as in training
+    (the plain derivative for every method), and the moments can be part of a loss, such as one that matches statistics
+    (DeepInversion). No gradient flows into weights, nor into the running statistics of jaxbn's layers; into those of
+    Flax's layers it does in mode "eval", as without a capture.
 
     Args:
-        call: Runs the model, for one `lambda variables, batch: net.apply(variables, batch["image"], train=False)`.
-        mode: What the layers normalize with, whatever flags the model passes them: `"batch"`, the statistics of their
-            batch; `"eval"`, the stored ones; `"as_called"`, what the model asks for.
+        call: Runs the model, such as `lambda variables, batch: net.apply(variables, batch["image"], train=False)`.
+        mode: The statistics that the layers normalize with, whatever flags the model passes: `"batch"`, those of the
+            batch; `"eval"`, the running statistics; `"as_called"`, as the flags say.
         weights: `batch -> [N]`, booleans or real weights of the N examples along the leading axis of every layer's
-            input, such as 0 for those that fill up a batch. They multiply the mask
-            that the model gives a layer.
+            input, such as 0 for padding. They multiply the mask that the model passes to a layer.
 
     Returns:
         A function `(variables, batch) -> (outputs, moments)`. `moments` maps the path of each layer, such as
-        `"Block_0/BatchNorm_1"`, to `Moments` in the shape of its statistics; their count is 0 where the layer was not
+        `"Block_0/BatchNorm_1"`, to `Moments` in the shape of its statistics; the count is 0 if the layer was not
         reached.
 
     Raises:
-        ValueError: If `mode` is none of these; in the function, if the variables hold no statistics.
+        ValueError: If `mode` is unknown; in the function, if the variables hold no statistics.
 
     Example:
         >>> net = flax.linen.BatchNorm(use_running_average=True)
@@ -110,7 +107,7 @@ def capture_moments(
 def capture(
     call: Call, *, mode: str | Mixture, weights: Weights | None = None, examples: bool = False
 ) -> Callable[[Any, Any], tuple[Any, Measured]]:
-    """As `capture_moments`, with the kind of each layer, and the moments of the means of the examples."""
+    """The capture hook of the framework: as `capture_moments`, but returns all measurements."""
     if isinstance(call, nn.Module) and call.scope is None:
         raise TypeError(f"`call` is a module, {type(call).__name__}: pass a function of (variables, batch): net.apply.")
 
@@ -135,7 +132,7 @@ def capture(
 
         outputs, records = _harvest.harvest(run)(with_leaves(variables, _SLOT, slots), batch)
         found = measured(records, whole, calls=examples)
-        if not states:  # and the modules with statistics, which are not known, did not run
+        if not states:  # only modules of unknown classes have statistics, and none of them ran
             find_states(variables)  # which raises
         return without(_SLOT, outputs), found
 
@@ -163,7 +160,7 @@ def _intercept(next_call: Callable[..., Any], args: Any, kwargs: Any, context: n
 
 
 def _pass(next_call: Callable[..., Any], args: Any, kwargs: Any, module: Any) -> Any:
-    """Runs a module that is not a known layer, and marks its output if it keeps statistics."""
+    """Runs a module that is not a known layer, and tags its output if it keeps statistics."""
     slots = [] if module.is_initializing() else slots_of(module)
     y = called(next_call, args, kwargs, module)
     for slot in slots:
@@ -224,7 +221,7 @@ def set_flags(module: Any, flags: Mapping[str, Any]) -> None:
 
 
 def called_norm(layer: Any, path: str) -> CalledNorm:
-    """A bound layer, with its statistics and with how it normalizes."""
+    """A bound layer in a call, with its running statistics and its functions."""
     transform, variables = evaluating_method(layer)(), flax.core.meta.unbox(layer.variables)
     params, stored = loaded(transform, variables.get("params", {}), variables[STATISTICS])
     if isinstance(layer, ForeignLayer):

@@ -1,4 +1,4 @@
-"""Variables of a model for the same model with other normalization layers."""
+"""Conversion of the variables of a linen model to other normalization layers."""
 
 import re
 from typing import Any
@@ -12,31 +12,31 @@ from jaxbn._src.framework.registry import REGISTRY
 from jaxbn._src.linen.modules import STATISTICS
 from jaxbn._src.linen.variables import check_variables, find_states, keys
 
-# Linen names a layer by its class, so that the kind of a layer shows in the paths of its variables.
+# Linen names a layer after its class, so the paths of its variables contain the class.
 _CLASS = re.compile(
     r"^(BatchNorm|BatchRenorm|GhostBatchNorm|MovingAverageBatchNorm|DomainBatchNorm)(?=_\d+$)",
 )
-_SBX = {"steps": "step"}  # the name of a counter there
+_SBX = {"steps": "step"}  # the name of the counter in sbx
 
 
 def convert_norms(variables: Any, like: Any) -> dict[str, Any]:
-    """The variables of a model for the same model with other normalization layers.
+    """Converts the variables of a model for the same model with other normalization layers.
 
     From `BatchNorm`, of jaxbn or Flax, to `BatchRenorm`, `GhostBatchNorm` or `MovingAverageBatchNorm` and back; from
     the `BatchRenorm` of sbx and CrossQ, whose statistics hold the bounds too; and from `BatchNorm` to
-    `DomainBatchNorm`, each domain with a copy. Parameters, means and variances are carried over as they are, so that
-    evaluation stays as it is: give the new layers the epsilon of the old ones, as :func:`replace` does. Counters and
-    windows that the old layers did not have are those of `like`; those that the new ones do not have are left out.
+    `DomainBatchNorm`, each domain with a copy. Parameters, means and variances are copied unchanged, so that the
+    outputs in evaluation stay the same if the new layers have the epsilon of the old ones, as :func:`replace` ensures.
+    Counters and windows that the old layers lack are those of `like`; those that the new layers lack are dropped.
 
     Args:
-        variables: All variables of the model as it was.
-        like: Those of the model as it is to be, as `init` gives them.
+        variables: All variables of the old model.
+        like: The variables of the new model, as `init` returns them.
 
     Returns:
         New variables, in the structure and the dtypes of `like`.
 
     Raises:
-        ValueError: If a variable has no place in `like`, has another shape there, or is missing, which is named.
+        ValueError: Names the first variable that is missing on either side or has another shape.
 
     Example:
         >>> x = jnp.ones((4, 3))
@@ -72,7 +72,7 @@ def convert_norms(variables: Any, like: Any) -> dict[str, Any]:
 
 
 def _flat(variables: Any) -> dict[tuple[str, ...], Any]:
-    """The variables by path, those of layers of a registered class by the names that they have in Flax's layer."""
+    """The variables by path; those of registered classes under the names of Flax's layer."""
     flat = flax.traverse_util.flatten_dict(flax.core.unfreeze(variables))
     held: dict[tuple[str, ...], dict[str, list[str]]] = {}
     for collection, *module, name in flat:
@@ -86,13 +86,13 @@ def _flat(variables: Any) -> dict[tuple[str, ...], Any]:
 
 
 def _place(path: tuple[str, ...]) -> tuple[str, ...]:
-    """The path without the kind of the layer, and with our name for a counter."""
+    """The path without the class of the layer, and with jaxbn's name of the counter."""
     *parents, name = (_CLASS.sub("", part) for part in path)
     return *parents, _SBX.get(name, name) if path[0] == STATISTICS else name
 
 
 def _beside(flat: dict[tuple[str, ...], Any]) -> dict[tuple[str, ...], set[str]]:
-    """The names of the variables beside each other, by the place of their module."""
+    """The names of the variables of each module."""
     names: dict[tuple[str, ...], set[str]] = {}
     for *module, name in map(_place, flat):
         names.setdefault(tuple(module), set()).add(name)
@@ -100,7 +100,7 @@ def _beside(flat: dict[tuple[str, ...], Any]) -> dict[tuple[str, ...], set[str]]
 
 
 def _is_optional(path: tuple[str, ...], beside: dict[tuple[str, ...], set[str]]) -> bool:
-    """Whether it is a variable of a normalization layer that other methods do not have."""
+    """Whether it is a variable of a normalization layer that not all methods have."""
     collection, *module, name = _place(path)
     statistics = beside.get((STATISTICS, *module), set())
     return name not in (*POPULATION, *AFFINE) and statistics.issuperset(POPULATION)

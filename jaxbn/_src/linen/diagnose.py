@@ -1,4 +1,4 @@
-"""What is wrong with the statistics of a linen model."""
+"""Diagnosis of the statistics of linen models."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any

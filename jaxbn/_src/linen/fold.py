@@ -1,4 +1,4 @@
-"""Folding for linen: the model is run with tags, and then with its folded layers left out, by interception."""
+"""Folding for linen: interceptors tag the layers of the model, and later skip the folded ones."""
 
 import dataclasses
 import functools
@@ -36,16 +36,16 @@ _LINEAR: dict[Any, str] = {
     cls: cls.__name__ for cls in (nn.Conv, nn.ConvTranspose, nn.Dense, nn.DenseGeneral, nn.Einsum)
 }
 _LINEAR_CALLS = {inspect.unwrap(cls.__call__) for cls in _LINEAR}
-# Fields by which a layer may compute with something else than Flax does.
+# Fields with which a layer replaces the operations of Flax.
 _OWN = "conv_general_dilated conv_general_dilated_cls dot_general dot_general_cls".split()
 
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class _Mark:
-    """Says of a layer that its variables are those given; keeps apart what is compiled without it, or for another fold.
+    """Identifies a layer of the given variables, and makes jit caches distinguish folds.
 
-    It has no array, so that no transformation of variables does anything to it.
+    It has no arrays, so that transformations of variables do not affect it.
     """
 
     path: str
@@ -53,7 +53,7 @@ class _Mark:
 
 
 class _Found(NamedTuple):
-    """What the call of a model runs."""
+    """The traced program of a call, and its layers."""
 
     flow: _dataflow.Flow
     norms: dict[str, _fold_plan.Norm]
@@ -64,29 +64,30 @@ class _Found(NamedTuple):
 def fold(
     call: Call, variables: Mapping[str, Any] | Frozen, example: Any, *, tolerance: float | None = None
 ) -> tuple[Callable[[Any, Any], Any], Any, FoldReport]:
-    """Folds normalizations into the linear layers beside them, so that in evaluation they cost nothing.
+    """Folds BatchNorm layers into adjacent linear layers (conv-BN fusion), which makes them free in evaluation.
 
-    Use it on a network that is trained, before it is served. The pairs are found by following the forward pass, and
-    what would change a result stays, with the reason in the report: a normalization whose input is used elsewhere too,
-    an activation in between, padding behind it, layers that are called twice, statistics of the batch or of a domain,
-    layers inside scan, vmap and the like. Layers are `Conv`, `ConvTranspose`, `Dense`, `DenseGeneral` and `Einsum`;
-    normalizations those of jaxbn, of any method, and `flax.linen.BatchNorm`. `activation=` and `residual=` of a layer
-    of jaxbn stay. What `map_kernel` does to a kernel is folded too.
+    Use it on a trained network before you serve it. The pairs are found by tracing the forward pass. A BatchNorm is
+    left unfolded if folding would change the result, and the report gives the reason: its input is used elsewhere too,
+    there is an activation in between or padding after it, a layer is called twice, the statistics are those of the
+    batch or of a domain, or the layer is inside scan, vmap or similar. Linear layers are `Conv`, `ConvTranspose`,
+    `Dense`, `DenseGeneral` and `Einsum`; normalizations are those of jaxbn, of any method, and `flax.linen.BatchNorm`.
+    The `activation=` and `residual=` of a layer of jaxbn are kept. Functions of `map_kernel` are folded too.
 
     Kernels are folded in float32 or better and rounded once, to their own dtype: in bfloat16 to 2^-8 of each weight.
 
     Args:
-        call: Runs the model in evaluation, for one `lambda variables, x: net.apply(variables, x, train=False)`.
+        call: Runs the model in evaluation, such as `lambda variables, x: net.apply(variables, x, train=False)`.
         variables: All variables of the model, or a `Frozen`.
-        example: What `call` takes, to follow the model and to compare outputs. Of another shape it may be later, but it
-            must go through the same layers.
-        tolerance: How far outputs may differ on the example, relative to the largest; None: 1e-4 where all is float32,
-            1e-9 in float64, 0.02 in float16, 0.1 in bfloat16.
+        example: A batch for `call`, to trace the model and to compare outputs. Later batches may have other shapes, but
+            must reach the same layers.
+        tolerance: Maximum difference of the outputs on the example, relative to the largest output; None: 1e-4 where
+            all is float32, 1e-9 in float64, 0.02 in float16, 0.1 in bfloat16.
 
     Returns:
-        A call of the folded model, pure as the one given; its variables, in which the statistics, scales and biases of
-        the folded layers are gone, and layers that had no bias have one; and a :class:`jaxbn.FoldReport`. The two
-        belong together. A `Frozen` gives a `Frozen`, of the layers that are left, whose `variables` go into the call.
+        A call of the folded model; its variables, without the statistics, scales and biases of the folded layers, and
+        with biases for linear layers that had none; and a :class:`jaxbn.FoldReport`. Use the new call with the new
+        variables only. For a `Frozen` the variables are a `Frozen` of the remaining layers; pass its `variables` to
+        the call.
 
     Raises:
         ValueError: If there is no normalization layer, or outputs on the example differ by more than the tolerance.
@@ -109,7 +110,7 @@ def fold(
     check_variables(given)
     given = flax.core.meta.unbox(flax.core.unfreeze(given))
     if not find_shapes(given):
-        find_states(given)  # which says what is missing
+        find_states(given)  # which raises
     found = _follow(call, given, example)
     plan = _fold_plan.make_plan(found.flow, found.norms, found.layers, found.values, list(find_states(given)))
     folded, new = _folded_call(call, plan, found), _write(given, plan, found.layers)
@@ -122,7 +123,7 @@ def fold(
 
 
 def _follow(call: Call, variables: dict[str, Any], example: Any) -> _Found:
-    """Runs the model with tags, for shapes alone."""
+    """Traces the model with tags."""
     norms: dict[str, _fold_plan.Norm] = {}
     layers: dict[str, Layer] = {}
 
@@ -135,7 +136,7 @@ def _follow(call: Call, variables: dict[str, Any], example: Any) -> _Found:
         module: Any = context.module
         is_norm = is_call_of_layer(context)
         if is_norm and isinstance(module, nnx.bridge.ToLinen) and not _is_marked_bridge(module):
-            return next_call(*args, **kwargs)  # below, from where a bridge is run without the marks
+            return next_call(*args, **kwargs)  # the call inside, where a bridge runs without the marks
         if not is_norm and not _is_call_of_linear(context):
             run = functools.partial(_called, next_call, args, kwargs, module)
             return watch.run("/".join(module.path), type(module), run, lambda: holds(module), class_inside(module))
@@ -187,7 +188,7 @@ def _is_call_of_linear(context: nn.module.InterceptorContext) -> bool:
 
 
 def _marked(variables: dict[str, Any]) -> dict[str, Any]:
-    """The variables with a mark for each normalization and each layer with a kernel, in a collection of its own."""
+    """The variables with a mark for each normalization and each layer with a kernel, in a separate collection."""
     flat, fold = flax.traverse_util.flatten_dict(variables), object()
     kernels = [path for path in flat if path[0] == "params" and path[-1] == "kernel"]
     means = [(STATISTICS, *keys(path), "mean") for path in states_in(variables)]
@@ -225,7 +226,7 @@ def _layer(module: Any, variables: dict[str, dict[str, Any]], *args: Any, **kwar
 
 
 def _write(variables: dict[str, Any], plan: _fold_plan.Plan, layers: Mapping[str, Layer]) -> dict[str, Any]:
-    """The variables without those of the folded normalizations, and with the new kernels and biases."""
+    """The variables with the new kernels and biases, without those of the folded normalizations."""
     gone = {keys(one.norm) for one in plan.folds}
     flat = flax.traverse_util.flatten_dict(variables)
     kept = {path: leaf for path, leaf in flat.items() if path[1:-1] not in gone}
@@ -236,7 +237,7 @@ def _write(variables: dict[str, Any], plan: _fold_plan.Plan, layers: Mapping[str
 
 
 def _folded_call(call: Call, plan: _fold_plan.Plan, found: _Found) -> Callable[[Any, Any], Any]:
-    """The call in which a folded normalization passes its input on, and layers have the biases that they now have."""
+    """The call in which folded normalizations return their input, and linear layers have their new biases."""
     gone = {one.norm: found.norms[one.norm].dtypes[1] for one in plan.folds}
     changed = {one.layer for one in plan.folds}
 
@@ -244,7 +245,7 @@ def _folded_call(call: Call, plan: _fold_plan.Plan, found: _Found) -> Callable[[
         module: Any = context.module
         is_norm = is_call_of_layer(context)
         path = "/".join(module.path) if is_norm or _is_call_of_linear(context) else None
-        if is_norm and path in gone and not statistics_of(module):  # else it is another network's
+        if is_norm and path in gone and not statistics_of(module):  # else it belongs to another network
             layer = as_norm(module, args, kwargs)
             x, _, residual, _ = call_arguments(layer, args, kwargs)
             return _fold_arithmetic.finish(x, residual, gone[path], getattr(layer, "activation", None))

@@ -1,4 +1,4 @@
-"""What stands still in a linen model: the frozen network, and single layers that keep their statistics in training."""
+"""Freezing linen models and layers, and the table of layers."""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -31,19 +31,19 @@ from jaxbn._src.statistics.pass_report import Report
 
 
 def freeze(variables: Mapping[str, Any], report: Report | None = None) -> Frozen:
-    """Makes the network that is evaluated, saved and served, out of variables that are ready for it.
+    """Makes the frozen network, which you evaluate, save and serve.
 
     Args:
         variables: All variables of the model, with running averages (Method ONE) or as `postproc` returned them
             (Method TWO).
-        report: What `postproc` returned beside them; it says where the statistics come from.
+        report: The report that `postproc` returned with them, which tells the origin of the statistics.
 
     Returns:
         A `Frozen`, whose `variables` go into `model.apply`.
 
     Raises:
-        ValueError: If nothing ever estimated the statistics of a layer, if they are not finite, or if the report is
-            about others.
+        ValueError: If the statistics of a layer were never estimated, if they are not finite, or if the report does not
+            belong to them.
 
     Example:
         >>> net = jaxbn.linen.BatchNorm(use_running_average=True)
@@ -59,7 +59,7 @@ def freeze(variables: Mapping[str, Any], report: Report | None = None) -> Frozen
 
 
 def apply_frozen(apply: Callable[..., Any], frozen: Frozen, *args: Any, **kwargs: Any) -> Any:
-    """Runs `apply(frozen.variables, ...)`; a ValueError if it normalizes otherwise than the network that was frozen."""
+    """Runs `apply(frozen.variables, ...)`; a ValueError if its layers differ from those of the frozen network."""
     check_frozen(frozen)
 
     def check(next_call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
@@ -72,29 +72,30 @@ def apply_frozen(apply: Callable[..., Any], frozen: Frozen, *args: Any, **kwargs
 
 
 def check_fits(frozen: Frozen, variables: Any) -> None:
-    """Raises a ValueError that names the first variable in which the frozen network differs from these, or theirs."""
+    """Raises a ValueError that names the first variable in which the frozen network differs from the variables."""
     check_shapes(*(shapes_by_path(LINEN.variables(tree)) for tree in (frozen.variables, variables)))
 
 
 def freeze_layers(call: Callable[..., Any], paths: str | Sequence[str]) -> Callable[..., Any]:
-    """Makes a call in which some layers keep their statistics and normalize with them, whatever flags the model passes.
+    """Makes a call in which some BatchNorm layers are frozen: they use and keep their running statistics.
 
-    For fine-tuning with small batches or on little data. Their scale and bias still learn; :func:`affine_mask` holds
-    those. No gradient flows into the statistics (in Flax's layers, that of evaluation does). A `postproc` on the call
-    leaves the layers untouched. To freeze from step t on, inside jit:
+    Use it to fine-tune with small batches or on little data. The flags that the model passes do not matter. Scale and
+    bias still learn, unless you mask them with :func:`affine_mask`. No gradient flows into the statistics (in Flax's
+    layers, that of evaluation does). A statistics pass on the call skips these layers. To freeze from step t on, inside
+    jit:
     `jax.lax.cond(step >= t, frozen_call, call, variables, batch)`.
 
     Args:
-        call: Runs the model: `net.apply`, or any function whose first argument is all its variables.
-        paths: Layers, or modules all of whose layers are meant, such as `"backbone"` or `"Block_0/BatchNorm_1"`; one or
-            several. `""` is the whole model.
+        call: Runs the model: `net.apply`, or any function whose first argument is all variables.
+        paths: One or several paths of layers, or of modules to freeze all their layers, such as `"backbone"` or
+            `"Block_0/BatchNorm_1"`. `""` is the whole model.
 
     Returns:
         A function like `call`.
 
     Raises:
-        ValueError: When called, if there is no layer at a path or below it, or one of a class that is not known, see
-            :func:`register_batch_norm`; where there are others too, it is a warning.
+        ValueError: When called, if there is no layer at a path or below it, or if only modules of unknown classes are,
+            see :func:`register_batch_norm`; it is a warning if there are known layers too.
 
     Example:
         >>> net = jaxbn.linen.BatchNorm(use_running_average=False)
@@ -109,8 +110,8 @@ def freeze_layers(call: Callable[..., Any], paths: str | Sequence[str]) -> Calla
     def frozen_call(variables: Any, *args: Any, **kwargs: Any) -> Any:
         variables = flax.core.unfreeze(variables)
         shapes = find_shapes(variables)
-        # In the shape of the statistics, so that every transformation carries it in the same way. Being part of the
-        # tree structure it keeps compiled programs with and without it apart.
+        # In the shape of the statistics, so that transformations slice both together. As a part of the tree structure
+        # it makes jit caches distinguish calls with and without frozen layers.
         marks = {path: jnp.ones(shapes[path], bool) for path in select(paths, shapes)}
         with watch, nn.intercept_methods(functools.partial(_hold, watch)):
             return without(FROZEN, call(with_leaves(variables, FROZEN, marks), *args, **kwargs))
@@ -119,10 +120,10 @@ def freeze_layers(call: Callable[..., Any], paths: str | Sequence[str]) -> Calla
 
 
 def affine_mask(variables: Any, paths: str | Sequence[str]) -> Any:
-    """Says of each parameter whether it is the scale or bias of one of these layers, for `optax.masked`.
+    """Makes a mask for optax that is True for the scale and bias of these layers.
 
-    `optax.chain(optimizer, optax.masked(optax.set_to_zero(), mask))` holds them; `optax.add_decayed_weights(1e-4,
-    mask=jax.tree.map(operator.not_, mask))` keeps weight decay off them.
+    `optax.chain(optimizer, optax.masked(optax.set_to_zero(), mask))` freezes them; `optax.add_decayed_weights(1e-4,
+    mask=jax.tree.map(operator.not_, mask))` excludes them from weight decay.
 
     Args:
         variables: All variables of the model.
@@ -146,13 +147,13 @@ def affine_mask(variables: Any, paths: str | Sequence[str]) -> Any:
 
 
 def summary(variables: Mapping[str, Any] | Frozen, call: Call | None = None, batch: Any = None) -> str:
-    """A table of what is normalized, how, and by what its statistics were estimated.
+    """Returns a table of the normalization layers, their methods, and the origin of their statistics.
 
     Args:
-        variables: All variables of a model, or a `Frozen`, which knows more.
-        call: Runs the model, as in `postproc`: for the method and the epsilon of each layer, of which variables do not
-            tell. It is traced, and nothing is computed.
-        batch: What it is called with, or its shapes.
+        variables: All variables of a model, or a `Frozen`, which has more information.
+        call: Runs the model, as in `postproc`. It tells the method and the epsilon of each layer, which the variables
+            do not. It is traced only.
+        batch: The batch for the call, or its shapes.
 
     Returns:
         Text, with a line per layer.

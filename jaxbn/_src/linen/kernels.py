@@ -1,4 +1,4 @@
-"""A map of the kernel as an option of the dense layers and convolutions of flax.linen."""
+"""A function of the kernel as an option of the linear layers of flax.linen."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,11 +10,11 @@ from jaxbn._src.framework.kernels import MapKernel
 
 
 def map_kernel(function: Callable[[jax.Array], jax.Array]) -> Callable[..., Any]:
-    """Makes a Flax layer compute with a function of its kernel: pass it as the layer's `promote_dtype`.
+    """Makes a Flax layer apply a function to its kernel: pass the result as `promote_dtype`.
 
-    The layer keeps its class, its name and its parameters, so that checkpoints fit; gradients go through the function.
-    It works in all layers that have a kernel and a bias, such as Dense, Conv and ConvTranspose, whose dtypes are
-    promoted as ever.
+    Use it for weight standardization and centered kernels. The layer keeps its class, name and parameters, so that
+    checkpoints fit. Gradients flow through the function. It works in all layers with a kernel and a bias, such as
+    Dense, Conv and ConvTranspose, and dtypes are promoted as usual.
 
     Args:
         function: `kernel -> kernel`, such as `jaxbn.centralize_kernel` or `jaxbn.standardize_kernel`.

@@ -1,4 +1,4 @@
-"""Layers of the methods beyond batch norm, for flax.linen: fields alone."""
+"""The layers of the other methods for flax.linen. They only declare fields."""
 
 import dataclasses
 from typing import Literal
@@ -15,10 +15,10 @@ from jaxbn._src.numerics.averages import Averaging
 
 
 class BatchRenorm(Norm):
-    r"""Batch Renormalization: batch norm for few examples, and for those that resemble each other.
+    r"""Batch Renormalization: batch norm for small batches, and for batches of similar examples.
 
-    When to use it, and what it computes, is in :func:`jaxbn.batch_renorm`. A field beside those of `BatchNorm` is the
-    one of that function, and statistics have the same names: `mean`, `var`, and `step` where a bound depends on it.
+    :func:`jaxbn.batch_renorm` describes when to use it and its formulas. The fields that `BatchNorm` does not have are
+    arguments of that function. The statistics are `mean`, `var`, and `step` if a bound depends on it.
 
     Attributes:
         use_running_average: See the call.
@@ -36,7 +36,7 @@ class BatchRenorm(Norm):
         use_fast_variance: True sums about a shift, False centres first; both are numerically safe.
         force_float32_reductions: Accepted; statistics are float32 anyway.
         activation: Applied to the result; `jax.nn.relu` and `jax.nn.leaky_relu` cost no memory traffic here.
-        allow_single_value: Do not warn of one value per channel in training.
+        allow_single_value: Do not warn about one value per channel in training.
         autodiff: Use JAX's own derivative; forward mode needs it.
         r_max: r lies in [1 / r_max, r_max]: a number, or a function of the training step.
         d_max: d lies in [-d_max, d_max]: a number, or a function of the training step.
@@ -63,7 +63,7 @@ class BatchRenorm(Norm):
 class GhostBatchNorm(Norm):
     r"""Ghost batch norm: a large batch is normalized in groups of `ghost_size` samples, whatever the devices.
 
-    When to use it, and what it computes, is in :func:`jaxbn.ghost_batch_norm`. Statistics are those of `BatchNorm`.
+    :func:`jaxbn.ghost_batch_norm` describes when to use it and its formulas. The statistics are those of `BatchNorm`.
 
     Attributes:
         use_running_average: See the call.
@@ -109,9 +109,9 @@ class GhostBatchNorm(Norm):
 class MovingAverageBatchNorm(Norm):
     r"""Moving average batch normalization (MABN): statistics of the last batches, for one to four examples.
 
-    When to use it, and what it computes, is in :func:`jaxbn.moving_average_batch_norm`. After each gradient
-    :func:`jaxbn.linen.update_backward` wants to be called, which `make_steps` does. Kernels before it are to be
-    centralized.
+    :func:`jaxbn.moving_average_batch_norm` describes when to use it and its formulas. Call
+    :func:`jaxbn.linen.update_backward` after each gradient; `make_steps` does. Use centered kernels in the preceding
+    layers.
 
     Attributes:
         use_running_average: See the call.
@@ -156,9 +156,9 @@ class MovingAverageBatchNorm(Norm):
 class DomainBatchNorm(Norm):
     r"""Batch norm with statistics for each domain: domain-specific, auxiliary (AdvProp) and split batch norm.
 
-    When to use it, what the ids mean for each of these, and what it computes, is in :func:`jaxbn.domain_batch_norm`.
-    The call takes `domain=`, the id of each example, integers `[N]`. `jaxbn.linen.convert_norms` starts it from a
-    trained `BatchNorm`, each domain with a copy.
+    :func:`jaxbn.domain_batch_norm` describes when to use it, the meaning of the ids, and its formulas. The call takes
+    `domain=`, the id of each example, integers `[N]`. `jaxbn.linen.convert_norms` initializes it from a trained
+    `BatchNorm`, with a copy for each domain.
 
     Attributes:
         use_running_average: See the call.

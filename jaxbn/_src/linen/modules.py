@@ -1,4 +1,4 @@
-"""Normalization layers for flax.linen: fields and variables. What they compute is in jaxbn.methods."""
+"""The base of the layers for flax.linen, and BatchNorm: fields and variables. The methods do the arithmetic."""
 
 import dataclasses
 import functools
@@ -38,7 +38,7 @@ class Norm(NormLayer, nn.Module):
     added, with their defaults. The params and the statistics of the method are its variables.
     """
 
-    # Flax's fields in Flax's order, which is also that of its positional arguments.
+    # Flax's fields in Flax's order, which is also the order of positional arguments.
     use_running_average: bool | None = None
     axis: int | Sequence[int] = -1
     momentum: ArrayLike | Averaging | None = 0.99
@@ -59,7 +59,7 @@ class Norm(NormLayer, nn.Module):
     autodiff: bool = False
 
     def __init_subclass__(cls, **options: Any) -> None:
-        """Makes fields of the arguments of the method, as far as the class does not declare them itself."""
+        """Adds the arguments of the method as fields, unless the class declares them."""
         declared, inherited = inspect.get_annotations(cls), inherited_defaults(cls.__mro__[1:])
         differing = defaults_that_differ(cls.factory, cls) if "factory" in vars(cls) else {}
         for name, default in differing.items():
@@ -84,19 +84,21 @@ class Norm(NormLayer, nn.Module):
         """Normalizes x `[..., C]`, adds the residual and applies the activation.
 
         Args:
-            x: The input; its shape but for the features may change from call to call.
-            use_running_average: True: normalize with the stored statistics. False: with those of the batch, and move
-                the stored ones, for which the collection `batch_stats` must be mutable. Give it here or as a field.
-            mask: Booleans or real weights, broadcastable to `x`, of the values from which statistics are computed; in
-                training alone. Of rows `[N, 1]`: one of lower rank that fits the leading axes as well is an error.
+            x: The input; its shape may change from call to call, except for the features.
+            use_running_average: True: normalize with the running statistics. False: normalize with those of the batch
+                and update the running averages; the collection `batch_stats` must be mutable. Pass it here or as a
+                field.
+            mask: Booleans or real weights, broadcastable to `x`, for the statistics in training. For rows pass
+                `[N, 1]`; a mask of lower rank that also fits the leading axes is an error.
             residual: Added to the normalized input before the activation, of the shape of `x`.
-            domain: For `DomainBatchNorm` alone: the domain of each example, integers `[N]`.
+            domain: Only for `DomainBatchNorm`: the domain of each example, integers `[N]`.
 
         Returns:
             An array of the shape of `x`.
 
         Raises:
-            ValueError: If `use_running_average` is given twice or never, or the input does not fit; see `batch_norm`.
+            ValueError: If `use_running_average` is given twice or not at all, or the input does not fit; see
+                `batch_norm`.
         """
         use_running_average = nn.merge_param("use_running_average", self.use_running_average, use_running_average)
         x, starting = jnp.asarray(x), self.is_initializing()
@@ -147,20 +149,20 @@ class Norm(NormLayer, nn.Module):
 
 
 class BatchNorm(Norm):
-    r"""Batch normalization; takes the place of `flax.linen.BatchNorm`, with its variables and its checkpoints.
+    r"""Batch normalization: a drop-in replacement for `flax.linen.BatchNorm`, with the same variables and checkpoints.
 
-    Change the import and nothing else. Differs from Flax's layer:
+    Change only the import. It differs from Flax's layer:
 
-    1. The variance is numerically safe: `use_fast_variance=True` sums about a shift, False centres first.
+    1. The variance is numerically safe: `use_fast_variance=True` sums about a shift, False centers first.
        `force_float32_reductions=False` is accepted, but statistics stay float32.
-    2. A mask may hold real weights; counts are summed over devices; a batch that is masked altogether leaves the
-       statistics alone and is normalized with the stored ones (Flax: NaN).
+    2. A mask may hold real weights; counts are summed over devices; a fully masked batch does not change
+       the statistics and is normalized with the running ones (Flax: NaN).
     3. One value per channel, counted over devices, is an error in training unless `allow_single_value=True`.
-    4. No gradient flows into the stored statistics, and a non-finite batch statistic never enters them.
+    4. No gradient flows into the running statistics, and batch statistics that are not finite are not stored.
     5. Forward-mode differentiation needs `autodiff=True`.
-    6. The statistics keep the dtype of their initialization; NaN in masked positions harms nothing; groups of
-       devices work under shard_map too.
-    7. Arguments that make no sense are errors: a momentum of 1 (give `use_running_average=True` instead), a negative
+    6. The statistics keep the dtype of their initialization; NaN in masked positions is ignored; groups of devices work
+       under shard_map too.
+    7. Invalid arguments are errors: a momentum of 1 (give `use_running_average=True` instead), a negative
        epsilon, an empty batch in training.
 
     Attributes:

@@ -1,4 +1,4 @@
-"""Layers of linen that are batch norm: Flax's, jaxbn's, those of NNX in a bridge, and those that users register."""
+"""Known batch norm layers in linen: Flax's, jaxbn's, those of NNX in a bridge, and registered classes."""
 
 import dataclasses
 import inspect
@@ -19,7 +19,7 @@ from jaxbn._src.methods.protocol import State
 Class = TypeVar("Class", bound=type[nn.Module])
 
 REGISTER = "jaxbn.linen.register_batch_norm"
-OWN_LEAVES = "jaxbn_"  # how the names begin of what rides beside statistics while a model is run
+OWN_LEAVES = "jaxbn_"  # prefix of the leaves that jaxbn adds to the statistics while a model runs
 
 
 def register_batch_norm(
@@ -34,32 +34,32 @@ def register_batch_norm(
     epsilon: Any = "epsilon",
     momentum: Any = "momentum",
 ) -> Class:
-    """Says that a class of layers is batch normalization, so that all functions of jaxbn serve it.
+    """Registers a class of layers as batch normalization, so that all functions of jaxbn support it.
 
-    For copies of Flax's layer and layers like it. Call it once, where the class is imported; it holds for the process,
-    for subclasses too. In evaluation the layer must compute `(x - mean) / sqrt(var + epsilon) * scale + bias`, with the
-    statistics in the collection `batch_stats`. Its own code runs with the statistics that are wanted. jaxbn's layers,
-    `flax.linen.BatchNorm`, and both in `flax.nnx.bridge.ToLinen` are known.
+    Use it for copies of Flax's layer and similar layers. Call it once, where the class is imported; it applies to the
+    process and to subclasses. In evaluation the layer must compute `(x - mean) / sqrt(var + epsilon) * scale + bias`,
+    with the statistics in the collection `batch_stats`; jaxbn runs its code with other statistics. jaxbn's layers,
+    `flax.linen.BatchNorm`, and both in `flax.nnx.bridge.ToLinen` are known already.
 
     Args:
-        cls: A class of modules, whose call takes the input first. A `mask` of the call, and fields `axis_name`,
-            `axis_index_groups`, `use_bias` and `use_scale`, mean what they mean in Flax's layer.
-        evaluation: What makes a call evaluate, arguments of the call or fields: `{"training": False}`, say.
-        mean: The name of the variable.
-        var: Likewise.
-        scale: The name of the parameter.
-        bias: Likewise.
-        axis: The name of the field, or the feature axis itself.
-        epsilon: The name of the field, or the number.
-        momentum: The name of the field with the weight of the OLD value, or the number. None: not known, so
-            that `move_averages` leaves its averages, and `replace` takes that of the new layer.
+        cls: A class of modules whose call takes the input first. A `mask` of the call and the fields `axis_name`,
+            `axis_index_groups`, `use_bias` and `use_scale` must have the meaning of Flax's layer.
+        evaluation: The arguments of the call, or fields, that select evaluation, such as `{"training": False}`.
+        mean: Name of the variable of the mean.
+        var: Name of the variable of the variance.
+        scale: Name of the parameter of the scale.
+        bias: Name of the parameter of the bias.
+        axis: Name of the field with the feature axis, or the axis.
+        epsilon: Name of the field with epsilon, or the number.
+        momentum: Name of the field with the weight of the OLD value, or the number. None: not known; then
+            `move_averages` skips the layer, and `replace` uses the momentum of the new layer.
 
     Returns:
         The class.
 
     Raises:
-        TypeError: If it is no class of linen modules.
-        ValueError: If the class has no such field or argument, or is registered as something else.
+        TypeError: If it is not a class of linen modules.
+        ValueError: If the class has no such field or argument, or is registered with other arguments.
 
     Example:
         >>> class Norm(flax.linen.Module):
@@ -88,22 +88,22 @@ _registry.register_flax(nn.BatchNorm, Norm, nnx.BatchNorm)
 
 
 def known(module: Any) -> Registered | None:
-    """What is known of the class of a module; of that inside, if it is a bridge to NNX."""
+    """The description of the class of a module, or of the class inside a bridge to NNX."""
     cls = class_inside(module) if isinstance(module, nnx.bridge.ToLinen) else type(module)
     return REGISTRY.of(cls) if isinstance(cls, type) else None
 
 
 def class_inside(module: Any) -> Any:
-    """The class of NNX in a bridge, or what makes its module; None if the module is no bridge."""
+    """The NNX class in a bridge, or the function that makes its module; None if the module is not a bridge."""
     if not isinstance(module, nnx.bridge.ToLinen):
         return None
     return getattr(module.nnx_class, "func", module.nnx_class)  # of a functools.partial
 
 
 def is_call(module: Any, function: Any) -> bool:
-    """Whether a plain function of a class is the call of the module as a normalization layer.
+    """Whether a function is the call of the module as a normalization layer.
 
-    It is that of the class that is known, so that a subclass which calls super().__call__ is met as well.
+    It is the call of the registered class, so that subclasses that call super().__call__ are found too.
     """
     registered = known(module)
     if registered is None:
@@ -113,13 +113,13 @@ def is_call(module: Any, function: Any) -> bool:
 
 
 def evaluates(module: Any, args: Any, kwargs: Any) -> bool | None:
-    """Whether this call of a layer normalizes with the stored statistics; None: nothing says so."""
+    """Whether this call of a layer normalizes with the running statistics; None: not known."""
     layer = as_norm(module)
     return cast(Registered, known(module)).evaluates(getattr(layer, "fields", layer), args, kwargs)
 
 
 def as_norm(module: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
-    """A layer that is known, called with these arguments, as one with the attributes of Flax's."""
+    """A known layer, called with these arguments, with the attributes of Flax's layer."""
     if isinstance(module, Adapted):
         return module
     registered = known(module)
@@ -129,7 +129,7 @@ def as_norm(module: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
 
 
 class Adapted(ForeignLayer):
-    """A layer of another class, in a call, with the attributes of Flax's layer."""
+    """A foreign layer of linen in a call."""
 
     def __init__(self, module: Any, registered: Registered, args: Any, kwargs: Mapping[str, Any]):
         bridged = isinstance(module, nnx.bridge.ToLinen)
@@ -153,7 +153,7 @@ class Adapted(ForeignLayer):
 
     @property
     def variables(self) -> dict[str, Any]:
-        """Its variables, by the names that they have in Flax's layer."""
+        """Its variables under the names of Flax's layer."""
         return in_flax_names(self.registered, plain_variables(self.module))
 
     def normalize(self, state: State, x: jax.Array, **arguments: Any) -> jax.Array:
@@ -174,7 +174,7 @@ class Adapted(ForeignLayer):
 
 
 def in_flax_names(registered: Registered, variables: Mapping[str, Any]) -> dict[str, Any]:
-    """The variables of a layer, by the names that they have in Flax's."""
+    """The variables of a layer under the names of Flax's layer."""
     names = {own: name for name, own in registered.names.items()}
     return {
         collection: {names.get(own, own): leaf for own, leaf in leaves.items()}
@@ -183,7 +183,7 @@ def in_flax_names(registered: Registered, variables: Mapping[str, Any]) -> dict[
 
 
 def _inside(module: Any) -> Any:
-    """The NNX layer in a bridge, without values."""
+    """The NNX layer in a bridge, as shapes."""
 
     def make() -> Any:
         rngs = {} if module.skip_rng else {"rngs": nnx.Rngs(0)}
@@ -193,7 +193,7 @@ def _inside(module: Any) -> Any:
 
 
 def plain_variables(module: Any) -> dict[str, Any]:
-    """The variables of a bound module without what rides beside them."""
+    """The variables of a bound module without the leaves that jaxbn added."""
 
     def plain(tree: Any) -> Any:
         if not isinstance(tree, Mapping):
@@ -204,7 +204,7 @@ def plain_variables(module: Any) -> dict[str, Any]:
 
 
 def run_bridge(module: Any, args: Any, kwargs: Any) -> Any:
-    """The call of a bridge to NNX, which puts up with no variables but those of its module."""
+    """Runs a bridge to NNX, which accepts no variables other than those of its module."""
     mutable = [name for name in module.variables if module.is_mutable_collection(name)]
     rngs = {name: module.make_rng(name) for name in module.scope.rngs}
     y, updates = module.clone(parent=None).apply(plain_variables(module), *args, **kwargs, rngs=rngs, mutable=mutable)

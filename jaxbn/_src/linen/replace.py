@@ -1,9 +1,9 @@
-"""Other normalization layers in a linen model, whose source stays as it is.
+"""Replacement of normalization layers in a linen model without changes to its source.
 
-The model gets a class of its own whose calls run under an interceptor. Where the call of a normalization layer is met,
-a layer of the wanted method is made from its fields, in its scope, and called instead: paths stay, and what the method
-keeps besides appears beside the statistics, in `init` too. A flag in the scopes, which every transformation of linen
-hands down, and `nn.jit` compiles anew for, says that a layer is replaced to those who meet it earlier.
+The model gets a subclass whose calls run under an interceptor. At the call of a normalization layer, it makes the new
+layer from the fields of the old one, in the scope of the old one, and calls it instead. Paths do not change, and
+further statistics of the new method appear among the others, in `init` too. A flag in the scopes, which all
+transformations of linen pass on and `nn.jit` compiles anew for, tells other interceptors that a layer is replaced.
 """
 
 import dataclasses
@@ -25,33 +25,33 @@ from jaxbn._src.linen.variables import find_states
 
 Net = TypeVar("Net", bound=nn.Module)
 
-_SUCCESSOR = "_jaxbn_successor"  # in a class whose layers are replaced
+_SUCCESSOR = "_jaxbn_successor"  # attribute of a class with replaced layers
 
 
 def replace(net: Net, layer: Callable[..., nn.Module], paths: str | Sequence[str] = "") -> Net:
-    """The model with other normalization layers, without an edit of its source.
+    """Replaces the normalization layers of a model without changes to its source.
 
-    Each layer, of Flax or jaxbn, is replaced by one with the same fields, as far as all methods have them: momentum,
-    epsilon, axes, dtypes, initializers, synchronization. Paths stay, so that parameters and statistics of a checkpoint
-    fit; :func:`convert_norms` adds what the method keeps besides. With `flax.linen.BatchNorm` for `layer` the way leads
-    back. Also inside `nn.jit`, `nn.remat`, `nn.scan` and `nn.vmap`, and as a part of another model.
+    The new layers get the fields that all methods share: momentum, epsilon, axes, dtypes, initializers,
+    synchronization. Paths do not change, so parameters and statistics of a checkpoint fit; :func:`convert_norms` adds
+    the further statistics of the method. Pass `flax.linen.BatchNorm` to go back. It works inside `nn.jit`, `nn.remat`,
+    `nn.scan` and `nn.vmap`, and in a part of another model.
 
     Args:
         net: The model.
-        layer: A class, such as `jaxbn.linen.BatchRenorm`, or a `functools.partial` of one, whose arguments go before
-            the fields of the layer that is replaced.
-        paths: Layers, or modules all of whose layers are meant, such as `"backbone"` or `"Block_0/BatchNorm_1"`; one or
-            several. `""` is the whole model.
+        layer: A class, such as `jaxbn.linen.BatchRenorm`, or a `functools.partial` of one, whose arguments take
+            precedence over the fields of the old layer.
+        paths: One or several paths of layers, or of modules to replace all their layers, such as `"backbone"` or
+            `"Block_0/BatchNorm_1"`. `""` is the whole model.
 
     Returns:
-        A model of the same fields and methods, an instance of the class of `net`. `jaxbn.linen.summary(variables,
-        net.apply, x)` says what each layer is.
+        A model with the same fields and methods, an instance of the class of `net`. `jaxbn.linen.summary(variables,
+        net.apply, x)` lists its layers.
 
     Raises:
-        TypeError: If `layer` is no normalization layer.
-        ValueError: When called, if there is no layer at a path or below it, or one has an activation inside that
-            `layer` cannot have; or, where there are others too a warning, if one is of a class that is not known, see
-            :func:`register_batch_norm`.
+        TypeError: If `layer` is not a normalization layer.
+        ValueError: When called, if there is no layer at a path or below it, or one has an activation, which `layer`
+            does not support. A module of an unknown class, see :func:`register_batch_norm`, is an error too, or a
+            warning if there are known layers.
 
     Example:
         >>> net = flax.linen.Sequential([flax.linen.Dense(2), flax.linen.BatchNorm(use_running_average=False)])
@@ -76,12 +76,12 @@ def replace(net: Net, layer: Callable[..., nn.Module], paths: str | Sequence[str
 
 
 class _Successor:
-    """What takes the place of which layers; told from others, by `nn.jit` too, by a token that is never used again."""
+    """The new layer and the paths to replace. A unique token distinguishes replacements, also for `nn.jit`."""
 
     def __init__(self, layer: functools.partial[Any], paths: str | Sequence[str], earlier: "_Successor | None"):
         self.layer = layer
         self.paths = [paths] if isinstance(paths, str) else list(paths)
-        self.earlier = earlier  # whose layers are replaced in turn
+        self.earlier = earlier  # an earlier replacement in the same model, which is applied first
         self.token = secrets.token_hex()
         self.watch = Watch(REGISTER)
 
@@ -89,7 +89,7 @@ class _Successor:
         return hash(self.token)
 
     def check(self, variables: Any) -> None:
-        """Raises a ValueError for a path that leads to no layer."""
+        """Raises a ValueError for a path without layers."""
         if self.paths != [""] and STATISTICS in variables:
             select(self.paths, find_states(variables))
         if self.earlier is not None:
@@ -100,7 +100,7 @@ class _Successor:
         return self._is_meant(path) or self.earlier is not None and self.earlier.covers(path)
 
     def make(self, old: Any, path: str) -> Any:
-        """The layer in the place of another, in whose scope it finds its variables."""
+        """Makes the new layer in the scope of the old one, where it finds its variables."""
         if self.earlier is not None and self.earlier.covers(path):
             old = self.earlier.make(old, path)
         if not self._is_meant(path):
@@ -108,7 +108,7 @@ class _Successor:
         old, cls = as_norm(old), cast(Any, self.layer.func)
         shared = Norm if issubclass(cls, Norm) else nn.BatchNorm
         names = {field.name for field in dataclasses.fields(shared)} - {"parent", "name"}
-        if isinstance(old, Adapted):  # the flag goes with the call
+        if isinstance(old, Adapted):  # the flag is passed to the call
             names -= {"use_running_average"} | ({"momentum"} if old.momentum is None else set())
         scope = old.scope.rewound()
         scope.flags = scope.flags.copy({REPLACED: (None, 0)})  # so that it is not replaced again
@@ -119,7 +119,7 @@ class _Successor:
 
 
 def _class_with(successor: _Successor, cls: Any) -> Any:
-    """The class with the flag in the scopes of its instances, and with all its methods under the interceptor."""
+    """A subclass that sets the flag in its scopes and runs all its methods under the interceptor."""
 
     def bound(self: Any) -> None:
         cls.__post_init__(self)

@@ -1,4 +1,4 @@
-"""Training, postproc and evaluation of a linen model as pure functions: a page to read, and to copy from."""
+"""The training loop of a linen model as pure functions: short enough to read and to copy."""
 
 import inspect
 from collections.abc import Callable
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class TrainState(train_state.TrainState):
-    """Flax's TrainState with the statistics: a pytree of arrays, to be donated, replicated and saved as a whole."""
+    """Flax's TrainState with the statistics: one pytree to donate, replicate and save."""
 
     batch_stats: Any
     kinds: tuple[tuple[str, LayerKind], ...] = flax.struct.field(pytree_node=False)
@@ -50,26 +50,26 @@ def make_steps(
 ) -> Steps:
     """Makes the functions of a training loop: initialize, train, estimate the population statistics, evaluate.
 
-    For loops without special wishes; those with some may copy from here, or use the layers and `postproc` alone.
+    For ordinary loops. In a special loop, copy from here, or use the layers and `postproc` directly.
 
     Args:
-        model: A module whose call takes `train`, of jaxbn's layers or stock ones.
+        model: A module whose call takes `train`, with layers of jaxbn or Flax.
         loss_fn: `(outputs, batch) -> (loss, {name: metric})`: the mean loss over the rows of the batch, and scalars.
         optimizer: Any transformation of optax.
         inputs: `batch -> x`: the argument of the model, or a tuple of several.
-        estimator: Of the population statistics.
-        axis_name: Axis of the `pmap` or `shard_map` around the steps, over which gradients, metrics and the moments of
-            the pass are put together; layers with running averages need it too. Under `jit` on sharded arrays None.
+        estimator: The estimator of the population statistics.
+        axis_name: Axis of the `pmap` or `shard_map` around the steps, over which gradients and metrics are averaged and
+            moments merged; layers with running averages need it too. None under `jit` on sharded arrays.
 
     Returns:
-        `Steps`. The state is a `TrainState` of Flax with `batch_stats`. `rng` of `train_step` serves all random streams
-        of the model, such as dropout; give each device its own.
+        `Steps`. The state is a `TrainState` of Flax with `batch_stats`. `train_step` uses `rng` for all random streams
+        of the model, such as dropout; pass a different one on each device.
 
     Raises:
-        TypeError: If the call of the model does not take `train`, or `eval_step` is given anything but a `Frozen`.
-        ValueError: In `init`, if the model has variables other than params and batch_stats, or no normalization; in
-            `train_step`, if a layer would keep running averages of its own device; in `finalize`, if nothing has
-            estimated the statistics, or a batch gave NaN.
+        TypeError: If the call of the model does not take `train`, or `eval_step` gets anything but a `Frozen`.
+        ValueError: In `init`, if the model has variables other than params and batch_stats, or no normalization layer;
+            in `train_step`, if a layer would keep running averages of its own device only; in `finalize`, if the
+            statistics were never estimated, or a batch gave NaN.
 
     Example:
         >>> class Net(flax.linen.Module):
@@ -102,7 +102,9 @@ def make_steps(
     def init(rng: jax.Array, batch: Any) -> TrainState:
         variables = flax.core.unfreeze(model.init(rng, *arguments(inputs, batch), train=True))
         if other := sorted(variables.keys() - {"params", STATISTICS}):
-            raise ValueError(f"The steps carry params and {STATISTICS}, and the model has {other} too. Write the loop.")
+            raise ValueError(
+                f"The steps support params and {STATISTICS} only; the model also has {other}. Write the loop yourself."
+            )
         kinds = jax.eval_shape(steps.measure, variables, batch).kinds
         params, stats = variables.get("params", {}), variables[STATISTICS]
         state = TrainState.create(apply_fn=model.apply, params=params, tx=optimizer, batch_stats=stats, kinds=kinds)

@@ -1,4 +1,4 @@
-"""Evaluation of any NNX model with statistics between the stored ones and those of what is evaluated."""
+"""Test-time adaptation of NNX models: evaluation with mixed statistics."""
 
 from collections.abc import Callable
 from typing import Any

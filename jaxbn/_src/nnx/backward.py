@@ -1,4 +1,4 @@
-"""What layers learn from the gradient, for NNX: nothing, unless their method has a `backward`."""
+"""Updates of NNX layers whose method learns from the gradient."""
 
 from typing import Any
 
@@ -11,25 +11,26 @@ from jaxbn._src.nnx.modules import Norm
 
 
 def update_backward(model: Any, grads: Any, *, loss_scale: ArrayLike = 1.0) -> None:
-    """Lets the layers of moving average batch normalization learn from a gradient: once after each training call.
+    """Updates the layers of moving average batch normalization with a gradient; call it once after each training call.
 
-    So do layers of methods of your own that have a `backward`.
+    `make_steps` calls it for you. In your own loop, call it before `optimizer.update(model, grads)`, with the
+    parameters that the gradient belongs to. Layers of your own methods with a `backward` are updated too.
 
-    `make_steps` does it. In a loop of your own call it before `optimizer.update(model, grads)`, as psi is of the
-    parameters of which the gradient is. The statistics of the model move, as they do in a call.
+    The rule in this package: functions that belong to a training step change the model in place, as a call of a layer
+    and `optimizer.update` do; all functions of the statistics pass and of inference return a new model.
 
     Args:
-        model: The model, as the training call left it. Other layers stay as they are.
-        grads: What `nnx.grad` gives, by the mean loss over the rows: not accumulated, not clipped, without the loss
-            scale; of several devices averaged, as by `pmean`. Where it is not finite the windows stay.
-        loss_scale: What the loss of the NEXT step will be multiplied by. Where a scaled step was skipped, call this
-            with the statistics that were kept, so that they learn of the new scale.
+        model: The model after the training call; it is changed in place. Other layers do not change.
+        grads: The result of `nnx.grad` of the mean loss over the rows: not accumulated, not clipped, without the loss
+            scale, and averaged over devices, as by `pmean`. Windows are kept where it is not finite.
+        loss_scale: The loss scale of the NEXT step. After a skipped step, call this with the statistics that were kept,
+            so that they take the new scale into account.
 
     Returns:
-        Nothing.
+        None.
 
     Raises:
-        ValueError: If the gradient of a layer is not there.
+        ValueError: If the gradient of a layer is missing.
 
     Example:
         >>> model = jaxbn.nnx.MovingAverageBatchNorm(1, rngs=nnx.Rngs(0))

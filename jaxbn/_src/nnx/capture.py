@@ -1,9 +1,9 @@
-"""Moments out of any NNX model, jaxbn's layers and stock `flax.nnx.BatchNorm` alike, without changing the model.
+"""The capture hook of NNX: the moments of the inputs of all normalization layers, without changes to the model.
 
-The class of every normalization layer is replaced on a copy: by one whose call measures its input once, normalizes with
-the wanted statistics, whatever flags the model passes, and marks the output for `harvest`. Beside its statistics each
-layer holds their flat positions as one more `BatchStat`, which every transformation carries in the same way; which
-layer it is and in which mode is static, so that nothing compiled with and without capture is mistaken for each other.
+On a copy of the model, each normalization layer gets a class whose call measures the input once, normalizes with the
+statistics of the mode, whatever flags the model passes, and sows the moments on the output for `harvest`. Each layer
+also gets the flat positions of its statistics as one more `BatchStat`, so that transformations slice both together. The
+path of the layer and the mode are static, so that jit caches distinguish calls with and without a capture.
 """
 
 import dataclasses
@@ -43,40 +43,35 @@ from jaxbn._src.nnx.registry import REGISTER, as_norm, evaluates, known, run_bri
 from jaxbn._src.numerics import moments as _moments
 from jaxbn._src.tracing import harvest as _harvest
 
-# What flax.nnx.BatchNorm.__call__ reads of its layer in evaluation, besides the statistics.
+# Attributes that flax.nnx.BatchNorm.__call__ reads in evaluation, besides the variables.
 _STOCK_FIELDS = "axis momentum epsilon dtype axis_name axis_index_groups use_fast_variance promote_dtype".split()
 
 
 class Slot(nnx.BatchStat[jax.Array]):
-    """What rides beside the statistics; a BatchStat, so that filters carry it wherever they carry those."""
+    """A variable that a capture adds; a BatchStat, so that filters treat it as the statistics."""
 
 
 def capture_moments(
     call: Call | None = None, *, mode: str = "batch", weights: Weights | None = None
 ) -> Callable[[Any, Any], tuple[Any, dict[str, _moments.Moments]]]:
-    """Makes a function that also returns the moments of every normalization layer's input.
+    """Makes a function that also returns the moments of the input of every normalization layer.
 
-    The model needs no change, and the one given is left untouched. The function may be jitted with `nnx.jit`.
-
-    Both results may be differentiated. In mode "batch" gradients flow through the statistics of the batch, as in
-    training (for every method the plain derivative); the moments can be part of a loss, such as one that matches
-    statistics (DeepInversion). No gradient flows into weights, nor into the stored statistics of jaxbn's layers; into
-    those of Flax's it does in mode "eval", as without capture.
+    The model is not changed. You may jit the function with `nnx.jit`. Both results are differentiable, as
+    :func:`jaxbn.linen.capture_moments` describes.
 
     Args:
         call: Runs the model; None: `lambda model, batch: model(batch)`.
-        mode: What the layers normalize with, whatever flags the model passes them: `"batch"`, the statistics of their
-            batch; `"eval"`, the stored ones; `"as_called"`, what the model asks for.
+        mode: The statistics that the layers normalize with, whatever flags the model passes: `"batch"`, those of the
+            batch; `"eval"`, the running statistics; `"as_called"`, as the flags say.
         weights: `batch -> [N]`, booleans or real weights of the N examples along the leading axis of every layer's
-            input, such as 0 for those that fill up a batch. They multiply the mask
-            that the model gives a layer.
+            input, such as 0 for padding. They multiply the mask that the model passes to a layer.
 
     Returns:
         A function `(model, batch) -> (outputs, moments)`. `moments` maps the path of each layer, such as
         `"blocks/0/norm"`, to `Moments` in the shape of its statistics, of count 0 where the layer was not reached.
 
     Raises:
-        ValueError: If `mode` is none of these; in the function, if the model has no normalization layer.
+        ValueError: If `mode` is unknown; in the function, if the model has no normalization layer.
 
     Example:
         >>> model = nnx.BatchNorm(1, rngs=nnx.Rngs(0))
@@ -97,7 +92,7 @@ def capture_moments(
 def capture(
     call: Call, *, mode: str | Mixture, weights: Weights | None = None, examples: bool = False
 ) -> Callable[[Any, Any], tuple[Any, Measured]]:
-    """As `capture_moments`, with the kind of each layer, and the moments of the means of the examples."""
+    """The capture hook of the framework: as `capture_moments`, but returns all measurements."""
 
     def captured(model: Any, batch: Any) -> tuple[Any, Measured]:
         copy = nnx.clone(model)  # new objects, the same arrays
@@ -118,7 +113,7 @@ def capture(
 
 
 def run_model(model: Any, batch: Any) -> Any:
-    """How a model runs if nothing else is said."""
+    """The default `call`."""
     return model(batch)
 
 
@@ -133,15 +128,15 @@ def find_layers(model: Any) -> dict[str, Any]:
 
 
 def check_model(model: Any) -> None:
-    """Raises a TypeError for anything that holds no NNX module."""
+    """Raises a TypeError for anything that contains no NNX module."""
     if isinstance(model, type) or next(nnx.iter_modules(model), None) is None:
         raise not_a_model(model)
 
 
 def select_layers(model: Any, paths: str | Sequence[str]) -> list[str]:
-    """The layers at or below the paths; a ValueError for a path that leads to none.
+    """The layers at or below the paths; a ValueError for a path without layers.
 
-    A class that is not known is an error too, or a warning where there are other layers.
+    An unknown class with running statistics is an error too, or a warning if there are other layers.
     """
     layers, others = find_layers(model), find_others(model)
     for path in [paths] if isinstance(paths, str) else paths:
@@ -171,7 +166,7 @@ def set_state(layer: Any, state: State) -> None:
 
 
 def is_frozen(layer: Any) -> bool:
-    """Whether the layer keeps its statistics and normalizes with them whatever it is asked to."""
+    """Whether `freeze_layers` froze the layer."""
     return getattr(layer, "jaxbn_frozen", False)
 
 
@@ -186,7 +181,7 @@ def _hook(path: str, module: Any, mode: str | Mixture, examples: int | None) -> 
 
 
 def _watch(path: str, module: Any) -> None:
-    """Marks what the module gives back, if it runs."""
+    """Makes a module of an unknown class tag its output."""
     cls: Any = type(module)
     first, *_ = statistics_of(module)
     layer = Touched(path, first[...].size, class_of(module), REGISTER)
@@ -196,7 +191,7 @@ def _watch(path: str, module: Any) -> None:
 
 
 def _without_hooks(outputs: Any) -> Any:
-    """Outputs in which the call returned its model, or a state of it, as they would be without capture."""
+    """Removes the hooks from models and states among the outputs of the call."""
 
     def is_state(node: Any) -> bool:
         return isinstance(node, nnx.State)
@@ -231,7 +226,7 @@ def _measured(module: Any, plain: Callable[..., jax.Array], *args: Any, **kwargs
 
 
 def _called_norm(layer: Any, path: str) -> CalledNorm:
-    """A layer, with its statistics and with how it normalizes."""
+    """A layer in a call, with its running statistics and its functions."""
     transform = evaluating_method(layer)()
     if isinstance(layer, Norm):
         params, stored = load(layer, transform)
@@ -250,7 +245,7 @@ def _normalize_stock(module: Any, state: State, x: jax.Array, *, mask: Any, resi
         mean=state.mean, var=state.var, scale=module.scale, bias=module.bias, use_running_average=True,
         **{name: getattr(module, name) for name in _STOCK_FIELDS},
     )  # fmt: skip
-    if module.jaxbn_layer.mode != "eval":  # Flax rounds stored statistics to the dtype of the layer, the batch's not
+    if module.jaxbn_layer.mode != "eval":  # Flax rounds running statistics, but not those of the batch
         stand_in.promote_dtype = functools.partial(_promote_all_but_statistics, module.promote_dtype)
     y: jax.Array = nnx.BatchNorm.__call__(stand_in, x)  # type: ignore[arg-type]  # reads no more than these
     return y

@@ -1,4 +1,4 @@
-"""A model with the variables of the same model with other normalization layers."""
+"""Conversion of an NNX model to other normalization layers."""
 
 from typing import Any
 
@@ -13,22 +13,22 @@ from jaxbn._src.nnx.registry import known
 
 
 def convert_norms(model: Any, like: Any) -> Any:
-    """The model `like` with the parameters and statistics of the same model with other normalization layers.
+    """Returns the model `like` with the parameters and statistics of a model with other normalization layers.
 
     From `BatchNorm`, of jaxbn or Flax, to any method and back, to `DomainBatchNorm` each domain with a copy.
-    Parameters, means and variances are carried over as they are, so that evaluation stays as it is: give the new layers
-    the epsilon of the old ones, as :func:`replace` does. Counters and windows that the old layers did not have are
-    those of `like`; those that the new ones do not have are left out.
+    Parameters, means and variances are copied unchanged, so that the outputs in evaluation stay the same if the new
+    layers have the epsilon of the old ones, as :func:`replace` ensures. Counters and windows that the old layers lack
+    are those of `like`; those that the new layers lack are dropped.
 
     Args:
-        model: The model as it was.
-        like: The model as it is to be; it is left untouched. Its layers are attributes of the same names.
+        model: The old model.
+        like: The new model, with the same attribute names; it is not changed.
 
     Returns:
         A new model, in the dtypes of `like`.
 
     Raises:
-        ValueError: If a variable has another shape, or is missing on either side, which is named.
+        ValueError: Names the first variable that is missing on either side or has another shape.
 
     Example:
         >>> trained = nnx.BatchNorm(1, rngs=nnx.Rngs(0))
@@ -56,7 +56,7 @@ def convert_norms(model: Any, like: Any) -> Any:
 
 
 def _in_flax_names(model: Any, kind: Any = SAVED) -> dict[tuple[Any, ...], Any]:
-    """The variables by path, those of layers of a registered class by the names that they have in Flax's layer."""
+    """The variables by path; those of registered classes under the names of Flax's layer."""
     layers = {path: registered for path, module in nnx.iter_modules(model) if (registered := known(module))}
     own: dict[Any, dict[Any, str]] = {
         path: {theirs: name for name, theirs in layer.names.items()} for path, layer in layers.items()
@@ -73,5 +73,5 @@ def _statistics(model: Any) -> dict[tuple[Any, ...], set[str]]:
 
 
 def _is_optional(path: tuple[Any, ...], statistics: dict[tuple[Any, ...], set[str]]) -> bool:
-    """Whether it is a variable of a normalization layer that other methods do not have."""
+    """Whether it is a variable of a normalization layer that not all methods have."""
     return path[:-1] in statistics and path[-1] not in (*POPULATION, *AFFINE)

@@ -1,4 +1,4 @@
-"""What is wrong with the statistics of a NNX model."""
+"""Diagnosis of the statistics of NNX models."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -23,7 +23,7 @@ def diagnose(
 ) -> Diagnosis:
     """Says why batch normalization hurts here, and what to do about it.
 
-    As :func:`jaxbn.linen.diagnose`, for NNX; the model is left untouched.
+    :func:`jaxbn.linen.diagnose` describes it in full. The model is not changed.
 
     Args:
         model: The model.

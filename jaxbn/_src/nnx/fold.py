@@ -1,4 +1,4 @@
-"""Folding for NNX: the model is run with tags on a copy, and the layers that are folded change theirs in another."""
+"""Folding for NNX: a copy of the model is traced with tags, and another copy is edited."""
 
 import functools
 import inspect
@@ -41,29 +41,29 @@ _LINEAR: dict[Any, str] = {
     nnx.LinearGeneral: "DenseGeneral",
     nnx.Einsum: "Einsum",
 }
-# Arguments by which a layer may compute with something else than Flax does.
+# Arguments with which a layer replaces the operations of Flax.
 _OWN = "conv_general_dilated dot_general dot_general_cls einsum_op promote_dtype".split()
 
 
 def fold(
     model: Model, example: Any, *, call: Call | None = None, tolerance: float | None = None
 ) -> tuple[Model, FoldReport]:
-    """Folds normalizations into the linear layers beside them, so that in evaluation they cost nothing.
+    """Folds BatchNorm layers into adjacent linear layers (conv-BN fusion), which makes them free in evaluation.
 
-    What is folded, what stays, and in which precision, is said in :func:`jaxbn.linen.fold`. Layers are `Conv`,
-    `ConvTranspose`, `Linear`, `LinearGeneral` and `Einsum`; normalizations those of jaxbn, of any method, and
-    `flax.nnx.BatchNorm`. A `Frozen` goes into a model by `install_frozen` first.
+    :func:`jaxbn.linen.fold` describes the conditions and the precision. Linear layers are `Conv`, `ConvTranspose`,
+    `Linear`, `LinearGeneral` and `Einsum`; normalizations are those of jaxbn, of any method, and `flax.nnx.BatchNorm`.
+    Put a `Frozen` into a model with `install_frozen` first.
 
     Args:
-        model: The model; it is left untouched.
-        example: What `call` takes, to follow the model and to compare outputs.
+        model: The model; it is not changed.
+        example: A batch for `call`, to trace the model and to compare outputs.
         call: Runs the model in evaluation; None: `lambda model, batch: model(batch)`.
-        tolerance: How far outputs may differ on the example, relative to the largest; None: by the dtypes, 1e-4 where
-            all is float32.
+        tolerance: Maximum difference of the outputs on the example, relative to the largest output; None: by the
+            dtypes, 1e-4 in float32.
 
     Returns:
-        A new model, in evaluation mode, in which a folded layer only passes its input on, with its residual and its
-        activation; and a :class:`jaxbn.FoldReport`.
+        A new model in evaluation mode, in which a folded layer only applies its residual and its activation; and a
+        :class:`jaxbn.FoldReport`.
 
     Raises:
         ValueError: If there is no normalization layer, or outputs on the example differ by more than the tolerance.
@@ -92,12 +92,12 @@ def fold(
 
 
 class Folded(nnx.Module):
-    """What is left of a normalization whose statistics, scale and bias went into a layer beside it."""
+    """A folded normalization: the residual, the dtype and the activation that remain."""
 
     def __init__(self, dtype: Any, activation: Callable[[jax.Array], jax.Array] | None, input_name: str | None):
         self.dtype = dtype
         self.activation = activation
-        self.input_name = input_name  # of a class with other arguments than Flax's; there is no residual
+        self.input_name = input_name  # for classes with other arguments than Flax's; they have no residual
 
     def __call__(self, *args: Any, **kwargs: Any) -> jax.Array:
         if self.input_name is not None:
@@ -107,7 +107,7 @@ class Folded(nnx.Module):
 
 
 class _Found:
-    """What the call of a model runs; the copy with tags fills it in. Equal to itself alone, as programs are to be."""
+    """The traced program of a call, and its layers; the tagged copy fills it in. Compared by identity."""
 
     flow: _dataflow.Flow
     values: dict[str, list[_dataflow.Value | None]]  # the variables of each layer in the program
@@ -140,7 +140,7 @@ def _joined(path: Any) -> str:
 
 
 def _follow(call: Call, model: Any, example: Any) -> _Found:
-    """Runs a copy of the model with tags, for shapes alone."""
+    """Traces a copy of the model with tags."""
     found, copy = _Found(model), nnx.clone(model)
     for path, module in _modules_of(copy).items():
         if isinstance(module, tuple(_LINEAR)):
@@ -148,7 +148,7 @@ def _follow(call: Call, model: Any, example: Any) -> _Found:
             set_class(module, _tagged_linear(cls))
         else:
             set_call(module, _tagged_norm)
-        module.jaxbn_fold = nnx.static((path, weakref.ref(found)))  # programs keep their keys, and must not keep arrays
+        module.jaxbn_fold = nnx.static((path, weakref.ref(found)))  # caches keep it, but not the arrays
     graphdef, state = nnx.split(copy)
 
     def run(state: Any, inputs: Any) -> Any:
@@ -161,7 +161,7 @@ def _follow(call: Call, model: Any, example: Any) -> _Found:
 
 
 def _values_of(model: Any, by_place: dict[str, _dataflow.Value]) -> dict[str, list[_dataflow.Value | None]]:
-    """The variables of each module in the program; one that several hold is in the state once, at its first place."""
+    """The variables of each module in the program; a shared one is in the state only at its first place."""
     held = [
         (_joined(path), _joined((*path, name)), variable)
         for path, module in nnx.iter_modules(model)
@@ -176,7 +176,7 @@ def _values_of(model: Any, by_place: dict[str, _dataflow.Value]) -> dict[str, li
 
 
 def _tagged(module: Any, call: Callable[..., Any], name: str, *args: Any, **kwargs: Any) -> Any:
-    """The call of a module of the copy."""
+    """The call of a module of the tagged copy."""
     path, found = module.jaxbn_fold[0], module.jaxbn_fold[1]()
     variables = [variable[...] for variable in vars(module).values() if isinstance(variable, nnx.Variable)]
     record = functools.partial(found.record, path)
@@ -191,7 +191,7 @@ def _tagged_norm(module: Any, call: Callable[..., Any], *args: Any, **kwargs: An
 
 @functools.cache
 def _tagged_linear(cls: Any) -> type:
-    """The class with a call that tags all of its own."""
+    """A subclass whose call tags its input, variables and output."""
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         return _tagged(self, functools.partial(cls.__call__, self), "inputs", *args, **kwargs)
@@ -223,12 +223,12 @@ def _layer(module: Any, *args: Any, **kwargs: Any) -> Layer:
 
 
 def _edit(model: Any, plan: _fold_plan.Plan, found: _Found) -> None:
-    """Folds in place, in the objects themselves, so that whoever holds a layer holds the new one."""
+    """Folds in place, so that all references to a layer see the folded one."""
     modules = _modules_of(model)
     for one in plan.folds:
         norm = modules[one.norm]
         layer = as_norm(norm)
-        of_old = getattr(type(norm), "jaxbn_input", None)  # of the layer that was there before `replace`
+        of_old = getattr(type(norm), "jaxbn_input", None)  # of the layer before `replace`
         input_name = layer.registered.input_name if isinstance(layer, Adapted) else of_old
         left = Folded(found.norms[one.norm].dtypes[1], getattr(norm, "activation", None), input_name)
         set_class(norm, Folded)

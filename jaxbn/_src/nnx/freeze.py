@@ -1,4 +1,4 @@
-"""What stands still in an NNX model: the frozen network, and single layers that keep their statistics in training."""
+"""Freezing NNX models and layers, and the table of layers."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -22,20 +22,20 @@ from jaxbn._src.statistics.pass_report import Report
 
 
 def freeze(model: Any, report: Report | None = None) -> Frozen:
-    """Makes the network that is evaluated, saved and served, out of a model that is ready for it.
+    """Makes the frozen network, which you evaluate, save and serve.
 
     Args:
-        model: The model, with running averages (Method ONE) or as `postproc` returned it (Method TWO). It is left
-            untouched.
-        report: What `postproc` returned beside it; it says where the statistics come from.
+        model: The model, with running averages (Method ONE) or as `postproc` returned it (Method TWO). It is not
+            changed.
+        report: The report that `postproc` returned with it, which tells the origin of the statistics.
 
     Returns:
-        A `Frozen`, which holds all variables of the model but random states and intermediates. `install_frozen` puts it
+        A `Frozen` with all variables of the model except random states and intermediates. `install_frozen` puts it
         into a model again.
 
     Raises:
-        ValueError: If nothing ever estimated the statistics of a layer, if they are not finite, or if the report is
-            about another model.
+        ValueError: If the statistics of a layer were never estimated, if they are not finite, or if the report does not
+            belong to the model.
 
     Example:
         >>> data = jnp.arange(10.0)[:, None]
@@ -48,20 +48,20 @@ def freeze(model: Any, report: Report | None = None) -> Frozen:
 
 
 def install_frozen(model: Any, frozen: Frozen) -> Any:
-    """Puts a frozen network into a model of its structure; the model given is left untouched.
+    """Returns a model with the variables of a frozen network.
 
     Args:
-        model: A model, of jaxbn's layers or stock ones. Its values do not matter: `nnx.eval_shape` may have made it, in
-            which case its random streams start from a key of zeros.
-        frozen: The network, of `freeze` or `jaxbn.serving.load`.
+        model: A model of the same structure; it is not changed. Its values do not matter. If `nnx.eval_shape` made it,
+            the random streams start from a key of zeros.
+        frozen: A network from `freeze` or `jaxbn.serving.load`.
 
     Returns:
         A new model, in evaluation mode.
 
     Raises:
-        ValueError: If a variable is missing or of another shape, which is named; or a layer has another method or
-            epsilon.
-        TypeError: If `frozen` is no `Frozen`.
+        ValueError: Names the first variable that is missing or has another shape, or the layer that has another method
+            or epsilon.
+        TypeError: If `frozen` is not a `Frozen`.
 
     Example:
         >>> data = jnp.arange(10.0)[:, None]
@@ -81,36 +81,37 @@ def install_frozen(model: Any, frozen: Frozen) -> Any:
             value = value[str(key)]
         variable.set_value(copied(value))
     for _, variable in nnx.to_flat_state(nnx.state(copy, nnx.RngState)):
-        if isinstance(variable.get_value(), jax.ShapeDtypeStruct):  # of an abstract model, which then can be jitted
+        if isinstance(variable.get_value(), jax.ShapeDtypeStruct):  # of an abstract model, so that it can be jitted
             variable.set_value(jnp.zeros(variable.shape, variable.dtype))
     return copy
 
 
 def check_fits(frozen: Frozen, model: Any) -> None:
-    """Raises a ValueError that names the first variable in which the frozen network differs from a model, or it."""
+    """Raises a ValueError that names the first variable in which the frozen network differs from the model."""
     check_frozen(frozen)
     check_shapes(shapes_by_path(frozen.variables), shapes_by_path(to_variables(model)))
 
 
 def freeze_layers(model: Any, paths: str | Sequence[str]) -> Any:
-    """Makes some layers keep their statistics and normalize with them, whatever they are asked to, `train()` included.
+    """Returns a model in which some BatchNorm layers are frozen: they use and keep their running statistics.
 
-    For fine-tuning with small batches or on little data. Their scale and bias still learn; :func:`affine_mask` holds
-    those. No gradient flows into the statistics (in Flax's layers, that of evaluation does). A `postproc` leaves the
-    layers untouched. The variables are the same with and without, so that `nnx.update(model, nnx.state(frozen_model))`
-    undoes it, and `jax.lax.cond` may choose between the two inside jit.
+    Use it to fine-tune with small batches or on little data. Flags and `train()` do not matter. Scale and bias still
+    learn, unless you mask them with :func:`affine_mask`. No gradient flows into the statistics (in Flax's layers, that
+    of evaluation does). A statistics pass skips these layers. The variables do not change, so that
+    `nnx.update(model, nnx.state(frozen_model))` copies them back, and `jax.lax.cond` may choose between both models
+    inside jit.
 
     Args:
-        model: The model; it is left untouched.
-        paths: Layers, or modules all of whose layers are meant, such as `"backbone"` or `"blocks/0/norm"`; one or
-            several. `""` is the whole model.
+        model: The model; it is not changed.
+        paths: One or several paths of layers, or of modules to freeze all their layers, such as `"backbone"` or
+            `"blocks/0/norm"`. `""` is the whole model.
 
     Returns:
         A new model, with copies of the variables.
 
     Raises:
-        ValueError: If there is no layer at a path or below it, or one of a class that is not known, see
-            :func:`register_batch_norm`; where there are others too, it is a warning.
+        ValueError: If there is no layer at a path or below it, or if only modules of unknown classes are, see
+            :func:`register_batch_norm`; it is a warning if there are known layers too.
 
     Example:
         >>> model = jaxbn.nnx.freeze_layers(jaxbn.nnx.BatchNorm(1, rngs=nnx.Rngs(0)), "")
@@ -127,17 +128,17 @@ def freeze_layers(model: Any, paths: str | Sequence[str]) -> Any:
 
 
 def affine_mask(model: Any, paths: str | Sequence[str]) -> Any:
-    """Says of each parameter whether it is the scale or bias of one of these layers, for `optax.masked`.
+    """Makes a mask for optax that is True for the scale and bias of these layers.
 
-    `optax.chain(optimizer, optax.masked(optax.set_to_zero(), mask))` holds them; the negation of the mask keeps weight
-    decay off them.
+    `optax.chain(optimizer, optax.masked(optax.set_to_zero(), mask))` freezes them; the negated mask excludes them from
+    weight decay.
 
     Args:
         model: The model.
         paths: As in :func:`freeze_layers`.
 
     Returns:
-        Booleans, in a state like `nnx.state(model, nnx.Param)`, which is what `nnx.Optimizer` optimizes.
+        Booleans, in a state like `nnx.state(model, nnx.Param)`, which `nnx.Optimizer` optimizes.
 
     Raises:
         ValueError: If there is no layer at a path or below it.
@@ -156,10 +157,10 @@ def affine_mask(model: Any, paths: str | Sequence[str]) -> Any:
 
 
 def summary(model: Any) -> str:
-    """A table of what is normalized, how, and by what its statistics were estimated.
+    """Returns a table of the normalization layers, their methods, and the origin of their statistics.
 
     Args:
-        model: A model, or a `Frozen`, which knows more.
+        model: A model, or a `Frozen`, which has more information.
 
     Returns:
         Text, with a line per layer.
@@ -183,7 +184,7 @@ def summary(model: Any) -> str:
                 f"This Frozen has no {missing[0]!r} of an NNX model; of a linen one use jaxbn.linen.summary."
             )
         held = {path: BatchNormState(flat[f"{start}mean"], flat[f"{start}var"]) for path, start in paths.items()}
-        # Of the variables of a network of NNX no more than the names are left.
+        # The variables of a frozen NNX network have no types, only names.
         params = (name for name in flat if name.rpartition("/")[2] in AFFINE)
         return tabulate(held, params, info=model.info)
     states = find_states(model)

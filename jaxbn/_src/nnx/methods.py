@@ -1,4 +1,4 @@
-"""Layers of the methods beyond batch norm, for flax.nnx: fields alone."""
+"""The layers of the other methods for flax.nnx. They only declare arguments."""
 
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -15,11 +15,10 @@ from jaxbn._src.numerics.averages import Averaging
 
 
 class BatchRenorm(Norm):
-    r"""Batch Renormalization: batch norm for few examples, and for those that resemble each other.
+    r"""Batch Renormalization: batch norm for small batches, and for batches of similar examples.
 
-    When to use it, and what it computes, is in :func:`jaxbn.batch_renorm`. Statistics have the names that they have in
-    `BatchNorm`: `mean`, `var`, and `step` where a bound depends on it. `nnx.update(new_layer, nnx.state(old_layer))`
-    takes over those of a `BatchNorm`.
+    :func:`jaxbn.batch_renorm` describes when to use it and its formulas. The statistics are `mean`, `var`, and `step`
+    if a bound depends on it. `nnx.update(new_layer, nnx.state(old_layer))` copies those of a `BatchNorm`.
 
     Args:
         num_features: Number of features, or their shape where there are several feature axes.
@@ -63,7 +62,7 @@ class BatchRenorm(Norm):
 class GhostBatchNorm(Norm):
     r"""Ghost batch norm: a large batch is normalized in groups of `ghost_size` samples, whatever the devices.
 
-    When to use it, and what it computes, is in :func:`jaxbn.ghost_batch_norm`. Statistics are those of `BatchNorm`.
+    :func:`jaxbn.ghost_batch_norm` describes when to use it and its formulas. The statistics are those of `BatchNorm`.
 
     Args:
         num_features: Number of features, or their shape where there are several feature axes.

@@ -1,4 +1,4 @@
-"""Normalization layers for flax.nnx: fields and variables. What they compute is in jaxbn.methods."""
+"""The base of the layers for flax.nnx, and BatchNorm: fields and variables. The methods do the arithmetic."""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -34,7 +34,7 @@ _MISSING_FLAG = (
 
 
 def _with_defaults_of_method(init: Callable[..., None]) -> Callable[..., None]:
-    """The constructor of all layers, in which the defaults of a layer's method go before those of batch norm."""
+    """Gives the constructor the defaults of the method of a layer instead of those of batch norm."""
 
     @functools.wraps(init)
     def __init__(self: Any, num_features: int | Sequence[int], **given: Any) -> None:
@@ -127,7 +127,7 @@ class Norm(nnx.Module, NormLayer):  # in this order the layout of objects stays 
             if leaf is not None and name in initializers:
                 initializer, metadata = initializers[name]
                 setattr(self, name, nnx.Param(initializer(rngs.params(), leaf.shape, param_dtype), **metadata))
-            elif leaf is not None:  # the method itself says where its other params start
+            elif leaf is not None:  # the method initializes its other params
                 setattr(self, name, nnx.Param(leaf.astype(param_dtype)))
 
     @property
@@ -144,8 +144,8 @@ class Norm(nnx.Module, NormLayer):  # in this order the layout of objects stays 
         """Called by `nnx.view(model, use_running_average=...)`.
 
         Args:
-          use_running_average: True: normalize with the stored statistics. False:
-            with those of the batch, and move the stored ones.
+          use_running_average: True: normalize with the running statistics. False:
+            normalize with those of the batch and update the running averages.
         """
         if use_running_average is not None:
             self.use_running_average = use_running_average
@@ -162,19 +162,19 @@ class Norm(nnx.Module, NormLayer):  # in this order the layout of objects stays 
         """Normalizes x `[..., C]`, adds the residual and applies the activation.
 
         Args:
-            x: The input; its shape but for the features may change from call to call.
-            use_running_average: True: normalize with the stored statistics. False: with those of the batch, and move
-                the stored ones. None: as the attribute says, which `train()`, `eval()` and `nnx.view` set.
-            mask: Booleans or real weights, broadcastable to `x`, of the values from which statistics are computed; in
-                training alone. Of rows `[N, 1]`: one of lower rank that fits the leading axes as well is an error.
+            x: The input; its shape may change from call to call, except for the features.
+            use_running_average: True: normalize with the running statistics. False: normalize with those of the batch
+                and update the running averages. None: use the attribute, which `train()`, `eval()` and `nnx.view` set.
+            mask: Booleans or real weights, broadcastable to `x`, for the statistics in training. For rows pass
+                `[N, 1]`; a mask of lower rank that also fits the leading axes is an error.
             residual: Added to the normalized input before the activation, of the shape of `x`.
-            domain: For `DomainBatchNorm` alone: the domain of each example, integers `[N]`.
+            domain: Only for `DomainBatchNorm`: the domain of each example, integers `[N]`.
 
         Returns:
             An array of the shape of `x`.
 
         Raises:
-            ValueError: If `use_running_average` is given nowhere, or the input does not fit; see `batch_norm`.
+            ValueError: If `use_running_average` is not given at all, or the input does not fit; see `batch_norm`.
         """
         flag = self.use_running_average if use_running_average is None else use_running_average
         if flag is None:
@@ -193,7 +193,7 @@ class Norm(nnx.Module, NormLayer):  # in this order the layout of objects stays 
 
 
 def load(layer: Norm, transform: NormTransform[Any, Any]) -> tuple[Any, State]:
-    """The values of the variables of a layer, as the functions of its method take them: params and state."""
+    """The params and the state of a layer, as the functions of its method take them."""
     shapes = jax.eval_shape(functools.partial(_initialize, layer, transform))
     params, state = (
         tree._replace(**{n: getattr(layer, n)[...] for n, leaf in tree._asdict().items() if leaf is not None})
@@ -208,19 +208,19 @@ def _initialize(layer: Norm, transform: NormTransform[Any, Any]) -> tuple[Any, S
 
 
 def _is_given_an_example(layer: Norm) -> bool:
-    """Whether a call only shows the layer, or makes the variables of a model, here or of a linen model around it."""
+    """Whether a call only displays or initializes the layer, or a linen model around it."""
     around = current_linen_module()
     return _internals.is_given_an_example(layer) or around is not None and around.is_initializing()
 
 
 class BatchNorm(Norm):
-    r"""Batch normalization; takes the place of `flax.nnx.BatchNorm`, with its variables and its checkpoints.
+    r"""Batch normalization: a drop-in replacement for `flax.nnx.BatchNorm`, with the same variables and checkpoints.
 
-    Change the import and nothing else. Differs from Flax's layer as :class:`jaxbn.linen.BatchNorm` does, and in this:
-    dtypes follow linen's rules, so that statistics are computed from the input as it is and stored ones are never
-    rounded; `promote_dtype` is accepted and not used. One value per channel is an error in training, but not where a
-    call is for show: in `nnx.tabulate`, `nnx.bridge.lazy_init` and the `init` of a linen model around the layer. No
-    other trace for shapes, as of `jax.eval_shape`, can be told from one of `jax.jit`: it raises as training does.
+    Change only the import. It differs from Flax's layer as :class:`jaxbn.linen.BatchNorm` does, and in dtypes, which
+    follow linen's rules: statistics are computed from the unrounded input, and running statistics are never rounded;
+    `promote_dtype` is accepted and ignored. One value per channel is an error in training, except in calls that only
+    display or initialize the layer: `nnx.tabulate`, `nnx.bridge.lazy_init` and the `init` of a linen model around the
+    layer. A trace for shapes, as of `jax.eval_shape`, looks like one of `jax.jit`, so it raises as training does.
 
     Args:
         num_features: Number of features, or their shape where there are several feature axes.
@@ -237,15 +237,15 @@ class BatchNorm(Norm):
         scale_init: Initializer of the scale.
         axis_name: Axis of a `shard_map`, `pmap` or `vmap` over which the batch is spread; not used in evaluation.
         axis_index_groups: Groups of devices that share statistics.
-        use_fast_variance: True sums about a shift, False centres first; both are numerically safe.
-        promote_dtype: Accepted, not used.
+        use_fast_variance: True sums about a shift, False centers first; both are numerically safe.
+        promote_dtype: Accepted and ignored.
         rngs: Keys for the initializers.
-        bias_metadata: Of the variable of the bias.
-        scale_metadata: Of the variable of the scale.
+        bias_metadata: Metadata of the variable of the bias.
+        scale_metadata: Metadata of the variable of the scale.
         activation: Applied to the result; `jax.nn.relu` and `jax.nn.leaky_relu` cost no memory traffic here.
         allow_single_value: Accept one value per channel in training.
         autodiff: Use JAX's own derivative; forward mode needs it.
-        of_method: None here. Layers of other methods have those arguments of their factories that this one lacks.
+        of_method: Not used here. Layers of other methods take further arguments of their factories.
 
     Returns:
         A module.

@@ -1,4 +1,4 @@
-"""Modules of NNX that keep running statistics and are no layers that are known."""
+"""Modules of NNX with running statistics whose class jaxbn does not know."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -11,7 +11,7 @@ from jaxbn._src.nnx.registry import known
 
 
 def find_others(model: Any) -> dict[str, Any]:
-    """Every module that keeps running statistics and is no layer that is known, by its path."""
+    """Every module with running statistics and an unknown class, by its path."""
     return {
         joined(path): module
         for path, module in nnx.iter_modules(model)
@@ -20,14 +20,14 @@ def find_others(model: Any) -> dict[str, Any]:
 
 
 def statistics_of(module: Any) -> list[nnx.Variable[Any]]:
-    """The variables of running statistics that a module itself holds, or one of linen that is in it."""
+    """The running statistics that a module itself holds, or the linen module inside it."""
     held = [value for name, value in sorted(vars(module).items()) if not name.startswith("_")]
     leaves = jax.tree.leaves(held, is_leaf=lambda node: isinstance(node, nnx.Variable | nnx.Module))
     return [leaf for leaf in leaves if isinstance(leaf, nnx.BatchStat)]
 
 
 def class_of(module: Any) -> str:
-    """The class of a module as a user knows it."""
+    """The name of the class of a module, with the class inside if it is a bridge."""
     inside = type(module.to_nnx__module) if isinstance(module, nnx.bridge.ToNNX) else None
     return name_of(type(module), inside)
 

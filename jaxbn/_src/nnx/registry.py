@@ -1,4 +1,4 @@
-"""Layers of NNX that are batch norm: Flax's, jaxbn's, those of linen in a bridge, and those that users register."""
+"""Known batch norm layers in NNX: Flax's, jaxbn's, those of linen in a bridge, and registered classes."""
 
 import functools
 import inspect
@@ -20,7 +20,7 @@ from jaxbn._src.nnx.modules import Norm
 Class = TypeVar("Class", bound=type[nnx.Module])
 
 REGISTER = "jaxbn.nnx.register_batch_norm"
-_OF_BRIDGE = {"rngs", "method", "mutable"}  # arguments of the call of a bridge that are not those of the module in it
+_OF_BRIDGE = {"rngs", "method", "mutable"}  # arguments of the call of a bridge itself
 
 
 def register_batch_norm(
@@ -35,32 +35,32 @@ def register_batch_norm(
     epsilon: Any = "epsilon",
     momentum: Any = "momentum",
 ) -> Class:
-    """Says that a class of layers is batch normalization, so that all functions of jaxbn serve it.
+    """Registers a class of layers as batch normalization, so that all functions of jaxbn support it.
 
-    For copies of Flax's layer and layers like it. Call it once, where the class is imported; it holds for the process,
-    for subclasses too. In evaluation the layer must compute `(x - mean) / sqrt(var + epsilon) * scale + bias`, with the
-    statistics in `nnx.BatchStat` variables. Its own code runs with the statistics that are wanted. jaxbn's layers,
-    `flax.nnx.BatchNorm`, and the layers of linen in `flax.nnx.bridge.ToNNX` are known.
+    Use it for copies of Flax's layer and similar layers. Call it once, where the class is imported; it applies to the
+    process and to subclasses. In evaluation the layer must compute `(x - mean) / sqrt(var + epsilon) * scale + bias`,
+    with the statistics in `nnx.BatchStat` variables; jaxbn runs its code with other statistics. jaxbn's layers,
+    `flax.nnx.BatchNorm`, and the layers of linen in `flax.nnx.bridge.ToNNX` are known already.
 
     Args:
-        cls: A class of modules, whose call takes the input first. A `mask` of the call, and attributes `axis_name`,
-            `axis_index_groups`, `use_bias` and `use_scale`, mean what they mean in Flax's layer.
-        evaluation: What makes a call evaluate, arguments of the call or attributes: `{"training": False}`, say.
-        mean: The name of the variable.
-        var: Likewise.
-        scale: The name of the parameter.
-        bias: Likewise.
-        axis: The name of the attribute, or the feature axis itself.
-        epsilon: The name of the attribute, or the number.
-        momentum: The name of the attribute with the weight of the OLD value, or the number. None: not known, so
-            that `move_averages` leaves its averages, and `replace` takes that of the new layer.
+        cls: A class of modules whose call takes the input first. A `mask` of the call and the attributes `axis_name`,
+            `axis_index_groups`, `use_bias` and `use_scale` must have the meaning of Flax's layer.
+        evaluation: The arguments of the call, or attributes, that select evaluation, such as `{"training": False}`.
+        mean: Name of the variable of the mean.
+        var: Name of the variable of the variance.
+        scale: Name of the parameter of the scale.
+        bias: Name of the parameter of the bias.
+        axis: Name of the attribute with the feature axis, or the axis.
+        epsilon: Name of the attribute with epsilon, or the number.
+        momentum: Name of the attribute with the weight of the OLD value, or the number. None: not known; then
+            `move_averages` skips the layer, and `replace` uses the momentum of the new layer.
 
     Returns:
         The class.
 
     Raises:
-        TypeError: If it is no class of NNX modules.
-        ValueError: If the class is registered as something else; later, if a layer has no such attribute.
+        TypeError: If it is not a class of NNX modules.
+        ValueError: If the class is registered with other arguments; later, if a layer has no such attribute.
 
     Example:
         >>> class Norm(nnx.Module):
@@ -84,12 +84,12 @@ _registry.register_flax(nnx.BatchNorm, Norm, nn.BatchNorm)
 
 
 def known(module: Any) -> Registered | None:
-    """What is known of the class of a module; of that inside, if it is a bridge to linen."""
+    """The description of the class of a module, or of the class inside a bridge to linen."""
     if not isinstance(module, nnx.bridge.ToNNX):
         return REGISTRY.of(type(module))
     inside: Any = type(module.to_nnx__module)
     registered = REGISTRY.of(inside)
-    # The call of another class around the layer would be lost.
+    # A subclass with a call of its own is not the layer: its code would be skipped.
     is_plain = registered is not None and inspect.unwrap(inside.__call__) is inspect.unwrap(_class(registered).__call__)
     return registered if is_plain and registered is not None and hasattr(module, registered.names["mean"]) else None
 
@@ -99,7 +99,7 @@ def _class(registered: Registered) -> Any:
 
 
 def as_norm(module: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
-    """A layer that is known, called with these arguments, as one with the attributes of Flax's."""
+    """A known layer, called with these arguments, with the attributes of Flax's layer."""
     if isinstance(module, Adapted):
         return module
     registered = known(module)
@@ -109,7 +109,7 @@ def as_norm(module: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
 
 
 def evaluates(module: Any, args: Any, kwargs: Any) -> bool | None:
-    """Whether this call of a layer normalizes with the stored statistics; None: nothing says so."""
+    """Whether this call of a layer normalizes with the running statistics; None: not known."""
     layer = as_norm(module, args, kwargs)
     if isinstance(layer, Adapted):
         return layer.registered.evaluates(layer.fields, layer.bound.args, layer.bound.kwargs)
@@ -117,7 +117,7 @@ def evaluates(module: Any, args: Any, kwargs: Any) -> bool | None:
 
 
 class Adapted(ForeignLayer):
-    """A layer of another class, in a call, with the attributes of Flax's layer."""
+    """A foreign layer of NNX in a call."""
 
     def __init__(self, module: Any, registered: Registered, args: Any, kwargs: Mapping[str, Any]):
         bridged = isinstance(module, nnx.bridge.ToNNX)
@@ -126,7 +126,7 @@ class Adapted(ForeignLayer):
         super().__init__(module, fields, registered, bridged, args, kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        """A variable, by the name that it has in Flax's layer, or a field."""
+        """A variable under its name in Flax's layer, or a field."""
         if name in VARIABLES:
             return getattr(self.module, self.registered.names[name], None)
         return super().__getattr__(name)
@@ -168,7 +168,7 @@ class Adapted(ForeignLayer):
     def _stand_in(self, fields: Mapping[str, Any], leaves: Mapping[str, Any]) -> Any:
         stand_in = plain_copy(self.module, nnx.bridge.ToNNX if self.bridged else self.registered.cls)
         variables = {name: vars(stand_in)[name].replace(leaf) for name, leaf in leaves.items()}
-        # An evaluation draws no random numbers, which it could not under the transformations of a call.
+        # Evaluation needs no random numbers, and could not draw them under the transformations of a call.
         of_bridge = {"to_nnx__module": self.fields.clone(**fields), "to_nnx__rngs": None} if self.bridged else {}
         inner = of_bridge or fields
         vars(stand_in).update(variables | dict(inner))
@@ -176,14 +176,14 @@ class Adapted(ForeignLayer):
 
 
 def plain_copy(module: Any, cls: Any) -> Any:
-    """The same variables in an object of a class without hooks, and without what rides beside them."""
+    """An object of a class without hooks, with the same variables but without those that jaxbn added."""
     made = object.__new__(cls)
     vars(made).update({name: value for name, value in vars(module).items() if not name.startswith("jaxbn_")})
     return made
 
 
 def run_bridge(module: Any, args: Any, kwargs: Any) -> Any:
-    """The call of a bridge to linen, which puts up with no attributes but the variables of its module."""
+    """Runs a bridge to linen, which accepts no attributes other than the variables of its module."""
     stand_in = plain_copy(module, nnx.bridge.ToNNX)
     before = dict(vars(stand_in))
     y = stand_in(*args, **kwargs)
@@ -193,12 +193,12 @@ def run_bridge(module: Any, args: Any, kwargs: Any) -> Any:
     return y
 
 
-@functools.cache  # the same class each time, so that equal models have equal graphdefs
+@functools.cache  # equal models need equal classes for equal graphdefs
 def with_call(cls: Any, base: Any, call: Callable[..., Any], *members: tuple[str, Any]) -> Any:
-    """The class with another call, `(module, call of the module, *args, **kwargs)`, in the place of that of `base`.
+    """A subclass in which `call(module, call of the module, *args, **kwargs)` replaces the call of `base`.
 
-    There super().__call__ meets it: above all classes whose call is that of `base`. They may hold it themselves, as
-    `nnx.tabulate` leaves it in every class that it has shown.
+    It is inserted where super().__call__ finds it, above all classes whose call is that of `base`. They may define it
+    themselves, because `nnx.tabulate` sets it in every class that it has shown.
     """
 
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -211,7 +211,7 @@ def with_call(cls: Any, base: Any, call: Callable[..., Any], *members: tuple[str
 
 @functools.cache
 def with_touch(cls: Any) -> Any:
-    """The class with a call that marks what it gives back; the class itself, if it has no call."""
+    """A subclass whose call tags its output; the class itself if it has no call."""
     if not any("__call__" in vars(base) for base in cls.__mro__):
         return cls
 
@@ -224,7 +224,7 @@ def with_touch(cls: Any) -> Any:
 
 
 def evaluate(module: Any, plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """The call of a layer that is known, as one of evaluation; `plain` is the call itself."""
+    """Runs a known layer in evaluation; `plain` is its call."""
     layer, registered = as_norm(module, args, kwargs), known(module)
     assert registered is not None
     if isinstance(layer, Adapted) and layer.bridged:
@@ -243,7 +243,7 @@ def evaluate(module: Any, plain: Callable[..., Any], *args: Any, **kwargs: Any) 
 
 @functools.cache
 def translation(cls: Any, bridged: bool) -> Callable[..., Any]:
-    """A call with which a layer of Flax or jaxbn takes the arguments of one of a class that was registered."""
+    """A call with which a layer of Flax or jaxbn takes the arguments of a registered class."""
     registered = REGISTRY.of(cls)
     assert registered is not None
 
@@ -251,7 +251,7 @@ def translation(cls: Any, bridged: bool) -> Callable[..., Any]:
         kwargs = {name: value for name, value in kwargs.items() if not (bridged and name in _OF_BRIDGE)}
         bound = registered.bind(args, kwargs)
         bound.apply_defaults()
-        told = any(bound.arguments.get(name) is not None for name in registered.evaluation)  # else the layer knows
+        told = any(bound.arguments.get(name) is not None for name in registered.evaluation)  # else by attribute
         args, kwargs = registered.translated(bound, registered.evaluates(module, args, kwargs) if told else None)
         return plain(*args, **kwargs)
 
@@ -259,14 +259,14 @@ def translation(cls: Any, bridged: bool) -> Callable[..., Any]:
 
 
 def has_plain_call(module: Any, cls: Any = None) -> bool:
-    """Whether the call of a layer, or of another class of it, is that of the class that is known, and not around it."""
+    """Whether the call of a layer, or of the class given, is the call of the registered class itself."""
     cls = type(module) if cls is None else cls
     base: Any = nnx.bridge.ToNNX if isinstance(module, nnx.bridge.ToNNX) else cast(Registered, known(module)).cls
     return cls.__call__ is base.__call__ or hasattr(cls, "jaxbn_translates")
 
 
 def set_call(module: Any, call: Callable[..., Any], *members: tuple[str, Any]) -> None:
-    """Gives a layer that is known another call."""
+    """Gives a known layer another call."""
     registered = known(module)
     assert registered is not None
     cls: Any = type(module)
@@ -275,5 +275,5 @@ def set_call(module: Any, call: Callable[..., Any], *members: tuple[str, Any]) -
 
 
 def set_class(module: Any, cls: type) -> None:
-    """Gives the module another class; not as an attribute that NNX keeps account of, which would be left in graphs."""
+    """Changes the class of a module without NNX recording it as an attribute of the graph."""
     object.__setattr__(module, "__class__", cls)

@@ -1,4 +1,4 @@
-"""Other normalization layers in an NNX model, by an edit of its graph."""
+"""Replacement of normalization layers in an NNX model."""
 
 import functools
 import inspect
@@ -20,26 +20,26 @@ Model = TypeVar("Model")
 
 
 def replace(model: Model, layer: Callable[..., nnx.Module], paths: str | Sequence[str] = "") -> Model:
-    """The model with other normalization layers, without an edit of its source.
+    """Replaces the normalization layers of a model without changes to its source.
 
-    Each layer, of Flax or jaxbn, is replaced by one with the same attributes, as far as all methods have them:
-    momentum, epsilon, axes, dtypes, synchronization. Paths, parameters and statistics stay; what the method keeps
-    besides starts anew, see :func:`convert_norms`. With `nnx.BatchNorm` for `layer` the way leads back.
+    The new layers get the attributes that all methods share: momentum, epsilon, axes, dtypes, synchronization. Paths,
+    parameters and statistics are kept; further statistics of the method start anew, see :func:`convert_norms`. Pass
+    `nnx.BatchNorm` to go back.
 
     Args:
-        model: The model; it is left untouched.
-        layer: A class, such as `jaxbn.nnx.BatchRenorm`, or a `functools.partial` of one, whose arguments go before the
-            attributes of the layer that is replaced.
-        paths: Layers, or modules all of whose layers are meant, such as `"backbone"` or `"blocks/0/norm"`; one or
-            several. `""` is the whole model.
+        model: The model; it is not changed.
+        layer: A class, such as `jaxbn.nnx.BatchRenorm`, or a `functools.partial` of one, whose arguments take
+            precedence over the attributes of the old layer.
+        paths: One or several paths of layers, or of modules to replace all their layers, such as `"backbone"` or
+            `"blocks/0/norm"`. `""` is the whole model.
 
     Returns:
-        A new model. `jaxbn.nnx.summary` says what each layer is.
+        A new model. `jaxbn.nnx.summary` lists its layers.
 
     Raises:
-        TypeError: If `layer` is no normalization layer.
-        ValueError: If there is no layer at a path or below it, one is of a class with a call of its own, or has an
-            activation inside that `layer` cannot have.
+        TypeError: If `layer` is not a normalization layer.
+        ValueError: If there is no layer at a path or below it, the class of one overrides the call, or one has an
+            activation, which `layer` does not support.
 
     Example:
         >>> model = nnx.Sequential(nnx.Linear(3, 2, rngs=nnx.Rngs(0)), nnx.BatchNorm(2, rngs=nnx.Rngs(1)))
@@ -52,7 +52,7 @@ def replace(model: Model, layer: Callable[..., nnx.Module], paths: str | Sequenc
     copy = nnx.clone(model)
     layers = find_layers(copy)
     made = {path: _make(path, layers[path], bound) for path in select_layers(copy, paths)}
-    for path, new in made.items():  # in the same object, so that whoever holds the layer holds the new one
+    for path, new in made.items():  # in the same object, so that all references to the layer see the new one
         set_class(layers[path], _class_for(layers[path], type(new)))
         vars(layers[path]).clear()
         vars(layers[path]).update(vars(new))
@@ -61,7 +61,7 @@ def replace(model: Model, layer: Callable[..., nnx.Module], paths: str | Sequenc
 
 
 def _make(path: str, old: Any, layer: functools.partial[Any]) -> Any:
-    """The layer in the place of another, with initial statistics."""
+    """The new layer, with initial statistics."""
     if not has_plain_call(old):
         raise ValueError(
             f"{path!r} is a {type(old).__name__}, whose call is its own and would be lost. Name other layers with "
@@ -78,7 +78,7 @@ def _make(path: str, old: Any, layer: functools.partial[Any]) -> Any:
 
 
 def _class_for(old: Any, new: Any) -> Any:
-    """The class of the new layer, with a call that takes the arguments of the old one."""
+    """The class of the new layer, with a call that takes the arguments of the old layer."""
     cls, registered = cast(Any, type(old)), cast(Registered, known(old))
     translates, input_name = (getattr(cls, name, None) for name in ("jaxbn_translates", "jaxbn_input"))
     if isinstance(as_norm(old), Adapted):
@@ -95,7 +95,7 @@ def _metadata(variable: nnx.Param[Any] | None) -> dict[str, Any]:
 
 
 def _stacked(new: Any, old: Any) -> Any:
-    """The layer with as many copies of its variables along leading axes as the old one has, as of `nnx.vmap`."""
+    """The layer with its variables repeated along the leading axes that the old layer has, as from `nnx.vmap`."""
     old = as_norm(old)
     _, initial = evaluating_method(old)().init(old.num_features)
     leading = old.mean.shape[: old.mean.ndim - initial.mean.ndim]

@@ -1,4 +1,4 @@
-"""Training, postproc and evaluation of an NNX model as pure functions: a page to read, and to copy from."""
+"""The training loop of an NNX model as pure functions: short enough to read and to copy."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -22,14 +22,14 @@ from jaxbn._src.statistics.estimators import Estimator, check_estimator, pooled
 if TYPE_CHECKING:
     import optax
 
-# What a step may change besides the parameters: statistics, random states, whatever the model keeps.
+# The variables that a step may change besides the parameters: statistics, random states and others.
 _OTHERS = nnx.Not(nnx.Any(nnx.Param, nnx.Intermediate))
 
 
 class TrainState(train_state.TrainState):
-    """Flax's TrainState for an NNX model: a pytree of arrays, to be donated, replicated and saved as a whole."""
+    """Flax's TrainState for an NNX model: one pytree to donate, replicate and save."""
 
-    others: Any  # the variables that are no parameters, `nnx.State`; params is one too
+    others: Any  # `nnx.State` of the variables that are not parameters; `params` is an `nnx.State` too
 
 
 def make_steps(
@@ -43,27 +43,27 @@ def make_steps(
 ) -> Steps:
     """Makes the functions of a training loop: initialize, train, estimate the population statistics, evaluate.
 
-    As :func:`jaxbn.linen.make_steps`, for NNX: the model says what is trained and from where, is set to `train()` and
-    `eval()` on copies, and is left untouched.
+    :func:`jaxbn.linen.make_steps` describes it in full. In NNX the model provides the initial values. It is not
+    changed; copies are set to `train()` and `eval()`.
 
     Args:
-        model: The model, of jaxbn's layers or stock ones, with the values to start from.
+        model: The model, with layers of jaxbn or Flax and with the initial values.
         loss_fn: `(outputs, batch) -> (loss, {name: metric})`: the mean loss over the rows of the batch, and scalars.
-        optimizer: Any transformation of optax; it is given the `nnx.Param` of the model.
+        optimizer: Any transformation of optax; it gets the `nnx.Param` variables of the model.
         inputs: `batch -> x`: the argument of the model, or a tuple of several.
-        estimator: Of the population statistics.
-        axis_name: Axis of the `pmap` or `shard_map` around the steps, over which gradients, metrics and the moments of
-            the pass are put together; layers with running averages need it too. Under `jit` on sharded arrays None.
+        estimator: The estimator of the population statistics.
+        axis_name: Axis of the `pmap` or `shard_map` around the steps, over which gradients and metrics are averaged and
+            moments merged; layers with running averages need it too. None under `jit` on sharded arrays.
 
     Returns:
-        `Steps`. The state is a `TrainState` of Flax with `others`. `rng` of `init` seeds the random streams of the
-        model anew, such as dropout; None leaves them. `rng` of `train_step` serves all of them in that step, and leaves
-        those of the state where they are; give each device its own. None uses those of the state, and they go on.
+        `Steps`. The state is a `TrainState` of Flax with `others`. `init` reseeds the random streams of the model, such
+        as dropout, with `rng`, and keeps them for None. `train_step` uses `rng` for all streams of that step and keeps
+        those of the state; pass a different one on each device. For None it uses and advances those of the state.
 
     Raises:
-        TypeError: If `eval_step` is given anything but a `Frozen`.
-        ValueError: If the model has no normalization, or a layer would keep running averages of its own device; in
-            `finalize`, if nothing has estimated the statistics, or a batch gave NaN.
+        TypeError: If `eval_step` gets anything but a `Frozen`.
+        ValueError: If the model has no normalization layer, or a layer would keep running averages of its own device
+            only; in `finalize`, if the statistics were never estimated, or a batch gave NaN.
 
     Example:
         >>> model = nnx.Sequential(jaxbn.nnx.BatchNorm(3, rngs=nnx.Rngs(0)), nnx.Linear(3, 1, rngs=nnx.Rngs(1)))
@@ -94,7 +94,7 @@ def make_steps(
             check_synchronized(path, as_norm(layer), axis_name)
 
     def init(rng: jax.Array | None, batch: Any) -> TrainState:
-        del batch  # of whose shapes linen makes the parameters
+        del batch  # linen needs it for the shapes of the parameters
         copy = nnx.clone(start_from)
         _reseed(copy, rng)
         params, others = jax.tree.map(jnp.copy, (nnx.state(copy, nnx.Param), nnx.state(copy, _OTHERS)))
@@ -103,11 +103,11 @@ def make_steps(
 
     def train_step(state: TrainState, batch: Any, rng: jax.Array | None = None) -> tuple[TrainState, dict[str, Any]]:
         def loss_of(params: Any) -> tuple[jax.Array, Any]:
-            net = nnx.merge(training, params, state.others, copy=True)  # variables that may be set in this trace
+            net = nnx.merge(training, params, state.others, copy=True)  # new variables, which this trace may set
             _reseed(net, rng)
             loss, metrics = loss_fn(net(*arguments(inputs, batch)), batch)
             others = nnx.state(net, _OTHERS)
-            if rng is not None:  # of this device alone, while the state is the same on all
+            if rng is not None:  # `rng` differs between devices, but the state must not
                 others = nnx.merge_state(others, nnx.filter_state(state.others, nnx.RngState))
             return loss, ({"loss": loss, **metrics}, others)
 
@@ -132,14 +132,14 @@ def make_steps(
 
 
 def _mode_of(model: nnx.Module, mode: str) -> Any:
-    """The graph of the model in mode "train" or "eval"."""
+    """The graphdef of the model after `train()` or `eval()`."""
     copy = nnx.clone(model)
     getattr(copy, mode)()
     return nnx.graphdef(copy)
 
 
 def _reseed(model: nnx.Module, rng: jax.Array | None) -> None:
-    """Gives each random stream of the model a key of its own, made from `rng`; None leaves them."""
+    """Reseeds each random stream of the model with a different key derived from `rng`; None keeps them."""
     if rng is None:
         return
     tags = sorted({node.tag for _, node in nnx.iter_graph(model) if isinstance(node, nnx.RngKey)})
