@@ -19,7 +19,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 from matplotlib.figure import Figure
-from shared import SGD, Batch, Net, load, make_predict, take, train
+from shared import SGD, Batch, Net, load, make_predict, show, take, train
 
 import jaxbn.linen
 
@@ -73,15 +73,16 @@ def draw(records: dict[str, dict[str, Record]], path: Path) -> None:
 
 
 def main(epochs: int = 4, path: Path = Path("input_distributions.png")) -> dict[str, dict[str, Record]]:
-    """Saves the plot; prints how the input of each layer changed, and returns the measurements."""
+    """Saves the plot; prints how the input of each layer changed from the first to the last step, and returns the measurements."""
     data, _ = load()
     batch = take(data, slice(0, 256))
     nets = {"normalized": Net(WIDTHS), "plain": Net(WIDTHS, normalize=False)}
     records = {name: record(net, train(SGD, data, epochs, net=net), batch) for name, net in nets.items()}
-    print("standard deviation of the input, after the first step -> after the last")
-    for name, layers in records.items():
-        changes = (f"{layer.std[0].mean():.2f} -> {layer.std[-1].mean():.2f}" for layer in layers.values())
-        print(f"{name:12}" + "   ".join(changes))
+    rows = [
+        [name, *(f"{layer.std[0].mean():.2f} -> {layer.std[-1].mean():.2f}" for layer in layers.values())]
+        for name, layers in records.items()
+    ]
+    show(["std of the input", *records["plain"]], rows)
     draw(records, path)
     print(f"Saved {path}")
     return records
