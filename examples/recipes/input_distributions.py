@@ -73,7 +73,7 @@ def draw(records: dict[str, dict[str, Record]], path: Path) -> None:
 
 
 def main(epochs: int = 4, path: Path = Path("input_distributions.png")) -> dict[str, dict[str, Record]]:
-    """Saves the plot; prints how the input of each layer changed from the first to the last step, and returns the measurements."""
+    """Saves the plot; prints the std of the input of each layer, first -> last step; returns the measurements."""
     data, _ = load()
     batch = take(data, slice(0, 256))
     nets = {"normalized": Net(WIDTHS), "plain": Net(WIDTHS, normalize=False)}
