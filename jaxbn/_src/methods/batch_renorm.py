@@ -201,13 +201,13 @@ def batch_renorm(
     return on_meshes(base._replace(init=init, train=train, update=update), axis)
 
 
-def _correction(stored: _operands.Stored, mean: jax.Array, var: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _correction(running: _operands.Running, mean: jax.Array, var: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Computes r and d, lines 3 and 4 of Algorithm 1."""
     dtype = var.dtype
-    sigma = jnp.sqrt(stored.var.astype(dtype) + stored.epsilon)
-    r = jnp.sqrt(var + stored.epsilon) / sigma
-    d = (mean - stored.mean.astype(dtype)) / sigma
-    r_max, d_max = stored.limits
+    sigma = jnp.sqrt(running.var.astype(dtype) + running.epsilon)
+    r = jnp.sqrt(var + running.epsilon) / sigma
+    d = (mean - running.mean.astype(dtype)) / sigma
+    r_max, d_max = running.limits
     return jnp.clip(r, 1 / r_max, r_max), jnp.clip(d, -d_max, d_max)
 
 

@@ -30,7 +30,7 @@ from jaxbn._src.numerics import collectives as _collectives
 from jaxbn._src.numerics import dtypes as _dtypes
 from jaxbn._src.numerics import moments as _moments
 from jaxbn._src.numerics import segments as _segments
-from jaxbn._src.numerics.operands import Activation, Measure, Operands, Spec, Stored
+from jaxbn._src.numerics.operands import Activation, Measure, Operands, Running, Spec
 
 _Constants = tuple[jax.Array, jax.Array] | None  # r and d, if the method has them
 _Sums = Any  # one array per value, or all of them stacked
@@ -76,14 +76,14 @@ def batch_normalize(
     so none of their intermediates are saved. It consists of differentiable functions, so higher derivatives are right.
     """
     epsilon = jnp.asarray(spec.epsilon, _dtypes.statistics(operands.x))  # an operand, as it may be traced
-    stored = Stored(mean, var, epsilon, limits)
+    running = Running(mean, var, epsilon, limits)
     spec = spec._replace(epsilon=0)
     if autodiff or jnp.iscomplexobj(operands.x):
-        return _measure_and_normalize(spec, measure, operands, lax.stop_gradient(stored))[0]
+        return _measure_and_normalize(spec, measure, operands, lax.stop_gradient(running))[0]
     operands = operands._replace(residual=_collectives.vary_like(operands.residual, operands.x))
     fused = spec.activation is None or spec.activation in _SLOPES
     inner = spec if fused else spec._replace(activation=None)
-    y, moments = _batch_normalize(inner, measure, operands, stored)
+    y, moments = _batch_normalize(inner, measure, operands, running)
     return (y if fused or spec.activation is None else spec.activation(y)), lax.stop_gradient(moments)
 
 
@@ -110,7 +110,7 @@ def _forward(
 
 
 def _measure_and_normalize(
-    spec: Spec, measure: Measure, operands: Operands, stored: Stored
+    spec: Spec, measure: Measure, operands: Operands, running: Running
 ) -> tuple[tuple[jax.Array, _moments.Moments], tuple[Any, ...]]:
     """The output and moments; and mean, 1/s, their counts and the constants of the method."""
     given = {} if operands.members is None else {"members": operands.members}
@@ -119,11 +119,11 @@ def _measure_and_normalize(
     if operands.weights is not None or operands.members is not None:  # otherwise every channel has values
         # Channels without values use the running statistics; a count of 1 keeps their gradient finite.
         seen = count > 0
-        mean = jnp.where(seen, mean, stored.mean.astype(mean.dtype))
-        var = jnp.where(seen, var, stored.var.astype(var.dtype))
+        mean = jnp.where(seen, mean, running.mean.astype(mean.dtype))
+        var = jnp.where(seen, var, running.var.astype(var.dtype))
         count = jnp.where(seen, count, 1)
-    inverse = lax.rsqrt(var + stored.epsilon)
-    constants = None if spec.correct is None else lax.stop_gradient(spec.correct(stored, mean, var))
+    inverse = lax.rsqrt(var + running.epsilon)
+    constants = None if spec.correct is None else lax.stop_gradient(spec.correct(running, mean, var))
     mean, inverse, constants = _policies.name_statistics((mean, inverse, constants))
     y = _forward(spec, operands, mean, inverse, constants)
     return (y, moments), (mean, inverse, count, constants)
@@ -131,17 +131,17 @@ def _measure_and_normalize(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _batch_normalize(
-    spec: Spec, measure: Measure, operands: Operands, stored: Stored
+    spec: Spec, measure: Measure, operands: Operands, running: Running
 ) -> tuple[jax.Array, _moments.Moments]:
-    return _measure_and_normalize(spec, measure, operands, stored)[0]
+    return _measure_and_normalize(spec, measure, operands, running)[0]
 
 
 def _save(
-    spec: Spec, measure: Measure, operands: Operands, stored: Stored
+    spec: Spec, measure: Measure, operands: Operands, running: Running
 ) -> tuple[tuple[jax.Array, _moments.Moments], tuple[Any, ...]]:
     inner = spec.activation is not None and operands.residual is None
     operands = operands._replace(x=_policies.name_input(operands.x, inner))
-    (y, moments), statistics = _measure_and_normalize(spec, measure, operands, stored)
+    (y, moments), statistics = _measure_and_normalize(spec, measure, operands, running)
     if operands.residual is None:
         return (y, moments), (operands, *statistics, None)
     # The backward pass needs only the dtype of the residual. The output is saved instead: its sign gives the derivative

@@ -14,7 +14,7 @@ from jaxbn._src.numerics import explicit_meshes as _explicit_meshes
 
 Activation = Callable[[jax.Array], jax.Array]
 Measure = Callable[..., Any]  # (x, mask=) -> Moments, or a result with count, mean, m2, var and more
-Correction = Callable[["Stored", jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+Correction = Callable[["Running", jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 
 
 class Spec(NamedTuple):
@@ -26,7 +26,7 @@ class Spec(NamedTuple):
     dtype: DTypeLike | None = None  # of the output; None: Flax's rule
     axis_name: _collectives.AxisName | None = None
     axis_index_groups: _collectives.Groups | None = None
-    correct: Correction | None = None  # (stored, mean, var) -> (r, d) [C], without gradient
+    correct: Correction | None = None  # (running, mean, var) -> (r, d) [C], without gradient
 
 
 class Operands(NamedTuple):
@@ -41,7 +41,7 @@ class Operands(NamedTuple):
     members: jax.Array | None = None
 
 
-class Stored(NamedTuple):
+class Running(NamedTuple):
     """The running statistics and constants that a training step uses, in addition to its batch."""
 
     mean: jax.Array  # [C]
