@@ -1,7 +1,7 @@
-"""The one list of all methods. The contract tests run over it: a new method is covered by adding a row.
+"""The list of all methods. The contract tests run over it: add a row to cover a new method.
 
-A row says how to make the method in each of its hosts and gives its formula in float64 NumPy, written from the paper
-and sharing nothing with the library.
+A row names the method's factory and its layers in linen and NNX, and gives its formulas in float64 NumPy, written from
+the paper and without code of the library.
 """
 
 from collections.abc import Callable, Mapping
@@ -104,7 +104,7 @@ def _batch_norm_case(name: str, arguments: dict[str, Any], **formula: Any) -> Ca
 def _batch_renorm(
     r_max: Callable[[float], float], d_max: Callable[[float], float], *, decay: float = 0.99, epsilon: float = 1e-3
 ) -> dict[str, Any]:
-    """Ioffe 2017, Algorithm 1; the state holds sigma^2 - epsilon in the place of sigma."""
+    """Ioffe 2017, Algorithm 1; the state holds sigma^2 - epsilon instead of sigma."""
 
     def train(
         x: np.ndarray, weights: np.ndarray, params: Arrays, state: Arrays, space: int
@@ -134,7 +134,7 @@ def _batch_renorm_case(name: str, arguments: dict[str, Any], **formula: Any) -> 
 
 
 def _moving_average_batch_norm(*, window: int, decay: float = 0.98, epsilon: float = 1e-5) -> dict[str, Any]:
-    """Yan et al. 2020, the released layer in its first 1000 steps (r = 1), without a warm-up but for the window."""
+    """Yan et al. 2020, the released layer in its first 1000 steps (r = 1), with a warm-up of the window only."""
 
     def train(
         x: np.ndarray, weights: np.ndarray, params: Arrays, state: Arrays, space: int
@@ -163,7 +163,7 @@ def _moving_average_batch_norm(*, window: int, decay: float = 0.98, epsilon: flo
 
 
 def _domain_batch_norm() -> dict[str, Any]:
-    """Chang et al. 2019, equations 3 to 6: batch norm of the rows of each domain, which their values tell."""
+    """Chang et al. 2019, equations 3 to 6: batch norm of the rows of each domain; see `_domain` for the ids."""
     plain = _batch_norm()
 
     def part(arrays: Arrays, domain: int) -> dict[str, np.ndarray]:
@@ -197,7 +197,7 @@ _DOMAINS = 3
 
 
 def _domain(x: Any) -> dict[str, Any]:
-    """A domain for each example, told by its first value, so that every test may cut its batches as it likes."""
+    """Computes the domain of each example from its first value, so that tests may split batches in any way."""
     first = jax.numpy.asarray(x).reshape(x.shape[0], -1)[:, 0]
     return {"domain": (jax.numpy.floor(first) % _DOMAINS).astype(jax.numpy.int32)}
 
@@ -254,9 +254,9 @@ CASES = [
         decay=_of_horizon(100),
         advance=lambda count, n: count + n,
     ),
-    # Bounds that clip some of the channels of the contract and some not.
+    # With these bounds the contract clips some channels and leaves others.
     _batch_renorm_case("batch_renorm", {"r_max": _r_max, "d_max": _d_max}, r_max=_r_max, d_max=_d_max),
-    # A batch in one group, which is batch norm's; groups are tested by themselves.
+    # The batch is one group, as in batch norm; tests/methods/test_ghost_batch_norm.py tests several groups.
     Case(
         "ghost_batch_norm",
         jaxbn.ghost_batch_norm,
@@ -265,7 +265,7 @@ CASES = [
         {"ghost_size": 16},
         **_batch_norm(),
     ),  # fmt: skip
-    # A window that is full in the last of the three steps of the contract.
+    # The window is full in the last of the three steps of the contract.
     Case(
         "moving_average_batch_norm",
         jaxbn.moving_average_batch_norm,

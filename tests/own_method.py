@@ -13,13 +13,13 @@ import jaxbn.nnx
 class MixedParams(NamedTuple):
     scale: jax.Array
     bias: jax.Array
-    mix: jax.Array  # f32[C]: the share of the normalized input in the output
+    mix: jax.Array  # f32[C]: weight of the normalized input in the output
 
 
 class MixedState(NamedTuple):
     mean: jax.Array
     var: jax.Array
-    batches: jax.Array  # f32[]: how many there were
+    batches: jax.Array  # f32[]: the number of batches so far
 
 
 def mixed_norm(*, share=0.75, floor=0.01, momentum=0.9, epsilon=1e-5):

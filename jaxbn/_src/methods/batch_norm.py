@@ -97,9 +97,9 @@ def batch_norm(
         A `NormTransform` with state `BatchNormState` and params `NormParams`.
 
     Raises:
-        ValueError: Here for hyper-parameters outside their range; in `train`, while tracing, for a wrong number of
+        ValueError: For hyper-parameters outside their range. In `train`, while tracing: for a wrong number of
             features, a mask or residual that does not fit, an empty batch, or one value per channel.
-        TypeError: Here for a momentum or activation of the wrong kind; in `train` for a complex mask, or for a complex
+        TypeError: For a momentum or activation of the wrong kind. In `train`: for a complex mask, or for a complex
             input where the statistics are real.
 
     Example:

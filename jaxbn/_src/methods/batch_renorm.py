@@ -107,9 +107,9 @@ def batch_renorm(
         A `NormTransform` with state `BatchRenormState` and params `NormParams`.
 
     Raises:
-        ValueError: Here for hyper-parameters outside their range; in `train`, while tracing, for input that does not
+        ValueError: For hyper-parameters outside their range. In `train`, while tracing: for input that does not
             fit, as in `batch_norm`.
-        TypeError: Here for a momentum or activation of the wrong kind; in `train` for complex input.
+        TypeError: For a momentum or activation of the wrong kind. In `train`: for complex input.
 
     Example:
         >>> brn = jaxbn.batch_renorm(momentum=0.9, r_max=3.0, d_max=5.0)
@@ -217,8 +217,8 @@ def _update_sigma(epsilon: ArrayLike, var: jax.Array, new: jax.Array, decay: jax
     inside = jnp.asarray(epsilon, dtype)
     before, batch = (jnp.sqrt(v.astype(dtype) + inside) for v in (var, new))
     sigma = _averages.update(before, batch, decay, where)
-    moved = jnp.maximum(jnp.square(sigma) - inside, 0)
-    return lax.stop_gradient(jnp.where(where, moved.astype(var.dtype), var))
+    updated = jnp.maximum(jnp.square(sigma) - inside, 0)
+    return lax.stop_gradient(jnp.where(where, updated.astype(var.dtype), var))
 
 
 def _at(bound: float | Schedule, step: jax.Array | None, dtype: DTypeLike) -> jax.Array:

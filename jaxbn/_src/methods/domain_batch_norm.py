@@ -150,8 +150,8 @@ def domain_batch_norm(
         NaN.
 
     Raises:
-        ValueError: Here for hyper-parameters outside their range; while tracing, for input that does not fit, as in
-            `batch_norm`, or domains that are missing or not `[N]`.
+        ValueError: For hyper-parameters outside their range. In `train`, `eval` and `measure`, while tracing: for domains
+            that are missing or not `[N]`, and for input that does not fit, as in `batch_norm`.
         TypeError: For domains that are not integers; otherwise as in `batch_norm`.
 
     Example:

@@ -119,9 +119,9 @@ def ghost_batch_norm(
         A `NormTransform` with state `GhostBatchNormState` and params `NormParams`.
 
     Raises:
-        ValueError: Here for hyper-parameters outside their range; in `train`, while tracing, for a batch size that
+        ValueError: For hyper-parameters outside their range. In `train`, while tracing: for a batch size that
             `ghost_size` does not divide, groups that do not fit on the devices, or input that does not fit.
-        TypeError: Here for a momentum, activation or `ghost_size` of the wrong kind.
+        TypeError: For a momentum, activation or `ghost_size` of the wrong kind.
 
     Example:
         >>> ghost = jaxbn.ghost_batch_norm(ghost_size=2)

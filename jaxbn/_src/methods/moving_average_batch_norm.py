@@ -118,9 +118,9 @@ def moving_average_batch_norm(
         installs these.
 
     Raises:
-        ValueError: Here for hyper-parameters outside their range; in `train`, while tracing, for input that does not
+        ValueError: For hyper-parameters outside their range. In `train`, while tracing: for input that does not
             fit, as in `batch_norm`.
-        TypeError: Here for a momentum or activation of the wrong kind; in `train` for complex input.
+        TypeError: For a momentum or activation of the wrong kind. In `train`: for complex input.
 
     Example:
         >>> mabn = jaxbn.moving_average_batch_norm(window=8)
@@ -205,16 +205,16 @@ def moving_average_batch_norm(
         state: MovingAverageBatchNormState, moments: _moments.Moments, samples: ArrayLike | None = None
     ) -> MovingAverageBatchNormState:
         found = lax.stop_gradient(_about_zero(moments))
-        moved = averaging_step(average, state, found, samples)
+        averaged = averaging_step(average, state, found, samples)
         past, share = _earlier(state.square_window, state.step, warmup, found.var.dtype)
         return lax.stop_gradient(
             state._replace(
-                mean=_averages.update(state.mean, found.mean, moved.decay, moved.good),
-                var=_averages.update(state.var, past + share * moved.var, moved.decay, moved.good),
-                square_window=_push(state.square_window, moved.var, moved.good),
-                values=jnp.where(moved.good, found.count.astype(state.values.dtype), state.values),
-                step=jnp.where(moved.good.any(), state.step + 1, state.step),
-                count=moved.count,
+                mean=_averages.update(state.mean, found.mean, averaged.decay, averaged.good),
+                var=_averages.update(state.var, past + share * averaged.var, averaged.decay, averaged.good),
+                square_window=_push(state.square_window, averaged.var, averaged.good),
+                values=jnp.where(averaged.good, found.count.astype(state.values.dtype), state.values),
+                step=jnp.where(averaged.good.any(), state.step + 1, state.step),
+                count=averaged.count,
             )
         )
 
@@ -267,8 +267,8 @@ def _earlier(window: jax.Array, seen: jax.Array, warmup: int, dtype: DTypeLike) 
 
 def _push(window: jax.Array, newest: jax.Array, where: jax.Array) -> jax.Array:
     """Appends a value to the window in the channels `where`, and drops the oldest one."""
-    moved = jnp.concatenate([window[1:], newest[None].astype(window.dtype)])
-    return jnp.where(where[None], moved, window)
+    appended = jnp.concatenate([window[1:], newest[None].astype(window.dtype)])
+    return jnp.where(where[None], appended, window)
 
 
 def _correction(v: jax.Array, var: jax.Array, epsilon: ArrayLike, r_max: jax.Array) -> jax.Array:
