@@ -150,8 +150,8 @@ def domain_batch_norm(
         NaN.
 
     Raises:
-        ValueError: For hyper-parameters outside their range. In `train`, `eval` and `measure`, while tracing: for domains
-            that are missing or not `[N]`, and for input that does not fit, as in `batch_norm`.
+        ValueError: For hyper-parameters outside their range. While tracing, in `train`, `eval` or `measure`: for
+            domains that are missing or not `[N]`, and for input that does not fit, as in `batch_norm`.
         TypeError: For domains that are not integers; otherwise as in `batch_norm`.
 
     Example:
