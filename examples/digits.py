@@ -175,7 +175,6 @@ def evaluate(
     """Returns the held-out accuracy by method, the network with pooled statistics, and its report."""
     steps, labels = by_name[POOLED], held_out[1]
     batches = in_batches(*held_out)
-    # A statistics pass over a single batch gives the statistics of that batch.
     # A pass over one batch gives its batch statistics, in a form that `eval_step` accepts.
     own = [predict(steps, postproc(steps, state, [batch])[0], batch) for batch in batches]
     scores = {OWN: np.mean(np.concatenate(own) == labels)}

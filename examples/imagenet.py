@@ -112,7 +112,6 @@ class Checkpoints:
         """Saves the state if a checkpoint is due, or if `force` is set."""
         if self.manager and self.manager.latest_step() != step and (force or self.manager.should_save(step)):
             # Copy to host memory, because the next step reuses the donated device memory.
-            # Copy to the host first: the next train step donates the device buffers.
             copy = ocp.args.StandardSave(jax.device_get(state))
             self.manager.save(step, args=copy, custom_metadata=self.settings, force=True)
 

@@ -98,11 +98,10 @@ def work() -> None:
         print(report)
         report_error("Global batches", found, np.concatenate([data_of(i)[:fewest] for i in processes]))
 
-    # Each process runs all of its own batches on its own devices; the pass merges the results.
+    # Each process runs its own batches on its own devices; the pass merges the accumulators once per sweep.
     mine = data_of(process)
     own = [mine[start : start + BATCH] for start in range(0, len(mine), BATCH)]
     mesh = jax.make_mesh((jax.local_device_count(),), ("data",), (AxisType.Auto,), devices=jax.local_devices())
-    # Here the processes run on their own and merge their accumulators once per sweep.
     found, report = jaxbn.linen.postproc(predict, variables, own, consistent=True, mesh=mesh)
     jaxbn.check_replicas(found)
     if process == 0:

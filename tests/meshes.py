@@ -23,8 +23,8 @@ def mesh(kind: AxisType = AxisType.Auto) -> Mesh:
 def spread(way: str, step: Callable[..., tuple[Any, Any]], replicated: Any, batch: Any) -> tuple[Callable, tuple]:
     """The step and its arguments, made ready to run in one of the `WAYS`.
 
-    `step(replicated, batch) -> (same everywhere, like the batch)`. What is the same everywhere has been reduced by the
-    step. The function that comes back may be lowered, and takes the arguments that come back with it.
+    `step(replicated, batch) -> (replicated, sharded like the batch)`. The step itself reduces its replicated outputs.
+    The returned function takes the returned arguments, and may be lowered.
     """
     if way.startswith("jit"):
         on = mesh(AxisType.Explicit if way == "jit explicit" else AxisType.Auto)

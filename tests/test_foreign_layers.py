@@ -1,6 +1,6 @@
 """Layers that are batch norm and neither Flax's nor jaxbn's: registered, in a bridge, or an error that names them.
 
-Each serves as the layer of one network, and all that jaxbn does to it must be what it does to stock Flax's.
+Each serves as the layer of one network; every function of jaxbn must treat it like Flax's own layer.
 """
 
 import functools

@@ -162,7 +162,7 @@ def test_forms_of_a_scan(program, constants, carry):
 
 
 def test_gradient_of_a_scan_reads_the_same():
-    """Its inputs are sorted by JAX, residuals among them; what is read leads to the same result."""
+    """JAX sorts the inputs of the transposed scan and adds residuals; the parameters that are read still fit."""
 
     def loss(x):
         return lax.scan(lambda y, row: (jnp.sin(y) * row, y), x[0], x)[0].sum()

@@ -1,6 +1,6 @@
 """`move_averages` in linen and NNX: updates the running averages once, with the moments of all micro-batches.
 
-What is right is computed in float64 over the inputs of the layers, each micro-batch being normalized by itself.
+The expected values are computed in float64 from the inputs of the layers; each micro-batch is normalized separately.
 """
 
 import functools
@@ -156,8 +156,8 @@ def test_with_multi_steps_of_optax_the_averages_are_updated_with_the_parameters(
 
     with jax.numpy_dtype_promotion("standard"):  # optax divides by an integer
         _, like = jax.eval_shape(loop.gradients, loop.params, loop.others, batches[0])
-        nothing = jax.tree.map(lambda part: jnp.zeros(part.shape, part.dtype), like)
-        start = (loop.params, loop.others, optimizer.init(loop.params), nothing)
+        empty = jax.tree.map(lambda part: jnp.zeros(part.shape, part.dtype), like)
+        start = (loop.params, loop.others, optimizer.init(loop.params), empty)
         stacked = jax.tree.map(lambda *arrays: np.stack(arrays), *batches)
         _, after = jax.jit(lambda start: jax.lax.scan(step, start, stacked))(start)
     at = lambda i: jax.tree.map(lambda leaf: leaf[i], after) if i >= 0 else (loop.params, loop.others)

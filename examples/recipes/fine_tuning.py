@@ -24,11 +24,11 @@ SLOW = optax.sgd(0.005)
 Step = Callable[[Any, Any, Batch], tuple[Any, Any]]
 
 
-def holding(variables: Any, optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+def with_frozen(variables: Any, optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
     """Freezes the scales and biases of the layers and the whole first dense layer; trains all other parameters."""
-    held = jaxbn.linen.affine_mask(variables, LAYERS)
-    held |= {"Dense_0": jax.tree.map(lambda _: True, held["Dense_0"])}
-    return optax.multi_transform({False: optimizer, True: optax.set_to_zero()}, held)
+    frozen = jaxbn.linen.affine_mask(variables, LAYERS)
+    frozen |= {"Dense_0": jax.tree.map(lambda _: True, frozen["Dense_0"])}
+    return optax.multi_transform({False: optimizer, True: optax.set_to_zero()}, frozen)
 
 
 def make_step(apply: Callable[..., Any], optimizer: optax.GradientTransformation) -> Step:
@@ -49,7 +49,7 @@ def make_step(apply: Callable[..., Any], optimizer: optax.GradientTransformation
 
 def fine_tune(variables: Any, batches: list[Batch]) -> Any:
     """The recipe: the training step stays the same; `apply` and the optimizer are wrapped."""
-    optimizer = holding(variables, SLOW)
+    optimizer = with_frozen(variables, SLOW)
     return run(make_step(jaxbn.linen.freeze_layers(NET.apply, LAYERS), optimizer), optimizer, variables, batches)
 
 
@@ -65,8 +65,8 @@ def fine_tune_nnx(model: nnx.Module, batches: list[Batch]) -> nnx.Module:
     """The recipe in NNX: `freeze_layers` returns a model, and `"norms"` selects its list of normalization layers."""
     # Frozen layers ignore `train()`, so the small batches below do not touch their statistics.
     model = jaxbn.nnx.freeze_layers(model, "norms")
-    held = jaxbn.nnx.affine_mask(model, "norms")
-    optimizer = nnx.Optimizer(model, optax.chain(SLOW, optax.masked(optax.set_to_zero(), held)), wrt=nnx.Param)
+    frozen = jaxbn.nnx.affine_mask(model, "norms")
+    optimizer = nnx.Optimizer(model, optax.chain(SLOW, optax.masked(optax.set_to_zero(), frozen)), wrt=nnx.Param)
 
     @nnx.jit
     def step(model: nnx.Module, optimizer: nnx.Optimizer, batch: Batch) -> None:

@@ -52,7 +52,6 @@ def draw(records: dict[str, dict[str, Record]], path: Path) -> None:
     for row, (name, layers) in zip(axes, records.items(), strict=True):
         for i, (ax, layer) in enumerate(zip(row, layers.values(), strict=True), 1):
             steps, mean = np.arange(1, len(layer.mean) + 1), layer.mean.mean(1)
-            # Over all values of the layer: the variance within the channels plus the variance of their means.
             # Law of total variance: within channels plus between their means.
             std = np.sqrt((layer.std**2).mean(1) + layer.mean.var(1))
             band = ax.fill_between(steps, mean - std, mean + std, color="#56B4E9", alpha=0.5, linewidth=0)

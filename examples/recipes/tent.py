@@ -53,8 +53,8 @@ def make_tent_nnx(model: nnx.Module, learning_rate: float = LEARNING_RATE) -> Ca
     """The recipe in NNX: a filter selects the trainable parameters, and the step updates the model in place."""
     affine = {path for path, found in nnx.to_flat_state(jaxbn.nnx.affine_mask(model, "")) if found}
     # The filter selects the same parameters for the gradient and for the optimizer.
-    learns = nnx.All(nnx.Param, lambda path, _: path in affine)
-    optimizer = nnx.Optimizer(model, optax.adam(learning_rate), wrt=learns)
+    trainable = nnx.All(nnx.Param, lambda path, _: path in affine)
+    optimizer = nnx.Optimizer(model, optax.adam(learning_rate), wrt=trainable)
     in_batch_mode = jaxbn.nnx.capture_moments(lambda model, batch: model(batch["x"]), mode="batch")
 
     @nnx.jit
@@ -63,7 +63,7 @@ def make_tent_nnx(model: nnx.Module, learning_rate: float = LEARNING_RATE) -> Ca
             logits, _ = in_batch_mode(model, batch)
             return entropy(logits), logits
 
-        grads, logits = nnx.grad(loss, argnums=nnx.DiffState(0, learns), has_aux=True)(model)
+        grads, logits = nnx.grad(loss, argnums=nnx.DiffState(0, trainable), has_aux=True)(model)
         optimizer.update(model, grads)
         return logits
 

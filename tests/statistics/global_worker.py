@@ -226,7 +226,7 @@ FAIL = {
     ),
     "global on one": (
         lambda p: linen(raw(3) if p else batches(3)),
-        [r"RuntimeError: Processes \[0\] have global batches.*processes \[1\] have batches of their own"] * 2,
+        [r"RuntimeError: Processes \[0\] have global batches.*processes \[1\] have local batches"] * 2,
     ),
     "own after global": (
         lambda p: linen([*batches(3), *raw(1)]),

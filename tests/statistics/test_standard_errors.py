@@ -64,8 +64,8 @@ def test_formula(estimator, kind, batches):
 def test_merged_about_another_shift(estimator, cut, batches):
     """The second part has its own origin; either may be empty."""
     first, second = batches[:cut], [batch + np.float32(4) for batch in batches[cut:]]
-    nothing = accumulated(estimator, [batches[0][:0]])
-    parts = [accumulated(estimator, part) if part else nothing for part in (first, second)]
+    empty = accumulated(estimator, [batches[0][:0]])
+    parts = [accumulated(estimator, part) if part else empty for part in (first, second)]
     found = estimator.errors(estimator.merge(*parts))["layer"]
     mean, var = in_float64(estimator, [*first, *second])
     np.testing.assert_allclose(found.mean, mean, rtol=1e-4)

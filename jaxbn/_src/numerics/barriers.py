@@ -1,8 +1,8 @@
 """Optimization barriers that keep XLA from storing intermediate arrays that are cheaper to recompute.
 
-Nothing here changes a number: both functions could return their arguments and every result would stay the same. The
-barriers apply on CUDA and CPU, where measurements showed a gain; elsewhere they compile to no operation, since they
-would cost time on TPU. Tests with the marker `compiled` pin the saved bytes.
+The barriers do not change results: both functions could return their arguments instead. They apply on CUDA and CPU,
+where measurements showed a gain; elsewhere they compile to no operation, since they would cost time on TPU. Tests with
+the marker `compiled` pin the saved bytes.
 """
 
 from typing import Any

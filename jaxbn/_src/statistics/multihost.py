@@ -31,7 +31,7 @@ _AHEAD = 4
 
 
 class Opened(NamedTuple):
-    """What is known about the batches of all processes after each has read its first."""
+    """The batches of this process, and their kind and shapes in all processes."""
 
     batches: Iterator[Any]  # of this process, including the first
     mesh: Mesh | None  # the mesh of global batches, over all processes; None: each process has local batches
@@ -46,7 +46,7 @@ def opened(source: Callable[[], Iterable[Any]], mesh: Mesh | None = None) -> Ope
         mesh: The devices of this process over which its local batches will be sharded.
 
     Returns:
-        The batches, and what is known about those of the other processes.
+        The batches, and the kind and shapes of the batches in all processes.
 
     Raises:
         RuntimeError: If only some processes have global batches, or the source of another process failed.
@@ -68,8 +68,8 @@ def opened(source: Callable[[], Iterable[Any]], mesh: Mesh | None = None) -> Ope
         having = {kind: [i for i, other in enumerate(kinds) if other == kind] for kind in ("global", "own", None)}
         raise RuntimeError(
             f"Processes {having['global']} have global batches, arrays over the devices of all processes; processes "
-            f"{having['own']} have batches of their own, and {having[None]} none. Give all processes the same number "
-            f"of global batches, or give all of them batches of their own."
+            f"{having['own']} have local batches, and {having[None]} none. Give all processes the same number of "
+            f"global batches, or give all of them local batches."
         )
     if set(kinds) == {"own", None}:
         shapes = [one for of_process in gather(shapes) for one in of_process]
