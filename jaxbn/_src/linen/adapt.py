@@ -17,36 +17,37 @@ def adapt(
     rule: str | None = None,
     weights: Weights | None = None,
 ) -> Callable[[Any, Any], Any]:
-    """Makes a call whose layers mix their stored statistics with those of what is evaluated; nothing is stored.
+    """Transforms a call so that its layers mix their running statistics with those of the input, at test time.
 
-    Use it where the data differ from those of training and labels are missing: corrupted images, another camera,
-    another hospital. With a whole set of such data at hand, `postproc` on it (AdaBN) is better. The examples of a batch
-    must be like each other in this and unlike each other in all else, as in class; a single image will do for layers
-    with space. Choose the number on data with labels. Published, ResNet-50 on ImageNet-C, mean corruption error: 76.7
-    with the stored statistics, 65.0 with partial and 62.2 with full adaptation; trained with AugMix 65.3, 55.4 and 51.0
-    (Schneider 2020).
+    Use it if the test data differ from the training data and there are no labels: corrupted images, another camera,
+    another site. If you have a data set of the new domain, run `postproc` on it instead (AdaBN). The examples of a
+    batch must share the shift and be mixed otherwise, for example in class; a single image is enough for layers with
+    spatial axes. Choose `prior_count` or `example_weight` on labelled data. Published mean corruption error of
+    ResNet-50 on ImageNet-C: 76.7 with the running statistics, 65.0 with partial and 62.2 with full adaptation; trained
+    with AugMix 65.3, 55.4 and 51.0 (Schneider 2020).
 
     Works for every method and for stock layers, whatever flags the model passes. Frozen layers keep their statistics.
-    Gradients flow through the statistics of what is evaluated, and none into the stored ones or the weights.
+    Gradients flow through the statistics of the input, but not into the running statistics or `weights`. The variables
+    are not changed.
 
     Args:
-        call: Runs the model, for one `lambda variables, batch: net.apply(variables, batch["image"], train=False)`.
-        prior_count: N, for how many examples the stored statistics count; the batch of n has the weight n / (N + n). 0
-            uses the batch alone, infinity is plain evaluation. Masked examples do not count;
-            a layer that synchronizes counts those of all devices, a layer of domains those of each domain.
-        example_weight: Instead of that, the weight in [0, 1] of each example's own statistics, which are those over its
-            space: inference example weighing. The outputs of an example then do not depend on its batch.
-        rule: `"linear"` mixes variances, `"raw"` the raw moments. None: as published, linear with `prior_count` and raw
-            with `example_weight`.
-        weights: `batch -> [N]`, of the examples, such as 0 for those that fill up a batch. They multiply the
-            mask that the model gives a layer.
+        call: Runs the model, for example `lambda variables, batch: net.apply(variables, batch["image"], train=False)`.
+        prior_count: The number N of examples that the running statistics count for; a batch of n examples has weight
+            n / (N + n). 0 uses the batch alone, infinity is plain evaluation. Masked examples do not count. A layer
+            that synchronizes counts the examples of all devices, a layer with domains those of each domain.
+        example_weight: Alternatively, the weight in [0, 1] of the statistics of each example over its own spatial axes
+            (inference example weighing). The output of an example then does not depend on the rest of its batch.
+        rule: `"linear"` mixes variances, `"raw"` mixes raw moments. None: as published, linear for `prior_count` and
+            raw for `example_weight`.
+        weights: `batch -> [N]`, weights of the examples, such as 0 for padding. They multiply the mask that the model
+            passes to a layer.
 
     Returns:
-        A pure function `(variables, batch) -> outputs`, which may be jitted. Each number is a program of its own.
+        A pure function `(variables, batch) -> outputs` that you can jit. Each value of the two numbers compiles separately.
 
     Raises:
-        ValueError: If not exactly one of the two numbers is given, or one is out of range; in the function, where one
-            value per channel has no variance to mix.
+        ValueError: If not exactly one of the two numbers is given, or one is out of range. The returned function raises
+            if there is one value per channel, which has no variance to mix.
 
     Example:
         >>> net = jaxbn.linen.BatchNorm(use_running_average=True)
@@ -58,7 +59,7 @@ def adapt(
     References:
         Schneider et al., `Improving robustness against common corruptions by covariate shift adaptation
         <https://arxiv.org/abs/2006.16971>`_, 2020; Summers & Dinneen, `Four Things Everyone Should Know to Improve
-        Batch Normalization <https://arxiv.org/abs/1906.03548>`_, 2020, section 3.1. The formulas, and what differs, are
-        in :func:`jaxbn.mix`.
+        Batch Normalization <https://arxiv.org/abs/1906.03548>`_, 2020, section 3.1. :func:`jaxbn.mix` has the formulas
+        and the differences from the papers.
     """
     return _adapt(LINEN, call, prior_count, example_weight, rule, weights)

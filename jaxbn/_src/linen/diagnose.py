@@ -20,32 +20,32 @@ def diagnose(
     weights: Weights | None = None,
     progress: bool | None = None,
 ) -> Diagnosis:
-    """Says why batch normalization hurts here, and what to do about it.
+    """Explains why batch normalization hurts a network, and how to fix it.
 
-    Use it when a network is worse in evaluation than in training. Give it batches as training sees them, ten or more:
-    of its size, in its order. Each runs through the network twice, normalized with its own statistics and with the
-    stored ones; nothing is trained, and the variables are left untouched.
+    Use it if a network is worse in evaluation than in training. Pass ten or more batches as in training, with the same
+    size and order. Each batch runs twice: with batch statistics and with running statistics. There is no training, and
+    the variables are not changed.
 
     Args:
-        call: Runs the model, for one `lambda variables, batch: net.apply(variables, batch["image"], train=False)`. Give
-            the call of training to see as well which layers it never updates: those that it asks for their stored
-            statistics, while it asks others for the batch's, run as they are asked to.
+        call: Runs the model, for example `lambda variables, batch: net.apply(variables, batch["image"], train=False)`.
+            Pass the call of training to also detect layers that training never updates: layers that this call runs
+            with running statistics while it runs others with batch statistics keep them in both runs.
         variables: All variables of the model.
-        batches: Any iterable of batches, pytrees of arrays whose leading axis is that of the examples. They are all
-            read, so pass `itertools.islice(loader, 100)` of a large set. Of several processes all must call this; they
-            give global arrays, or each its own, as in `postproc`, and are told the same.
-        r_max: Of Batch Renormalization: how often sigma_B / sigma is outside [1 / r_max, r_max] is counted. 1 or more.
-        d_max: Likewise for |mu_B - mu| / sigma. Not negative.
-        weights: `batch -> [N]`, booleans or real weights of the examples, such as 0 for those that fill up a batch.
-            They multiply the mask that the model gives a layer.
+        batches: Any iterable of batches: pytrees of arrays with the examples along the leading axis. All are read, so
+            pass `itertools.islice(loader, 100)` for a large data set. With multiple processes, all must call this, with
+            global arrays or with local batches as in `postproc`, and all get the same result.
+        r_max: Batch Renormalization's bound, 1 or more: counts how often sigma_B / sigma is outside
+            [1 / r_max, r_max].
+        d_max: The same for |mu_B - mu| / sigma; not negative.
+        weights: `batch -> [N]`, booleans or real weights of the examples, such as 0 for padding. They multiply the mask
+            that the model passes to a layer.
         progress: Show a progress bar. None: if this is a terminal.
 
     Returns:
-        A `Diagnosis`: print it. Calls of one layer inside a while loop or a shard_map are seen as one call.
+        A `Diagnosis`: print it. Calls of one layer inside a while loop or a shard_map count as one call.
 
     Raises:
-        ValueError: If there are fewer than two batches that are finite, or no normalization layer; or for bounds that
-            are none.
+        ValueError: If there are fewer than two finite batches or no normalization layer, or if a bound is invalid.
 
     Example:
         >>> net = jaxbn.linen.BatchNorm(use_running_average=True)
@@ -58,7 +58,7 @@ def diagnose(
 
     References:
         r and d: Ioffe, `Batch Renormalization <https://arxiv.org/abs/1702.03275>`_, 2017, section 3; here mu and sigma
-        are those of all batches together. That batches are not drawn at random is told by a one-way analysis of
-        variance of the means of the examples, with Bonferroni's correction for channels and layers.
+        are those of all batches together. Batches that are not random draws are detected by a one-way analysis of
+        variance of the example means, with Bonferroni's correction for channels and layers.
     """
     return diagnose_model(LINEN, call, variables, batches, r_max=r_max, d_max=d_max, weights=weights, progress=progress)

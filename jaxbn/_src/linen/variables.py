@@ -1,4 +1,4 @@
-"""The statistics in the variables of a linen model: which layers there are, and what rides beside them."""
+"""The statistics in the variables of a linen model: finds layers, and adds leaves to them."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -20,7 +20,7 @@ Call = Callable[[dict[str, Any], Any], Any]
 
 
 def find_states(variables: Mapping[str, Any]) -> dict[str, State]:
-    """The state of every normalization layer by its path."""
+    """The state of every normalization layer, by its path."""
     states = states_in(variables)
     if not states:
         raise ValueError(
@@ -37,7 +37,7 @@ def check_variables(variables: Any) -> None:
 
 
 def states_in(variables: Mapping[str, Any]) -> dict[str, State]:
-    """As `find_states`; there may be none."""
+    """Like `find_states`, but may be empty."""
     check_variables(variables)
     states = {}
     for place, leaves in _holders(variables).items():
@@ -49,7 +49,7 @@ def states_in(variables: Mapping[str, Any]) -> dict[str, State]:
 
 
 def statistics_by_layer(variables: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The statistics of every module that keeps some, by its path and by the names that they have in Flax's layer."""
+    """The statistics of every module that keeps some, by its path, under the names of Flax's layer."""
     found = {}
     for place, leaves in _holders(variables).items():
         names = {own: name for name, own in REGISTRY.names_in(leaves).items()}
@@ -59,9 +59,9 @@ def statistics_by_layer(variables: Mapping[str, Any]) -> dict[str, dict[str, Any
 
 
 def find_shapes(variables: Mapping[str, Any], states: Mapping[str, State] | None = None) -> dict[str, tuple[int, ...]]:
-    """The shape of the statistics of everything that keeps some, by its path: known layers first, then other modules.
+    """The shape of the statistics of every module that keeps some, by path: known layers first, then other modules.
 
-    `states` are those of the known layers; None: they are looked up.
+    `states` are those of the known layers; None looks them up.
     """
     states = states_in(variables) if states is None else states
     shapes = {}
@@ -73,7 +73,7 @@ def find_shapes(variables: Mapping[str, Any], states: Mapping[str, State] | None
 
 
 def _holders(variables: Mapping[str, Any]) -> dict[tuple[Any, ...], dict[str, Any]]:
-    """The statistics beside each other, by the place of their module in the collection."""
+    """The statistics of each module, by its place in the collection."""
     holders: dict[tuple[Any, ...], dict[str, Any]] = {}
     flat = flax.traverse_util.flatten_dict(flax.core.unfreeze(variables.get(STATISTICS, {})))
     for (*place, name), leaf in flat.items():
@@ -82,7 +82,7 @@ def _holders(variables: Mapping[str, Any]) -> dict[tuple[Any, ...], dict[str, An
 
 
 def with_leaves(variables: dict[str, Any], name: str, leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """The variables with one leaf more, of this name, beside the statistics of each layer given by its path."""
+    """The variables with an additional leaf of this name in each layer that is given by its path."""
     flat = flax.traverse_util.flatten_dict(variables[STATISTICS]) if leaves else {}
     places = {"/".join(map(str, place)): place for place in _holders(variables)} if leaves else {}
     flat |= {(*places[path], name): leaf for path, leaf in leaves.items()}
@@ -90,7 +90,7 @@ def with_leaves(variables: dict[str, Any], name: str, leaves: Mapping[str, Any])
 
 
 def without(name: str, tree: Any) -> Any:
-    """Outputs in which the call returned its variables, as with `mutable=`, without the leaves of this name."""
+    """Removes the leaves of this name from outputs that hold variables, as of a call with `mutable=`."""
 
     def holds_it(node: Any) -> bool:
         return isinstance(node, dict | flax.core.FrozenDict) and name in node

@@ -21,29 +21,29 @@ def diagnose(
     weights: Weights | None = None,
     progress: bool | None = None,
 ) -> Diagnosis:
-    """Says why batch normalization hurts here, and what to do about it.
+    """Explains why batch normalization hurts a network, and how to fix it.
 
-    :func:`jaxbn.linen.diagnose` describes it in full. The model is not changed.
+    :func:`jaxbn.linen.diagnose` has the details. The model is not changed.
 
     Args:
         model: The model.
-        batches: Any iterable of batches, pytrees of arrays whose leading axis is that of the examples. They are all
-            read, so pass `itertools.islice(loader, 100)` of a large set. Of several processes all must call this; they
-            give global arrays, or each its own, as in `postproc`, and are told the same.
-        call: Runs the model; None: `lambda model, batch: model(batch)`. Give a model in training mode, `model.train()`,
-            to see as well which layers training never updates.
-        r_max: Of Batch Renormalization: how often sigma_B / sigma is outside [1 / r_max, r_max] is counted. 1 or more.
-        d_max: Likewise for |mu_B - mu| / sigma. Not negative.
-        weights: `batch -> [N]`, booleans or real weights of the examples, such as 0 for those that fill up a batch.
-            They multiply the mask that the model gives a layer.
+        batches: Any iterable of batches: pytrees of arrays with the examples along the leading axis. All are read, so
+            pass `itertools.islice(loader, 100)` for a large data set. With multiple processes, all must call this, with
+            global arrays or with local batches as in `postproc`, and all get the same result.
+        call: Runs the model; None: `lambda model, batch: model(batch)`. Pass a model in training mode, `model.train()`,
+            to also detect layers that training never updates.
+        r_max: Batch Renormalization's bound, 1 or more: counts how often sigma_B / sigma is outside
+            [1 / r_max, r_max].
+        d_max: The same for |mu_B - mu| / sigma; not negative.
+        weights: `batch -> [N]`, booleans or real weights of the examples, such as 0 for padding. They multiply the mask
+            that the model passes to a layer.
         progress: Show a progress bar. None: if this is a terminal.
 
     Returns:
         A `Diagnosis`: print it.
 
     Raises:
-        ValueError: If there are fewer than two batches that are finite, or no normalization layer; or for bounds that
-            are none.
+        ValueError: If there are fewer than two finite batches or no normalization layer, or if a bound is invalid.
 
     Example:
         >>> model = nnx.BatchNorm(4, rngs=nnx.Rngs(0))
