@@ -43,7 +43,7 @@ def adapt(
             passes to a layer.
 
     Returns:
-        A pure function `(variables, batch) -> outputs` that you can jit. Each value of the two numbers compiles separately.
+        A pure function `(variables, batch) -> outputs` that you can jit. Each number compiles separately.
 
     Raises:
         ValueError: If not exactly one of the two numbers is given, or one is out of range. The returned function raises

@@ -44,7 +44,7 @@ def adapt(
             passes to a layer.
 
     Returns:
-        A pure function `(model, batch) -> outputs` that you can jit. Each value of the two numbers compiles separately.
+        A pure function `(model, batch) -> outputs` that you can jit. Each number compiles separately.
 
         ValueError: If not exactly one of the two numbers is given, or one is out of range. The returned function raises
             if there is one value per channel, which has no variance to mix.
