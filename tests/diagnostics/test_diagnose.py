@@ -45,7 +45,7 @@ def test_at_least_95_percent_of_the_faults_are_found(fault):
 
 
 def test_values_of_one_image_do_not_count_as_independent():
-    """The means of batches of images of random brightness differ more than those of so many independent pixels."""
+    """The means of batches of images of random brightness vary more than those of as many independent pixels."""
     call, variables, batches = make_case(None, 1)
     layer = jaxbn.linen.diagnose(call, variables, batches).layers["norm_0"]
     assert layer.ratio < 2
@@ -58,7 +58,7 @@ def test_values_of_one_image_do_not_count_as_independent():
 @every_host
 @pytest.mark.parametrize("masked", [False, True], ids=["", "weighted"])
 def test_numbers_are_those_of_numpy(host, masked, rng):
-    """Of the first layer, whose input does not depend on any statistics; with weights of examples as if cut off."""
+    """For the first layer, whose input does not depend on statistics; a weight of 0 is like removing an example."""
     net = host.net(host.stock)
     moving = started(host, net)
     rows = (1 + 2 * rng.standard_normal((12, 9, 3)) + rng.standard_normal((12, 1, 1))).astype(np.float32)
@@ -98,7 +98,7 @@ def test_numbers_are_those_of_numpy(host, masked, rng):
 
 
 def test_the_p_value_is_uniform_or_above_where_examples_are_independent(rng):
-    """Of heavy tails, and channels that depend on each other."""
+    """With heavy tails, and with channels that depend on each other."""
     call, variables = functions(False)[2], make_case("unestimated", 0)[1]
     p_values = []
     for _ in range(60):
@@ -109,7 +109,7 @@ def test_the_p_value_is_uniform_or_above_where_examples_are_independent(rng):
         assert (np.array(p_values) < level).mean(0).max() <= level + 3 * np.sqrt(level * (1 - level) / 60)
 
 
-def test_examples_that_a_layer_is_given_twice_do_not_count_twice(rng):
+def test_examples_that_a_layer_receives_twice_do_not_count_twice(rng):
     class Net(nn.Module):
         twice: bool
 
@@ -137,7 +137,7 @@ def test_the_gap_of_outputs(rng):
     )
 
 
-def test_batches_with_nan_are_a_finding_and_count_for_nothing():
+def test_batches_with_nan_are_a_finding_and_are_ignored_otherwise():
     call, variables, batches = make_case(None, 0)
     spoilt = np.array(batches)
     spoilt[3, 0, 0] = np.nan
@@ -158,7 +158,7 @@ def test_parameters_that_are_nan_after_the_last_layer_are_a_finding():
     assert found.layers == jaxbn.linen.diagnose(call, variables, batches).layers
 
 
-def test_what_is_too_little_or_wrong_is_refused():
+def test_too_few_batches_and_invalid_bounds_are_rejected():
     call, variables, batches = make_case("unestimated", 0)
     for few in ([], batches[:1]):
         with pytest.raises(ValueError, match="compares batches"):
@@ -207,7 +207,7 @@ def test_text_dict_and_picture_of_small_and_large_networks(tmp_path):
 @pytest.mark.sample(every=2)
 @every_host
 def test_batches_that_do_not_say_which_axis_is_that_of_the_examples(host, rng):
-    """All that needs the examples is unknown, in all batches or in some; the rest is as ever."""
+    """Numbers that need the examples are NaN if all batches lack them; the others are as usual."""
     net = host.net(host.stock)
     moving = started(host, net)
     rows = rng.standard_normal((4, 8, 3)).astype(np.float32)
@@ -225,8 +225,8 @@ def test_batches_that_do_not_say_which_axis_is_that_of_the_examples(host, rng):
         assert getattr(known, name) == getattr(partly, name) == getattr(unknown, name), name
 
 
-def test_stored_statistics_under_which_the_network_overflows(rng):
-    """Are off; the numbers that need the network to run with them are unknown, and nothing warns."""
+def test_running_statistics_with_which_the_network_overflows(rng):
+    """They are a finding; numbers that need an evaluation with them are NaN, without a warning."""
     call, variables, batches = make_case(None, 0)
     stats = jax.tree.map(lambda leaf: leaf, variables["batch_stats"])
     stats["norm_0"]["var"] = stats["norm_0"]["var"] * 0 - 1e-5  # the root of variance + epsilon is 0

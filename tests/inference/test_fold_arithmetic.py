@@ -1,4 +1,4 @@
-"""What folding does to kernels and biases, against the formula in float64 NumPy, weight by weight."""
+"""Folded kernels and biases, compared weight by weight with the formula in float64 NumPy."""
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +35,7 @@ def in_float64(one):
 
 @pytest.mark.parametrize("bias", [None, drawn(OUT)], ids=["no bias", "bias"])
 def test_groups_of_a_convolution(bias):
-    """Output channel o of group g sees the input channels of g alone."""
+    """An output channel of group g depends on the input channels of g only."""
     kernel = drawn(3, IN // GROUPS, OUT)
     weights = Weights(jnp.asarray(kernel), None if bias is None else jnp.asarray(bias))
     layer = of_conv(3, 3, groups=GROUPS)
@@ -58,7 +58,7 @@ def test_groups_of_a_convolution(bias):
 
 
 def test_axes_of_an_einsum_in_any_order():
-    """The axes of the kernel, of its bias and of the output each have an order of their own."""
+    """The axes of the kernel, the bias and the output are in different orders."""
     layer = of_einsum(3, "...nc,hcd->...dnh")
     assert layer == Linear({2: 1}, {1: 2, 3: 0})
     kernel, bias = drawn(2, 4, 3), drawn(3, 2)  # hcd, dh
@@ -80,13 +80,13 @@ def test_axes_of_an_einsum_in_any_order():
     [("VALID", False), ("CIRCULAR", False), ("REFLECT", False), (0, False), (((0, 0),), False), ((0,), False)]
     + [("SAME", True), ("CAUSAL", True), (1, True), (((0, 1),), True)],
 )
-def test_which_padding_a_shift_does_not_reach(padding, uneven):
+def test_padding_to_which_a_shift_does_not_apply(padding, uneven):
     assert bool(of_conv(3, 3, padding=padding).uneven) == uneven
     assert not of_conv(3, 1, padding="SAME").uneven
     assert of_conv(3, 1, input_dilation=2).uneven and of_conv(3, 3, masked=True).uneven
 
 
-def test_the_map_of_a_normalization_is_its_formula_and_what_is_none_is_told():
+def test_the_affine_map_of_a_normalization_and_of_other_functions():
     bn = jaxbn.batch_norm(epsilon=0.1, axis=1)
     params, state = jaxbn.NormParams(jnp.array([2.0, 3.0]), None), jaxbn.BatchNormState(*jnp.array([[1e3, 5], [4, 9]]))
 
@@ -102,7 +102,7 @@ def test_the_map_of_a_normalization_is_its_formula_and_what_is_none_is_told():
     assert is_one and not is_relu_one
 
 
-def test_what_is_left_is_the_residual_then_the_dtype_then_the_activation():
+def test_residual_dtype_and_activation_are_applied_in_this_order():
     y, residual = jnp.array([1.0, -300.0], jnp.bfloat16), jnp.array([0.001, 1.0], jnp.float32)
     np.testing.assert_array_equal(finish(y, residual, jnp.float32, jax.nn.relu), np.float32([1.001, 0]))
     rounded = finish(y, residual, jnp.bfloat16, None)

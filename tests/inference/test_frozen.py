@@ -1,4 +1,4 @@
-"""What may be frozen in either host, what is known of it afterwards, and the table of a network's layers."""
+"""Freezing in linen and NNX: conditions, recorded information, and the table of the layers of a network."""
 
 import functools
 from typing import Any, NamedTuple
@@ -163,7 +163,7 @@ def started(host, norm):
 
 @functools.cache
 def trained(host, norm):
-    """After a few calls that move the running averages."""
+    """A network after a few updates of the running averages."""
     network = started(host, norm)
     for x in BATCHES:
         network = host.train(norm, network, x)
@@ -172,11 +172,11 @@ def trained(host, norm):
 
 @functools.cache
 def estimated(host, norm, *, begin=started, count=2, upto=2, estimator=POOLED):
-    """What a pass returns; over some of the batches, and up to some layer."""
+    """The result of a pass over some of the batches, which reaches some of the layers."""
     return host.estimated(norm, begin(host, norm), BATCHES[:count], upto, estimator)
 
 
-# --- What a frozen network holds --------------------------------------------------------------------------------------
+# --- The frozen network -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.sample(every=2)
@@ -190,7 +190,7 @@ def test_running_averages_are_frozen_as_they_are(host, norm):
     chex.assert_trees_all_equal(host.leaves(network), before, strict=True)
     np.testing.assert_array_equal(host.evaluate(norm, frozen, BATCHES[0]), host.evaluate(norm, network, BATCHES[0]))
     for path, epsilon in EPSILONS.items():
-        # The variables of linen do not say what its layers do; an NNX model does.
+        # An NNX model records the methods of its layers; the variables of linen do not.
         kind = (None, None) if host is Linen else ("batch_norm", epsilon)
         assert frozen.info.layer(path) == jaxbn.LayerInfo(*kind, estimator="as given", rows=None)
 
@@ -209,7 +209,7 @@ every_estimator = pytest.mark.parametrize(
 
 @pytest.mark.sample(every=2)
 @every_estimator
-def test_statistics_of_a_pass_are_frozen_with_what_is_known_of_them(host, norm, estimator):
+def test_statistics_of_a_pass_are_frozen_with_their_information(host, norm, estimator):
     network, report = estimated(host, norm, estimator=estimator)
     before = host.leaves(network)
     frozen = host.package.freeze(network, report)
@@ -248,7 +248,7 @@ def test_a_frozen_network_is_a_pytree_whose_info_is_static(host, norm):
 
 
 @every_network
-def test_layers_that_a_pass_did_not_reach_keep_what_training_gave_them(host, norm):
+def test_layers_that_a_pass_did_not_reach_keep_their_running_averages(host, norm):
     network, report = estimated(host, norm, begin=trained, upto=1)
     info = host.package.freeze(network, report).info
     assert info.layer("first") == jaxbn.LayerInfo("batch_norm", 1e-3, "pooled", 20.0)
@@ -256,11 +256,11 @@ def test_layers_that_a_pass_did_not_reach_keep_what_training_gave_them(host, nor
     assert info.layer("second") == jaxbn.LayerInfo(*kind, estimator="as given", rows=None)
 
 
-# --- What is refused --------------------------------------------------------------------------------------------------
+# --- Errors -----------------------------------------------------------------------------------------------------------
 
 
 @every_network
-def test_statistics_that_nothing_has_estimated_are_refused(host, norm):
+def test_statistics_that_were_never_estimated_are_rejected(host, norm):
     with pytest.raises(ValueError, match="The statistics of 'first' were never estimated"):
         host.package.freeze(started(host, norm))
     network, report = estimated(host, norm, upto=1)
@@ -270,7 +270,7 @@ def test_statistics_that_nothing_has_estimated_are_refused(host, norm):
 
 
 @our_networks
-def test_training_without_running_averages_estimates_nothing(host, norm):
+def test_training_without_running_averages_estimates_no_statistics(host, norm):
     network = trained(host, functools.partial(norm, momentum=None))
     with pytest.raises(ValueError, match="The statistics of 'first' were never estimated"):
         host.package.freeze(network)
@@ -280,8 +280,8 @@ STANDARD = np.array([[-1.0, 1.0], [1.0, -1.0]], np.float32)  # mean 0 and varian
 
 
 @pytest.mark.parametrize("host", [Linen, NNX], ids=["linen", "nnx"])
-def test_statistics_of_a_pass_may_be_those_of_an_initialization(host):
-    """Of one layer, which is the model itself."""
+def test_statistics_of_a_pass_may_equal_the_initial_values(host):
+    """The model itself is a layer."""
     if host is Linen:
         net = jaxbn.linen.BatchNorm(use_running_average=True)
         network, report = jaxbn.linen.postproc(net.apply, net.init(jax.random.key(0), STANDARD), [STANDARD])
@@ -302,7 +302,7 @@ def test_statistics_that_are_not_finite_are_refused(host, norm, leaf, value):
 
 
 @every_network
-def test_a_negative_variance_is_refused_and_none_at_all_is_not(host, norm):
+def test_a_negative_variance_is_rejected_and_zero_is_not(host, norm):
     network = trained(host, norm)
     with pytest.raises(ValueError, match="'first' are not finite, or a variance is negative"):
         host.package.freeze(host.changed(network, "first/var", lambda a: a.at[0].set(-1e-30)))
@@ -310,7 +310,7 @@ def test_a_negative_variance_is_refused_and_none_at_all_is_not(host, norm):
 
 
 @every_network
-def test_a_report_about_others_is_refused(host, norm):
+def test_a_report_about_other_statistics_is_rejected(host, norm):
     old = trained(host, norm)
     new, report = estimated(host, norm, begin=trained)
     _, other = estimated(host, norm, begin=trained, count=1)
@@ -329,7 +329,7 @@ COLUMNS = ["layer", "channels", "learns", "method", "epsilon", "statistics", "ro
 
 
 def table(text):
-    """The title and the cells of the rows, after a check that they stand in their columns."""
+    """Returns the title and the cells of the rows, after a check of their alignment."""
     title, head, *rows = text.splitlines()
     starts = [head.index(name) for name in COLUMNS]
     ends = [start + len(name) for start, name in zip(starts, COLUMNS, strict=True)]
@@ -389,8 +389,8 @@ def test_table_of_the_longest_entries_is_wider_than_80_rather_than_cut():
     assert max(map(len, text.splitlines())) == 92
 
 
-def test_layers_are_listed_by_number_and_boxes_are_looked_into():
-    """As nn.with_partitioning makes them."""
+def test_layers_are_listed_by_number_and_boxes_are_unboxed():
+    """Boxes as made by nn.with_partitioning."""
     stats = {f"BatchNorm_{i}": {"mean": jnp.zeros(2), "var": jnp.ones(2)} for i in (10, 2, 0)}
     params = {f"BatchNorm_{i}": {"bias": jnp.zeros(2)} for i in (10, 2)}
     variables = {"params": params, "batch_stats": stats}
@@ -401,7 +401,7 @@ def test_layers_are_listed_by_number_and_boxes_are_looked_into():
     assert text == jaxbn.linen.summary(boxed) == jaxbn.linen.summary(flax.core.freeze(variables))
 
 
-def test_there_must_be_something_to_tell():
+def test_a_model_without_normalization_is_an_error():
     with pytest.raises(ValueError, match="no statistics of a normalization layer"):
         jaxbn.linen.summary({"params": {}})
     with pytest.raises(ValueError, match="no normalization layer"):

@@ -1,4 +1,4 @@
-"""What crosses a border is a copy: whoever holds the source may go on writing to it."""
+"""Conversions, saving and loading copy arrays, so their source may be written to afterwards."""
 
 import types
 
@@ -17,7 +17,7 @@ C = 8
 
 
 def aligned(value, *shape):
-    """An array that JAX would take over without a copy: on the CPU those that lie at a multiple of 64 bytes."""
+    """An array that JAX on the CPU would use without a copy: one aligned to 64 bytes."""
     size = int(np.prod(shape or (C,)))
     memory = np.zeros(4 * size + 64, np.uint8)
     start = -memory.ctypes.data % 64
@@ -164,7 +164,7 @@ def test_the_source_may_change_afterwards(make, cross):
 
 @pytest.mark.parametrize("name", ["save", "save_sharded"])
 def test_files(name, tmp_path):
-    """And what is read does not change with the file."""
+    """Loaded arrays do not change when the file does."""
     variables = {"params": {"kernel": aligned(1, C, C)}}
     getattr(jaxbn.serving, name)(tmp_path / "network", jaxbn.Frozen(variables, jaxbn.Info((), ())))
     found = getattr(jaxbn.serving, name.replace("save", "load"))(tmp_path / "network").variables["params"]["kernel"]
@@ -176,7 +176,7 @@ def test_files(name, tmp_path):
 
 
 def test_the_result_may_change_afterwards():
-    """The way back gives arrays of its own too, which PyTorch goes on training in place."""
+    """Converting back copies too, since PyTorch trains arrays in place."""
     variables = jax.tree.map(jnp.asarray, linen_variables())
     weights = jaxbn.serving.to_keras(variables)
     before = jax.tree.map(np.array, variables)
@@ -185,8 +185,8 @@ def test_the_result_may_change_afterwards():
     jax.tree.map(np.testing.assert_array_equal, variables, before)
 
 
-def test_a_pytorch_model_trains_on_and_takes_what_comes_back():
-    """Tensors for tensors, of their dtypes, so that `load_state_dict` takes them; NumPy arrays for NumPy arrays."""
+def test_a_pytorch_model_trains_on_and_loads_the_converted_state():
+    """Tensors are replaced by tensors of the same dtype, for `load_state_dict`, and NumPy arrays by NumPy arrays."""
     torch = pytest.importorskip("torch")
     net = torch.nn.Sequential(
         torch.nn.Linear(C, 64), torch.nn.BatchNorm1d(64), torch.nn.Linear(64, C).to(torch.bfloat16)

@@ -1,4 +1,4 @@
-"""A frozen network on disk: what comes back, what is refused, and what damage, full disks and kills leave behind."""
+"""Saving and loading a frozen network: round trips, rejected files, and the effects of damage, full disks and kills."""
 
 import contextlib
 import errno
@@ -36,14 +36,14 @@ def network(**variables):
 
 
 def tiny():
-    """Of which the file is short: a map, and one layer of two channels."""
+    """A network with a short file: a dense layer and a normalization of two channels."""
     rng = np.random.default_rng(1)
     params = {"map": rng.standard_normal((9, 5)).astype("f4"), "scale": np.float32([1, 2])}
     return network(params=params, batch_stats={"mean": np.float32([3, 4]), "var": np.float32([5, 6])}, step=np.int32(7))
 
 
 def assert_same(found, expected):
-    """To the last bit, with its dtypes, its names and what is known of it."""
+    """Checks that two networks have the same bits, dtypes, names and information."""
     assert jax.tree.structure(found) == jax.tree.structure(expected)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         a, b = np.asarray(a), np.asarray(b)
@@ -61,14 +61,14 @@ def saved(path):
     return path
 
 
-# --- A trained network, in other hands --------------------------------------------------------------------------------
+# --- A trained network, loaded elsewhere ------------------------------------------------------------------------------
 
 IMAGES = (1 + 2 * np.random.default_rng(0).standard_normal((8, 6, 6, 3))).astype(np.float32)
 LABELS = np.arange(8) % 3
 
 
 class LinenNet(nn.Module):
-    """Convolutions, a residual connection, three normalizations."""
+    """Convolutions, a residual connection and three normalizations."""
 
     norm: type
     dtype: type | None = None
@@ -172,7 +172,7 @@ def test_a_model_trained_in_stock_nnx_is_served_by_our_layers_to_the_last_bit(pa
 
 
 def test_in_low_precision_our_layers_of_nnx_give_what_stock_linen_gives(path):
-    """Stock NNX rounds the stored statistics to the dtype of the layer, which is deviation 4 of our layer."""
+    """Stock NNX rounds the running statistics to the dtype of the layer; ours does not (deviation 4)."""
     model = trained_in_nnx(jnp.bfloat16)
     jaxbn.serving.save(path, jaxbn.nnx.freeze(model))
     frozen = jaxbn.serving.load(path)
@@ -180,7 +180,7 @@ def test_in_low_precision_our_layers_of_nnx_give_what_stock_linen_gives(path):
     stock = predict_in_nnx(model)
     assert not np.array_equal(served, stock)
     np.testing.assert_allclose(np.float32(served), np.float32(stock), atol=0.03)
-    # The same variables by the names of linen.
+    # The same variables, with the names of linen.
     renamed = {"params": {}, "batch_stats": {}}
     for path, leaf in flax.traverse_util.flatten_dict(frozen.variables).items():
         layer = {"convs": "Conv_", "norms": "BatchNorm_", "head": "Dense_0"}[path[0]] + "".join(path[1:-1])
@@ -212,12 +212,12 @@ print(jaxbn.linen.summary(frozen))
 
 
 def environment():
-    """Of a process that finds this jaxbn."""
+    """The environment of a process that imports this jaxbn."""
     return os.environ | {"PYTHONPATH": os.path.dirname(os.path.dirname(jaxbn.__file__))}
 
 
 def test_a_fresh_process_predicts_the_same(tmp_path):
-    """Stock layers here, ours there."""
+    """The network has stock layers here, and layers of jaxbn in the other process."""
     x = IMAGES.reshape(-1, 3)
     np.save(tmp_path / "x.npy", x)
     net = nn.Sequential([nn.Dense(4), nn.BatchNorm(use_running_average=True), nn.tanh, nn.Dense(2)])
@@ -237,14 +237,14 @@ def test_a_fresh_process_predicts_the_same(tmp_path):
     assert told.stdout.strip() == jaxbn.linen.summary(frozen)
 
 
-# --- What comes back --------------------------------------------------------------------------------------------------
+# --- Round trips ------------------------------------------------------------------------------------------------------
 
 DTYPES = "float32 bfloat16 float16 float8_e4m3fn int32 uint32 int8 uint8 int4 bool complex64".split()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(2, 3), (), (0, 3)], ids=["array", "number", "empty"])
-def test_arrays_come_back_to_the_last_bit(shape, dtype, path):
+def test_arrays_are_restored_to_the_last_bit(shape, dtype, path):
     values = np.random.default_rng(0).integers(-4, 4, (2, *shape)).astype(np.float32)
     array = np.asarray(values[0] + (1j * values[1] if dtype == "complex64" else 0)).astype(jnp.dtype(dtype))
     frozen = network(on_device=jnp.asarray(array), on_host={"array": array})
@@ -254,14 +254,14 @@ def test_arrays_come_back_to_the_last_bit(shape, dtype, path):
     assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(found))
 
 
-def test_values_that_are_no_numbers_come_back_to_the_last_bit(path):
+def test_nan_and_infinity_are_restored_to_the_last_bit(path):
     odd = np.array([np.nan, -np.nan, np.inf, -np.inf, -0.0, 1e-45], np.float32)
     odd = np.append(odd, np.uint32([0x7FC00001, 0xFFC12345]).view(np.float32))  # NaN with a payload
     jaxbn.serving.save(path, network(odd=odd))
     assert_same(jaxbn.serving.load(path), network(odd=odd))
 
 
-def test_arrays_in_any_memory_order_and_scalars_of_numpy_come_back(path):
+def test_arrays_in_any_memory_order_and_scalars_of_numpy_are_restored(path):
     array = np.arange(6, dtype=np.float32).reshape(2, 3)
     jaxbn.serving.save(path, network(a=array.T, b=array[:, ::-1], c=np.float32(7), d=np.asfortranarray(array)))
     expected = network(a=array.T.copy(), b=array[:, ::-1].copy(), c=np.array(7, np.float32), d=array)
@@ -279,7 +279,7 @@ def test_wide_numbers_need_x64(dtype, path):
         jaxbn.serving.load(path)
 
 
-def test_any_names_come_back(path):
+def test_any_names_are_restored(path):
     array = np.ones(2, np.float32)
     names = {"": array, "größe Ω 層 🙂": {"": {"a/b": array + 1, "a": {"b": array + 2}}}, '"\n\\': array}
     info = jaxbn.Info(tuple((name, jaxbn.LayerInfo(None, None, "as given", None)) for name in names), ())
@@ -287,7 +287,7 @@ def test_any_names_come_back(path):
     assert_same(jaxbn.serving.load(path), jaxbn.Frozen(names, info))
 
 
-def test_a_network_without_variables_comes_back(path):
+def test_a_network_without_variables_is_restored(path):
     for frozen in (network(), network(params={}), jaxbn.Frozen({"params": {"a": {}}}, jaxbn.Info((), ()))):
         jaxbn.serving.save(path, frozen)
         assert_same(jaxbn.serving.load(path), frozen)
@@ -296,7 +296,7 @@ def test_a_network_without_variables_comes_back(path):
 EPSILONS = [1e-5, 0.1, 1 / 3, 5e-324, 1.1]
 
 
-def test_what_is_known_comes_back_exactly(path):
+def test_the_information_is_restored_exactly(path):
     layers = tuple((f"norm_{e}", jaxbn.LayerInfo("batch_norm", e, "mean_of_batches", 1e15 / 3)) for e in EPSILONS)
     info = jaxbn.Info((*layers, ("", jaxbn.LayerInfo(None, None, "as given", None))), (("jax", "1"), ("a", "2")))
     jaxbn.serving.save(path, jaxbn.Frozen({}, info))
@@ -318,20 +318,20 @@ def test_the_first_line_says_what_the_file_is(saved):
 
 
 def parts(file):
-    """Header and arrays, read without jaxbn."""
+    """Reads the header and the bytes of the arrays without jaxbn."""
     line, arrays = file.read_bytes().split(b"\n", 1)
     return json.loads(line), arrays
 
 
 def write(file, header, arrays):
-    """A file with a checksum that is right: SHA-256 of the line of all else in the header, and of the arrays."""
+    """Writes a file with a correct checksum: SHA-256 of the header line without the checksum, and of the arrays."""
     line = lambda header: json.dumps(header, separators=(",", ":")).encode() + b"\n"
     digest = hashlib.sha256(line({k: v for k, v in header.items() if k != "sha256"}) + arrays).hexdigest()
     file.write_bytes(line(header | {"sha256": digest}) + arrays)
     return digest
 
 
-def test_the_checksum_is_that_of_all_the_rest(saved, tmp_path):
+def test_the_checksum_covers_everything_else(saved, tmp_path):
     header, arrays = parts(saved)
     assert header["bytes"] == len(arrays)
     assert write(tmp_path / "again", header, arrays) == header["sha256"]
@@ -340,7 +340,7 @@ def test_the_checksum_is_that_of_all_the_rest(saved, tmp_path):
     assert stats.tolist() == [3, 4, 5, 6] and params[45:].tolist() == [1, 2]
 
 
-def test_a_later_format_is_told(saved):
+def test_a_later_format_is_an_error(saved):
     header, arrays = parts(saved)
     write(saved, header | {"format_version": 2, "more": []}, arrays + b"more")
     with pytest.raises(ValueError) as error:
@@ -352,7 +352,7 @@ def test_a_later_format_is_told(saved):
 
 
 def test_nothing_is_unpickled(saved, monkeypatch):
-    """No function of pickle is reached; and a file that claims to hold objects is refused, its checksum being right."""
+    """No function of pickle is called, and a file with dtype object and a correct checksum is rejected."""
 
     def reached(*args, **kwargs):
         raise AssertionError("unpickled")
@@ -382,7 +382,7 @@ NO_ARRAYS = {
 
 
 @pytest.mark.parametrize("leaf, shown", NO_ARRAYS.values(), ids=NO_ARRAYS.keys())
-def test_what_is_no_array_of_numbers_is_refused_by_name(leaf, shown, path):
+def test_leaves_that_are_not_arrays_of_numbers_are_rejected_by_name(leaf, shown, path):
     with pytest.raises(TypeError, match=f"^'block/0/leaf' is {shown}; a frozen network holds arrays of numbers with"):
         jaxbn.serving.save(path, network(block={"0": {"leaf": leaf}}))
     assert not list(path.parent.iterdir())
@@ -531,7 +531,7 @@ def test_the_folder_must_exist_and_a_folder_is_no_file(tmp_path, monkeypatch):
 
 
 def refusal(path):
-    """The message with which a file is refused, None if it is not; an error of another type is raised as it is."""
+    """Returns the message of the ValueError for a file, or None if it is loaded; raises other errors."""
     try:
         jaxbn.serving.load(path)
     except ValueError as error:
@@ -546,7 +546,7 @@ def outcome(path, content):
 
 
 def test_every_flipped_bit_is_found(saved):
-    """Each bit of the file by itself, and each byte as a whole."""
+    """Flips each bit of the file, and each whole byte."""
     content, messages = saved.read_bytes(), []
     with open(saved, "r+b", buffering=0) as file:
         for position, byte in enumerate(content):
@@ -559,7 +559,7 @@ def test_every_flipped_bit_is_found(saved):
     assert None not in messages
 
 
-def test_every_cut_is_found(saved):
+def test_every_truncation_is_found(saved):
     content = saved.read_bytes()
     messages = [outcome(saved, content[:length]) for length in range(len(content))]
     assert None not in messages and len(messages) > 600
@@ -598,11 +598,11 @@ OTHER_FILES = {
 
 
 @pytest.mark.parametrize("content", OTHER_FILES.values(), ids=OTHER_FILES.keys())
-def test_other_files_are_no_networks(content, path):
+def test_other_files_are_rejected(content, path):
     assert outcome(path, content) == f"{path} is not a frozen network of jaxbn, or its first line is damaged."
 
 
-def test_headers_that_end_too_early_are_no_networks(path):
+def test_incomplete_headers_are_rejected(path):
     name, version = '{"format":"jaxbn-frozen"', '"format_version":1'
     assert "has format None, but this version of jaxbn reads format 1" in outcome(path, f"{name}}}\n".encode())
     for rest in ("", ',"sha256":null', ',"sha256":""', ',"layers":{}'):
@@ -612,7 +612,7 @@ def test_headers_that_end_too_early_are_no_networks(path):
 
 
 @pytest.mark.parametrize("more", [b"\0", b"\n", b"garbage" * 100, None], ids=["zero", "line", "garbage", "itself"])
-def test_what_is_appended_is_found(more, saved):
+def test_appended_bytes_are_found(more, saved):
     content = saved.read_bytes()
     assert "checksum" in outcome(saved, content + (content if more is None else more))
     assert outcome(saved, (more or content) + content)
@@ -638,7 +638,7 @@ FULL = OSError(errno.ENOSPC, "No space left on device")
 
 @contextlib.contextmanager
 def small_files(limit):
-    """Files of this process cannot grow beyond a limit: a write that fails half-way, as on a full disk."""
+    """Limits the size of the files of this process, so that a write fails half-way, as on a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
     try:
@@ -673,8 +673,8 @@ def test_a_save_that_fails_leaves_the_old_file_and_no_other(function, error, exi
 
 # --- Kills ------------------------------------------------------------------------------------------------------------
 
-# Imports once, and forks a child for every line that it is given: one that saves two networks in turns until it is
-# killed, or one that saves the second and kills itself at a call of a function of os. JAX starts no threads in it.
+# Imports jaxbn once, and forks a child for each line of its input. A child saves two networks in turns until it is
+# killed, or saves the second and kills itself at a call of a function of os. JAX starts no threads in it.
 SAVER = """
 import os, signal, sys
 import numpy as np
@@ -710,7 +710,7 @@ for line in sys.stdin:
 
 @pytest.fixture(scope="module")
 def kill(tmp_path_factory):
-    """`kill(line, seconds)`: which network is left by a kill, the old (0) or the new (1), and how many files beside."""
+    """`kill(line, seconds)` returns the network that is left, old (0) or new (1), and the number of other files."""
     here, rng = tmp_path_factory.mktemp("kills"), np.random.default_rng(0)
     networks = [network(weights=rng.standard_normal((128, 4096)).astype("f4")) for _ in range(2)]  # of 2 MB
     for number, frozen in enumerate(networks):
@@ -743,9 +743,9 @@ def kill(tmp_path_factory):
 
 
 def test_kills_at_random_moments_leave_the_old_network_or_the_new_one(kill):
-    """At least 20 of them, while a process saves the one and the other in turns over the same file."""
+    """At least 20 kills, while a process saves two networks in turns to the same file."""
     rng, left, beside = np.random.default_rng(0), [], []
-    # Until both were left, and saves were hit between beginning a file and moving it into place.
+    # Until each network was left once, and some kills came between creating and renaming the temporary file.
     while len(left) < 20 or set(left) != {0, 1} or sum(beside) < 3:
         for found, into in zip(kill("", rng.uniform(0.01, 0.1)), (left, beside), strict=True):
             into.append(found)
@@ -755,7 +755,7 @@ def test_kills_at_random_moments_leave_the_old_network_or_the_new_one(kill):
 @pytest.mark.parametrize(
     "line, left, beside",
     [("fsync 1", 0, 1), ("replace 1", 0, 1), ("fsync 2", 1, 0)],
-    ids=["written, not flushed", "before the move", "after the move"],
+    ids=["written, not flushed", "before the rename", "after the rename"],
 )
 def test_a_kill_at_each_step_of_a_save(line, left, beside, kill):
     assert kill(line) == (left, beside)

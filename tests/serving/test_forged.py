@@ -1,8 +1,7 @@
-"""Files of somebody who means harm, with right checksums: an error that names the file, or a network, and nothing else.
+"""Maliciously changed files with correct checksums: loading gives an error that names the file, or a network.
 
-A forger changes what is in the files, in the header and behind it, and then makes the checksums right again. Whatever
-comes of it, nothing is executed, nothing outside of the folder is read or written, and no memory is taken beyond what
-the files hold.
+The tests change the header and the bytes after it, and then correct the checksums. Whatever the change, no code in the
+files is executed, nothing outside of the folder is read or written, and no more memory is used than the files hold.
 """
 
 import copy
@@ -29,7 +28,7 @@ QUICK, MANY = 40, 500
 
 
 def network():
-    """Arrays of several kinds in containers of several kinds."""
+    """A network with several dtypes and containers."""
     params = {"norm": {"scale": np.ones(2, "f4"), "bias": np.zeros(2, "f4")}, "list": [np.ones((3, 2), "f4"), ()]}
     params |= {"items": {3: np.ones(2, np.uint8)}, "half": np.ones(5, jnp.bfloat16), "flags": np.array([True, False])}
     return jaxbn.Frozen(
@@ -47,13 +46,13 @@ VALUES += [{"__class__": "os.system"}, "!!python/object:os.system", {"id": "zstd
 
 
 def paths_in(value, path=()):
-    """All places in a JSON value."""
+    """Returns all positions in a JSON value."""
     inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     return [path, *(found for key, part in inner for found in paths_in(part, (*path, key)))]
 
 
 def changed(rng, value):
-    """A JSON value with something else in one place, or nothing, or more."""
+    """Returns a JSON value in which one position is replaced, removed, renamed or repeated."""
     value = copy.deepcopy(value)
     places = [path for path in paths_in(value) if path]
     if not places:
@@ -77,7 +76,7 @@ def changed(rng, value):
 
 
 def spoiled(rng, content):
-    """Bytes that are cut, longer, or others."""
+    """Returns bytes that are truncated, extended or replaced."""
     kind, at = rng.integers(4), int(rng.integers(len(content) + 1))
     some = rng.bytes(int(rng.integers(1, 9)))
     return (
@@ -89,13 +88,13 @@ def spoiled(rng, content):
 
 
 def read(path):
-    """Header and body."""
+    """Reads the header and the body."""
     line, body = path.read_bytes().split(b"\n", 1)
     return json.loads(line), body
 
 
 def write(path, header, body=b""):
-    """A file with any header, whose checksum is right if it can have one."""
+    """Writes a file with any header, with a correct checksum if the header is a dict."""
     line = lambda header: json.dumps(header, separators=(",", ":")).encode() + b"\n"
     if isinstance(header, dict):
         header = {key: value for key, value in header.items() if key != "sha256"}
@@ -112,7 +111,7 @@ def forge_file(rng, path):
 
 
 def forge_folder(rng, folder):
-    """Changes in the files of the step, and in the manifest, which most often has the right checksums of them."""
+    """Changes files of the step and the manifest, and in most cases corrects their checksums."""
     header, _ = read(folder / MANIFEST)
     step = folder / header["step"]
     for _ in range(rng.integers(0, 3)):
@@ -132,7 +131,7 @@ def forge_folder(rng, folder):
 
 
 def forge_part(rng, step, file, outside):
-    """Of one file of a step: others, another place, or a link in its place."""
+    """Changes a file of a step, moves it, replaces it with a link, or adds another."""
     kind = rng.integers(8)
     if kind < 4:
         try:
@@ -151,7 +150,7 @@ def forge_part(rng, step, file, outside):
         (file.parent / ["zarr.json", "manifest.ocdbt", "9.9", "more"][rng.integers(4)]).write_bytes(rng.bytes(20))
 
 
-# --- What comes of it -------------------------------------------------------------------------------------------------
+# --- Results ----------------------------------------------------------------------------------------------------------
 
 WATCHED = threading.local()
 EXECUTION = {"os.system", "subprocess.Popen", "os.exec", "os.posix_spawn", "os.fork", "pickle.find_class", "exec"}
@@ -159,7 +158,7 @@ WRITING = {"os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.chmod", "os.sym
 
 
 def watch(event, arguments):
-    """What Python does meanwhile: an audit hook, which stays for the life of the process."""
+    """An audit hook that records the actions of Python; it cannot be removed."""
     seen = getattr(WATCHED, "seen", None)
     if seen is not None and (event in EXECUTION or event in WRITING or event == "open"):
         seen.append((event, arguments))
@@ -172,7 +171,7 @@ def hook():
 
 @pytest.fixture
 def bounded():
-    """Not 2 GB more than now may be taken, in which the forged sizes, from 2^40 bytes on, do not find room."""
+    """Limits further memory to 2 GB, which is less than the forged sizes of 2^40 bytes and more."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     before = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 2**31, before[1]))
@@ -185,7 +184,7 @@ def snapshot(folder):
 
 
 def outcome(load, path, outside):
-    """The network, or None for a ValueError that names the file; what else was done is an error."""
+    """Returns the network, or None for a ValueError that names the file; fails for forbidden actions."""
     before = snapshot(path.parent)
     WATCHED.seen = []
     try:
@@ -204,7 +203,7 @@ def outcome(load, path, outside):
 
 
 def is_network(found, size):
-    """A network like any other: it is saved, comes back, and has no more numbers than the files."""
+    """Whether this is a valid network, with no more bytes than the files."""
     leaves = jax.tree.leaves(found.variables)
     return all(isinstance(leaf, jax.Array) for leaf in leaves) and sum(leaf.nbytes for leaf in leaves) <= size
 
@@ -249,7 +248,7 @@ def test_forged_networks(save, load, forge, seeds, tmp_path, bounded):
     assert (outside / "secret").read_bytes() == b"secret"
 
 
-# --- What a forger would try first ------------------------------------------------------------------------------------
+# --- Typical attacks --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -269,8 +268,8 @@ def refusal(load, path):
     return str(raised.value)
 
 
-def test_no_list_of_files_is_no_network(folder):
-    """Nor is one without some of the files, whose checksums would not be looked at."""
+def test_a_manifest_without_files_is_rejected(folder):
+    """And so is a manifest that omits some files, whose checksums would not be checked."""
     header, _ = read(folder / MANIFEST)
     (chunk,) = [name for name, (size, _) in header["files"].items() if name.startswith("arrays/0/") and size == 8]
     (step_of(folder) / chunk).write_bytes(b"forged!!")
@@ -294,8 +293,8 @@ def test_names_do_not_lead_out_of_the_folder(name, folder):
     assert outcome(jaxbn.serving.load_sharded, folder, outside) is None
 
 
-def test_links_lead_nowhere(folder):
-    """Of a file, of a folder in the step, of the step, and of the manifest, on the way in and out."""
+def test_symbolic_links_are_not_followed(folder):
+    """Links in the place of a file, a folder in the step, the step, and the manifest, in loading and saving."""
     outside = folder.parent / "outside"
     outside.mkdir()
     step = step_of(folder)
@@ -319,7 +318,7 @@ SHAPES = {"more": [4], "fewer": [1], "another rank": [1, 2], "huge": [2**40], "b
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 def test_shapes_that_the_files_do_not_hold(shape, folder, bounded):
-    """In the manifest, in the metadata of the array, and in both."""
+    """The wrong shape is in the manifest, in the metadata of the array, or in both."""
     header, _ = read(folder / MANIFEST)
     metadata = step_of(folder) / "arrays" / "0" / ".zarray"
     forged = copy.deepcopy(header)
@@ -344,7 +343,7 @@ def test_dtypes_of_the_manifest_are_those_of_the_files(folder):
 
 
 def test_arrays_that_would_be_decompressed(folder):
-    """A few bytes of a compressed chunk may stand for any number of them."""
+    """A few bytes of a compressed chunk can decompress to any number of bytes."""
     header, _ = read(folder / MANIFEST)
     metadata = step_of(folder) / "arrays" / "0" / ".zarray"
     known = json.loads(metadata.read_bytes())
@@ -365,7 +364,7 @@ def test_a_file_whose_header_promises_more(tmp_path, bounded):
         refusal(jaxbn.serving.load, path)
 
 
-def test_truth_values_are_one_or_zero(tmp_path, folder):
+def test_booleans_are_one_or_zero(tmp_path, folder):
     jaxbn.serving.save(path := tmp_path / "file", jaxbn.Frozen({"flags": np.array([True, False])}, INFO))
     header, body = read(path)
     write(path, header, body[:-2] + b"\1\7")
@@ -385,7 +384,7 @@ def exported(tmp_path_factory):
 
 
 def test_forged_programs(exported, tmp_path, bounded):
-    """Header, arrays and the module itself; what is loaded says what it takes, and refuses what it does not."""
+    """Changes the header, the arrays and the module; a program that loads checks its inputs."""
     path, outside, refused = tmp_path / "program", tmp_path.parent / "outside", 0
     for seed in range(QUICK):
         path.write_bytes(exported)
@@ -406,7 +405,7 @@ def test_forged_programs(exported, tmp_path, bounded):
 
 
 def foreign(name):
-    """A program with a call of a function of the process, as `jax.export` writes it when it is told to."""
+    """A program that calls a function of the process, which `jax.export` writes if this is allowed."""
 
     def call(arrays, batch):
         return jax.ffi.ffi_call(name, jax.ShapeDtypeStruct(batch.shape, batch.dtype))(batch) + arrays[0][None]

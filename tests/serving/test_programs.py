@@ -1,4 +1,4 @@
-"""A network as a program: what it answers in a process without its code, and what is refused."""
+"""Exported programs: outputs in a process without the code of the model, and rejected models and files."""
 
 import dataclasses
 import functools
@@ -31,7 +31,7 @@ def path(tmp_path):
 
 
 class Norm(nn.Module):
-    """One layer, which evaluates unless told to train."""
+    """One layer, which evaluates by default."""
 
     momentum: float | None = 0.99
 
@@ -41,7 +41,7 @@ class Norm(nn.Module):
 
 
 def frozen():
-    """With the statistics of all of the data."""
+    """Variables with the statistics of all data."""
     params = {"scale": np.ones(3, "f4"), "bias": np.zeros(3, "f4")}
     return jaxbn.linen.freeze(
         {"params": {"norm": params}, "batch_stats": {"norm": {"mean": DATA.mean(0), "var": DATA.var(0)}}}
@@ -61,9 +61,9 @@ def exported(path):
     return path
 
 
-# --- What it answers --------------------------------------------------------------------------------------------------
+# --- Outputs ----------------------------------------------------------------------------------------------------------
 
-# A server: it has the files and jaxbn, and knows nothing of the models.
+# A server: it has the files and jaxbn, but not the code of the models.
 SERVER = """
 import sys
 import numpy as np
@@ -82,7 +82,7 @@ KINDS = {layer: jaxbn.LayerInfo("batch_norm", 1e-5, "as given", None) for layer 
 
 
 def random_variables():
-    """Of the dense network of `nets`, by the names that both hosts share."""
+    """Arrays of the dense network of `nets`, with names that both frameworks share."""
     rng = np.random.default_rng(0)
     shapes = jax.eval_shape(lambda x: LINEN.net().init(jax.random.key(0), x, train=False), np.ones((2, 3), "f4"))
     return jax.tree.map(lambda leaf: rng.uniform(0.5, 1.5, leaf.shape).astype("f4"), shapes)
@@ -90,7 +90,7 @@ def random_variables():
 
 @pytest.mark.slow
 def test_a_fresh_process_answers_batches_of_any_size(tmp_path):
-    """As the formulas do in float64, a batch of one too; of a Frozen, folded or not, and of an NNX model."""
+    """Compared with float64, for batches of one too; for a Frozen, folded or not, and an NNX model."""
     variables, x = random_variables(), np.random.default_rng(1).normal(2, 3, (7, 3)).astype("f4")
     known = jaxbn.Frozen(variables, jaxbn.Info(tuple(KINDS.items()), ()))
     call = lambda variables, x: LINEN.net().apply(variables, x, train=False)
@@ -121,8 +121,8 @@ METHODS = {case.factory: case for case in CASES}.values()
 
 
 @pytest.mark.parametrize("case", METHODS, ids=lambda case: case.name)
-def test_every_method_leaves_the_number_of_examples_open(case, path, rng):
-    """Domains come beside the examples, as another array of the batch."""
+def test_the_number_of_examples_is_dynamic_for_every_method(case, path, rng):
+    """Domains are another array of the batch."""
     layer = case.linen_module(use_running_average=True)
     x = rng.normal(size=(6, 3, 4)).astype(np.float32)
     batch = {"x": x, **jax.tree.map(np.asarray, case.where(x))}
@@ -137,7 +137,7 @@ def test_every_method_leaves_the_number_of_examples_open(case, path, rng):
         np.testing.assert_allclose(outputs["y"], expected[:rows], rtol=1e-5, atol=1e-6)
 
 
-def test_it_is_for_all_platforms_and_its_arrays_are_there_once(path):
+def test_it_is_for_all_platforms_and_holds_its_arrays_once(path):
     kernel = np.random.default_rng(0).standard_normal((500, 400)).astype("f4")
     call = lambda variables, x: x @ variables["kernel"] @ variables["kernel"].T
     jaxbn.serving.export(path, call, {"kernel": kernel}, jax.ShapeDtypeStruct((1, 500), jnp.float32))
@@ -147,7 +147,7 @@ def test_it_is_for_all_platforms_and_its_arrays_are_there_once(path):
 
 
 class Parts(nnx.Module):
-    """Several arrays in and out, numbers of other kinds, and a random stream that evaluation does not touch."""
+    """Several inputs and outputs, several dtypes, and a random stream that evaluation does not use."""
 
     def __init__(self, rngs):
         self.table = nnx.Param(jnp.arange(6, dtype=jnp.bfloat16).reshape(3, 2))
@@ -183,7 +183,7 @@ def test_it_may_be_called_inside_jit_and_on_sharded_batches(exported):
     np.testing.assert_allclose(program(spread), expected, rtol=1e-6)
 
 
-# --- What it refuses --------------------------------------------------------------------------------------------------
+# --- Errors -----------------------------------------------------------------------------------------------------------
 
 BATCHES = {
     "features": (np.ones((2, 4), "f4"), r"takes float32\[b, 3\] for the batch; got float32\[2, 4\]"),
@@ -241,7 +241,7 @@ def test_training_is_refused(call, network, message, path):
     assert not path.exists()
 
 
-def test_layers_that_stand_still_do_not_train(path):
+def test_frozen_layers_do_not_train(path):
     held = jaxbn.linen.freeze_layers(lambda v, x: Norm().apply(v, x, True), "norm")
     jaxbn.serving.export(path, held, frozen().variables, DATA)
     expected = (DATA - DATA.mean(0, keepdims=True)) / np.sqrt(DATA.var(0, keepdims=True) + 1e-5)
@@ -257,7 +257,7 @@ EXAMPLES = {
 
 
 @pytest.mark.parametrize("example, message", EXAMPLES.values(), ids=EXAMPLES.keys())
-def test_examples_that_say_nothing_of_a_batch(example, message, path):
+def test_invalid_examples(example, message, path):
     with pytest.raises(ValueError, match=message):
         jaxbn.serving.export(path, lambda _, batch: batch, {}, example)
 
@@ -269,16 +269,16 @@ def test_models_that_need_the_number_of_examples(call, path):
         jaxbn.serving.export(path, call, {}, DATA)
 
 
-def test_what_is_no_array(path):
+def test_leaves_that_are_not_arrays(path):
     with pytest.raises(TypeError, match="'rate' is <class 'float'>"):
         jaxbn.serving.export(path, lambda v, x: x * v["rate"], {"rate": 0.5}, DATA)
 
 
-# --- Open axes, and no examples ---------------------------------------------------------------------------------------
+# --- Dynamic axes and empty batches -----------------------------------------------------------------------------------
 
 
 class Images(nn.Module):
-    """Halves height and width, and takes the mean over what is left."""
+    """Halves height and width, and takes the mean over both."""
 
     @nn.compact
     def __call__(self, x):
@@ -288,7 +288,7 @@ class Images(nn.Module):
 
 @functools.cache
 def images():
-    """Variables with statistics of data."""
+    """Variables with estimated statistics."""
     x = np.random.default_rng(0).normal(size=(4, 8, 8, 2)).astype("f4")
     variables = Images().init(jax.random.key(0), x)
     return jaxbn.linen.postproc(Images().apply, variables, [x])[0]
@@ -298,7 +298,7 @@ def named(axes, **more):
     return jax.ShapeDtypeStruct(jax.export.symbolic_shape(axes, **more), jnp.float32)
 
 
-def test_height_and_width_may_be_left_open(path):
+def test_height_and_width_may_be_dynamic(path):
     jaxbn.serving.export(path, Images().apply, images(), named("n, h, w, 2", constraints=["mod(h, 2) == 0"]))
     program = jaxbn.serving.load_program(path)
     assert str(program) == "Program(float32[n, h, w, 2] -> float32[n, 3])"
@@ -323,7 +323,7 @@ def test_axes_of_one_name_are_of_one_size(path):
         program({"x": x, "mask": x[:, 1:, 0]})
 
 
-def test_a_batch_of_none_gives_outputs_of_none(exported, path):
+def test_an_empty_batch_gives_empty_outputs(exported, path):
     program = jaxbn.serving.load_program(exported)
     empty = np.ones((0, 3), np.float32)
     for found in (program(empty), jax.jit(program.__call__)(empty)):
@@ -333,7 +333,7 @@ def test_a_batch_of_none_gives_outputs_of_none(exported, path):
         jaxbn.serving.load_program(path)(empty)
 
 
-# --- Natural mistakes -------------------------------------------------------------------------------------------------
+# --- Common mistakes --------------------------------------------------------------------------------------------------
 
 
 class NNXImages(nnx.Module):
@@ -348,7 +348,7 @@ class NNXImages(nnx.Module):
 
 
 def test_an_example_without_its_axis(path):
-    """Where the model takes it with one more."""
+    """The model accepts it with an additional first axis."""
     call, x = lambda model, x: model(x), np.ones((4, 8, 8, 2), np.float32)
     model = NNXImages()
     model.norm.mean.set_value(jnp.ones(4))
@@ -365,8 +365,8 @@ def test_an_example_without_its_axis(path):
     assert not path.exists()
 
 
-def test_statistics_that_nothing_estimated(path):
-    """As `freeze` refuses them; and what is not finite."""
+def test_statistics_that_were_never_estimated(path):
+    """They are rejected as by `freeze`, and so are statistics that are not finite."""
     x = np.ones((4, 8, 8, 2), np.float32)
     initial = Images().init(jax.random.key(0), x)
     with pytest.raises(ValueError, match="The statistics of 'BatchNorm_0' were never estimated"):
@@ -395,7 +395,7 @@ def test_a_frozen_network_of_nnx_with_a_call_of_linen(path):
 
 
 def refusal(path, content):
-    """The message with which a file is refused; it names it."""
+    """Returns the message of the error for a file, which names the file."""
     path.write_bytes(content)
     with pytest.raises(ValueError) as raised:
         jaxbn.serving.load_program(path)
@@ -418,7 +418,7 @@ def test_files_that_are_damaged_or_others(exported):
 
 
 def test_programs_of_other_versions(exported, monkeypatch):
-    """Of this file's format, and of JAX's own."""
+    """Other versions of the file format, and of the serialization of JAX."""
     content = exported.read_bytes()
     later = content.replace(b'"format_version":1', b'"format_version":2')
     assert "has format 2, but this version of jaxbn reads format 1. It was written with {'jaxbn':" in refusal(

@@ -1,4 +1,4 @@
-"""A frozen network whose arrays are spread: what comes back on which devices, what is refused, and what kills leave."""
+"""Saving and loading sharded networks: devices, rejected folders, failures and kills."""
 
 import json
 import os
@@ -37,7 +37,7 @@ def mesh(*shape):
 
 
 def network(seed=0):
-    """Arrays of several kinds; a kernel and a bias that are spread over all devices."""
+    """A network with several dtypes, whose kernel and bias are spread over all devices."""
     rng, everywhere = np.random.default_rng(seed), NamedSharding(mesh(8), P("x"))
     kernel, bias = rng.standard_normal((16, 6)).astype("f4"), rng.standard_normal(8).astype(jnp.bfloat16)
     params = {"kernel": jax.device_put(kernel, everywhere), "bias": jax.device_put(bias, everywhere), "none": {}}
@@ -47,7 +47,7 @@ def network(seed=0):
 
 
 def assert_same(found, expected):
-    """To the last bit, with its dtypes, its names and what is known of it."""
+    """Checks that two networks have the same bits, dtypes, names and information."""
     assert jax.tree.structure(found) == jax.tree.structure(expected)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         assert isinstance(a, jax.Array)
@@ -78,7 +78,7 @@ def test_whole_on_the_default_device(saved):
 
 
 def test_onto_other_devices(saved):
-    """Shapes say where; what says nothing goes to the default device."""
+    """Shapes with a sharding give the devices; other arrays are loaded onto the default device."""
     spread, whole = NamedSharding(mesh(4, 2), P("y")), NamedSharding(mesh(4, 2), P())
     one = jax.sharding.SingleDeviceSharding(jax.devices()[3])
     like = jax.eval_shape(lambda: network().variables)
@@ -95,7 +95,7 @@ def test_onto_other_devices(saved):
 
 
 def test_onto_the_devices_of_an_nnx_model(folder):
-    """What a model has put somewhere goes there; what only happens to be somewhere does not."""
+    """Committed arrays give the devices; uncommitted ones do not."""
     make = lambda: nnx.List([jaxbn.nnx.BatchNorm(8, rngs=nnx.Rngs(0))])
     model, like, spread = make(), make(), NamedSharding(mesh(8), P("x"))
     model[0].mean.set_value(jnp.arange(8.0) + 1)
@@ -109,7 +109,7 @@ def test_onto_the_devices_of_an_nnx_model(folder):
     assert not stats["var"].committed
 
 
-def test_each_save_is_a_step_and_the_one_before_stays(folder):
+def test_each_save_is_a_step_and_the_previous_one_is_kept(folder):
     for seed in range(4):
         jaxbn.serving.save_sharded(folder, network(seed))
         assert_same(jaxbn.serving.load_sharded(folder), network(seed))
@@ -144,8 +144,8 @@ def test_damage_is_found_and_the_file_named(saved):
     assert_same(jaxbn.serving.load_sharded(saved), network())
 
 
-def test_a_manifest_that_leads_elsewhere(saved):
-    """A step is deleted in its time; a manifest made by hand, with a right checksum, deletes nothing else."""
+def test_a_manifest_that_names_other_folders(saved):
+    """Old steps are deleted; a forged manifest, with a correct checksum, cannot delete other folders."""
     elsewhere = saved.parent / "elsewhere"
     elsewhere.mkdir()
     header = json.loads((saved / MANIFEST).read_bytes())
@@ -175,7 +175,7 @@ def test_other_folders_and_models(saved, tmp_path):
         jaxbn.serving.load_sharded(saved, like=nn.BatchNorm())
 
 
-def test_what_is_no_network_changes_nothing(saved):
+def test_invalid_networks_change_nothing(saved):
     with pytest.raises(TypeError, match="Expected a jaxbn.Frozen"):
         jaxbn.serving.save_sharded(saved, network().variables)
     with pytest.raises(TypeError, match="'rate' is <class 'float'>"):
@@ -214,7 +214,7 @@ def environment():
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory):
-    """A folder in which two processes have run every scenario of worker.py, and what each of them says."""
+    """A folder in which two processes have run all scenarios of worker.py, and their results."""
     here = tmp_path_factory.mktemp("processes")
     jaxbn.serving.save_sharded(here / "of one", network(5))
     jaxbn.serving.save_sharded(here / "damaged", network(5))
@@ -236,8 +236,8 @@ def shared(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_two_processes_save_and_load_what_is_spread_over_both(shared):
-    """Whole, spread otherwise, on one device; and one process loads what two have saved, and they what one has."""
+def test_two_processes_save_and_load_arrays_spread_over_both(shared):
+    """Loads whole, resharded and on one device; one process loads the network of two, and the reverse."""
     here, results = shared
     for name in ("save", "load whole", "load spread", "load on one device", "load of one process", "save again"):
         assert [result[name] for result in results] == ["done"] * 2, name
@@ -258,7 +258,7 @@ FAILURES = {
 
 
 @pytest.mark.slow
-def test_what_fails_in_one_process_fails_in_all(shared):
+def test_a_failure_in_one_process_is_an_error_in_all(shared):
     _, results = shared
     for name, messages in FAILURES.items():
         for result, message in zip(results, messages, strict=True):
@@ -267,13 +267,13 @@ def test_what_fails_in_one_process_fails_in_all(shared):
 
 
 def plain(seed):
-    """What worker.py saves, as one process has it."""
+    """The network of worker.py in one process."""
     kernel = np.random.default_rng(seed).standard_normal((8, 4)).astype("f4")
     return {"kernel": kernel, "mean": np.arange(4, dtype="f4") + seed, "step": np.int32(seed)}
 
 
-# Imports once, and forks children for every line that it is given: as many processes, which save two networks in turns
-# until they are killed.
+# Imports jaxbn once, and for each line of its input forks that many processes, which save two networks in turns until
+# they are killed.
 SAVER = """
 import os, sys
 import jax, numpy as np
@@ -315,7 +315,7 @@ for line in sys.stdin:
 @pytest.mark.slow
 @pytest.mark.parametrize("processes, kills", [(1, 20), (2, 10)])
 def test_kills_at_random_moments_leave_the_old_network_or_the_new_one(processes, kills, tmp_path):
-    """While they save the one and the other in turns; with two processes, one is killed first, and then the other."""
+    """They save two networks in turns; of two processes, one is killed first, and then the other."""
     rng, left, unfinished = np.random.default_rng(processes), [], 0
     kernels = [np.random.default_rng(seed).standard_normal((200_000, 4)).astype("f4") for seed in range(2)]
     known = {kernel.tobytes(): seed for seed, kernel in enumerate(kernels)}

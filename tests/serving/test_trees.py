@@ -1,4 +1,4 @@
-"""Every tree of arrays that linen and NNX can hold comes back from each kind of file, or is refused by name at save."""
+"""Each tree of arrays of linen and NNX is restored from each kind of file, or rejected by name when it is saved."""
 
 import collections
 import dataclasses
@@ -19,13 +19,13 @@ import jaxbn.serving
 from jaxbn._src.serving.arrays import DTYPES
 
 INFO = jaxbn.Info((), ())
-# Without x64, which other tests have.
+# Without 64-bit dtypes, which other tests cover.
 NARROW = sorted(DTYPES - {"int64", "uint64", "float64", "complex128"})
 KEYS = ["", "a", "kernel", "größe", "a/b", "..", "list", "float32", "0", "__class__"]
 
 
 def leaf(rng, dtypes=NARROW):
-    """Of any dtype, and of no numbers now and then; of NumPy or on a device."""
+    """An array of any dtype, sometimes empty, of NumPy or on a device."""
     dtype = jnp.dtype(str(rng.choice(dtypes)))
     shape = tuple(rng.choice([0, 1, 2, 3], rng.integers(4), p=[0.1, 0.3, 0.3, 0.3]).tolist())
     array = rng.integers(0, 2, shape) if dtype.name in ("bool", "int2", "uint2") else rng.integers(0, 7, shape)
@@ -34,7 +34,7 @@ def leaf(rng, dtypes=NARROW):
 
 
 def tree(rng, depth=3, leaf=leaf):
-    """Dicts, lists, tuples, frozen dicts and None inside of each other, empty ones too."""
+    """Nested dicts, lists, tuples, frozen dicts and None; some are empty."""
     kind = rng.integers(8) if depth else 7
     if kind > 4:
         return leaf(rng) if rng.random() < 0.95 else None
@@ -77,7 +77,7 @@ def test_trees_in_a_folder(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["save", "save_sharded"])
-def test_trees_without_a_number(name, tmp_path):
+def test_trees_without_an_array(name, tmp_path):
     for i, variables in enumerate(
         [{}, {"params": {}, "more": [(), None]}, {"params": {"a": np.ones((0, 3), np.int8)}}]
     ):
@@ -92,7 +92,7 @@ def test_more_trees_in_a_folder(tmp_path):
 
 
 def test_every_dtype_in_a_folder(tmp_path):
-    """Spread over devices, and whole; with values all over."""
+    """Sharded and whole arrays of random bits."""
     bits = np.random.default_rng(0).integers(0, 256, (16, 16), np.uint8)
     arrays = {name: bits.view(name) for name in NARROW if name not in ("bool", "float4_e2m1fn") and name[:3] != "int"}
     arrays |= {name: (bits % 2).astype(name) for name in NARROW if name not in arrays}
@@ -109,7 +109,7 @@ def test_every_dtype_in_a_folder(tmp_path):
 
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 12))])
 def test_trees_in_a_program(seed, tmp_path):
-    """Of the dtypes with which XLA's CPU computes."""
+    """With the dtypes that XLA supports on CPU."""
     plain = "bool int8 int32 uint8 uint16 bfloat16 float16 float32 complex64".split()
     variables = variables_of(seed, lambda rng: leaf(rng, plain))
     call = lambda variables, x: (x * 2, jax.tree.leaves(variables))
@@ -119,7 +119,7 @@ def test_trees_in_a_program(seed, tmp_path):
 
 
 class Lists(nn.Module):
-    """A parameter may be any tree in linen."""
+    """A parameter of linen may be any tree."""
 
     @nn.compact
     def __call__(self, x):
@@ -128,7 +128,7 @@ class Lists(nn.Module):
 
 
 class Variables(nnx.Module):
-    """And a variable in NNX."""
+    """A variable of NNX may be any tree."""
 
     def __init__(self, start=0.0):
         self.weights = nnx.Param([jnp.full((1, 3), start), (jnp.zeros(3), {1: jnp.full((1, 3), 2 * start), 2: {}})])
@@ -185,7 +185,7 @@ REFUSED = {
     "default dict": collections.defaultdict(list, a=ONE),
     "other keys": {(1, 2): ONE},
     "float keys": {0.5: ONE},
-    "truth values as keys": {True: ONE},
+    "booleans as keys": {True: ONE},
     "box": nn.Partitioned(ONE, ("x",)),
     "variable": nnx.Param(ONE),
     "function": print,
@@ -195,7 +195,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("name", ["save", "save_sharded"])
 @pytest.mark.parametrize("node", REFUSED.values(), ids=REFUSED.keys())
-def test_what_would_not_come_back_is_refused_by_name(node, name, tmp_path):
+def test_unsupported_nodes_are_rejected_by_name(node, name, tmp_path):
     frozen = jaxbn.Frozen({"params": {"layer": [{"odd": node}]}}, INFO)
     with pytest.raises(
         TypeError, match="^'params/layer/0/odd' is <class .*; a frozen network holds arrays of numbers with"

@@ -1,4 +1,4 @@
-"""One of the two processes of test_sharded.py: runs every scenario, and writes what came of it."""
+"""One of the two processes of test_sharded.py: runs all scenarios and writes their results."""
 
 import json
 import sys
@@ -26,7 +26,7 @@ def plain(seed):
 
 
 def network(seed):
-    """A kernel that is spread over both processes, a mean that each has on a device of its own, and a number."""
+    """A kernel spread over both processes, a mean that each has on its own device, and a scalar."""
     whole = plain(seed)
     kernel = jax.make_array_from_callback((8, 4), everywhere("x"), whole["kernel"].__getitem__)
     return jaxbn.Frozen({**whole, "kernel": kernel, "mean": jnp.asarray(whole["mean"])}, INFO)
