@@ -558,7 +558,7 @@ def test_linen_models_that_the_steps_cannot_carry():
     (batch,) = make_batches(1)
     with pytest.raises(TypeError, match=r"The call of NoFlag does not take train; it takes \['x'\]. Wrap it"):
         LINEN.steps(NoFlag())
-    with pytest.raises(ValueError, match=r"the model has \['cache'\] too"):
+    with pytest.raises(ValueError, match=r"the model also has \['cache'\]"):
         LINEN.steps(MoreCollections()).init(KEY, batch)
     with pytest.raises(ValueError, match="no statistics of a normalization layer"):
         LINEN.steps(NoNorm()).init(KEY, batch)
