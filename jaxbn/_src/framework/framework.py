@@ -3,9 +3,11 @@
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
+from jaxbn._src.framework.layer_paths import keyed
 from jaxbn._src.framework.layers import LayerKind, Measured, Weights
 from jaxbn._src.framework.mixing import make_mixture
 from jaxbn._src.methods.protocol import NormTransform, State
+from jaxbn._src.numerics.moments import Moments
 
 Call = Callable[[Any, Any], Any]  # (model, batch) -> outputs, written by the user
 Captured = Callable[[Any, Any], tuple[Any, Measured]]  # (model, batch) -> (outputs, what the layers measured)
@@ -56,6 +58,16 @@ def measuring(call: Call, weights: Weights | None, framework: Framework, structu
     """The measurements of one batch as a function of the arrays of the model; the `make` of a `Recipe`."""
     captured = capture_arrays(framework, structure, call, mode, weights)
     return lambda arrays, batch: captured(arrays, batch)[1]
+
+
+def with_moments(captured: Captured) -> Callable[[Any, Any], tuple[Any, dict[str, Moments]]]:
+    """The function that `capture_moments` returns."""
+
+    def run(model: Any, batch: Any) -> tuple[Any, dict[str, Moments]]:
+        outputs, found = captured(model, batch)
+        return outputs, keyed(found.moments, dict(found.kinds))
+
+    return run
 
 
 def adapt(

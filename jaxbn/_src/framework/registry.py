@@ -129,51 +129,27 @@ def register(
 ) -> None:
     """Checks and registers a class of layers; see `jaxbn.linen.register_batch_norm`.
 
-    Args:
-        cls: The class.
-        base: The base class of all modules of the framework.
-        evaluation: The arguments of the call, or fields, with which it evaluates.
-        names: Those of the variables, in the order of `VARIABLES`.
-        fields: Names of fields or values, in the order of `FIELDS`.
-        known: The fields of the class. None: only its instances have them.
-
-    Raises:
-        TypeError: If it is not such a class.
-        ValueError: If there is no such field or argument, or the class is registered in another way.
+    `names` are in the order of `VARIABLES`, `fields` in that of `FIELDS`. `known` are the fields of the class, or None
+    if only its instances have them.
     """
-    registered = _checked(
-        cls, base, evaluation, dict(zip(VARIABLES, names, strict=True)), dict(zip(FIELDS, fields, strict=True)), known
-    )
-    REGISTRY.add(registered)
-
-
-def _checked(
-    cls: Any,
-    base: type,
-    evaluation: Mapping[str, Any],
-    names: Mapping[str, str],
-    fields: Mapping[str, Any],
-    known: Collection[str] | None,
-) -> Registered:
     if not (isinstance(cls, type) and issubclass(cls, base)):
         raise TypeError(f"{cls!r} is no class of layers: give a subclass of {base.__module__}.{base.__name__}.")
-    registered = Registered(cls, dict(evaluation), dict(names), dict(fields))
+    named, held = dict(zip(VARIABLES, names, strict=True)), dict(zip(FIELDS, fields, strict=True))
+    registered = Registered(cls, dict(evaluation), named, held)
     if not evaluation:
         raise ValueError(
             f"evaluation= must say how a call of {cls.__name__} evaluates, such as {{'use_running_average': True}} or "
             f"{{'training': False}}: arguments of its call, or fields."
         )
-    if known is None:
-        return registered
-    both = {*registered.signature.parameters, *known}
+    both = {*registered.signature.parameters, *(known or evaluation)}
     for name in evaluation.keys() - both:
         raise ValueError(f"evaluation= names {name!r}; {cls.__name__} and its call have {sorted(both)}.")
-    for name, given in fields.items():
-        if isinstance(given, str) and given not in known:
+    for name, given in held.items():
+        if known is not None and isinstance(given, str) and given not in known:
             raise ValueError(
                 f"{cls.__name__} has no field {given!r}: pass {name}= the name of the field that holds it, or a value."
             )
-    return registered
+    REGISTRY.add(registered)
 
 
 def _told(registered: Registered) -> str:

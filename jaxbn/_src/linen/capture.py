@@ -17,7 +17,7 @@ import jax
 from flax import nnx
 
 from jaxbn._src import internals as _internals
-from jaxbn._src.framework.layer_paths import keyed
+from jaxbn._src.framework.framework import with_moments
 from jaxbn._src.framework.layers import (
     Layer,
     Measured,
@@ -95,13 +95,7 @@ def capture_moments(
         2.0
     """
     check_mode(mode)
-    capturing = capture(call, mode=mode, weights=weights)
-
-    def captured(variables: Any, batch: Any) -> tuple[Any, dict[str, _moments.Moments]]:
-        outputs, found = capturing(variables, batch)
-        return outputs, keyed(found.moments, dict(found.kinds))
-
-    return captured
+    return with_moments(capture(call, mode=mode, weights=weights))
 
 
 def capture(

@@ -16,8 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxbn._src.framework.framework import Call
-from jaxbn._src.framework.layer_paths import keyed
+from jaxbn._src.framework.framework import Call, with_moments
 from jaxbn._src.framework.layers import (
     Layer,
     Measured,
@@ -80,13 +79,7 @@ def capture_moments(
         2.0
     """
     check_mode(mode)
-    capturing = capture(run_model if call is None else call, mode=mode, weights=weights)
-
-    def captured(model: Any, batch: Any) -> tuple[Any, dict[str, _moments.Moments]]:
-        outputs, found = capturing(model, batch)
-        return outputs, keyed(found.moments, dict(found.kinds))
-
-    return captured
+    return with_moments(capture(run_model if call is None else call, mode=mode, weights=weights))
 
 
 def capture(
