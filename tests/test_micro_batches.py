@@ -282,7 +282,7 @@ def test_moments_that_do_not_fit_are_an_error(host):
     moving, moments = loop.join(loop.params, loop.others), jaxbn.batch_moments(np.ones((4, 6), np.float32))
     with pytest.raises(ValueError, match="'norm_7' is not a normalization layer; there are 'norm_0', 'norm_1'"):
         loop.package.move_averages(moving, {"norm_7": moments}, *loop.momentum)
-    with pytest.raises(ValueError, match=r"features \(6,\), its statistics for \(4,\)"):
+    with pytest.raises(ValueError, match=r"features \(6,\), but its statistics have \(4,\)"):
         loop.package.move_averages(moving, {"norm_0": moments}, *loop.momentum)
 
 

@@ -201,7 +201,7 @@ def test_install_moments_refuses_what_does_not_fit(rng):
     with pytest.raises(ValueError, match="'norm_7' is not a normalization layer; there are 'norm_0', 'norm_1'"):
         jaxbn.linen.install_moments(variables, {"norm_7": moments})
     wrong = jax.tree.map(lambda part: part[:3], moments)
-    with pytest.raises(ValueError, match=r"features \(3,\), its statistics for \(4,\)"):
+    with pytest.raises(ValueError, match=r"features \(3,\), but its statistics have \(4,\)"):
         jaxbn.linen.install_moments(variables, {"norm_0": wrong})
 
 
