@@ -20,10 +20,10 @@ from flax import core, nnx, traverse_util
 from flax.core import meta
 
 from jaxbn._src.linen.capture import set_flags
-from jaxbn._src.linen.modules import STATISTICS
-from jaxbn._src.linen.modules import Norm as LinenNorm
+from jaxbn._src.linen.layers import STATISTICS
+from jaxbn._src.linen.layers import Norm as LinenNorm
 from jaxbn._src.nnx.framework import SAVED
-from jaxbn._src.nnx.modules import Norm
+from jaxbn._src.nnx.layers import Norm
 
 Key = tuple[Any, ...]
 

@@ -33,7 +33,7 @@ from jaxbn._src.framework.method import evaluate, loaded
 from jaxbn._src.framework.mixing import CalledNorm, Mixture
 from jaxbn._src.framework.norm_layer import ForeignLayer, call_arguments, evaluating_method, method_of
 from jaxbn._src.framework.unknown_layers import Touched, name_of
-from jaxbn._src.linen.modules import STATISTICS, Norm
+from jaxbn._src.linen.layers import STATISTICS, Norm
 from jaxbn._src.linen.registry import OWN_LEAVES, REGISTER, as_norm, class_inside, evaluates, is_call, run_bridge
 from jaxbn._src.linen.variables import Call, find_shapes, find_states, states_in, with_leaves, without
 from jaxbn._src.methods.protocol import State

@@ -9,7 +9,7 @@ from flax.core import meta
 from jaxbn._src.framework.conversion import fitting, takes_over
 from jaxbn._src.framework.layers import AFFINE, POPULATION
 from jaxbn._src.framework.registry import REGISTRY
-from jaxbn._src.linen.modules import STATISTICS
+from jaxbn._src.linen.layers import STATISTICS
 from jaxbn._src.linen.variables import check_variables, find_states, keys
 
 # Linen names a layer after its class, so the paths of its variables contain the class.

@@ -25,7 +25,7 @@ from jaxbn._src.inference.fold_report import FoldReport
 from jaxbn._src.inference.fold_tags import called_linear, called_norm, tag_call
 from jaxbn._src.inference.frozen import Frozen
 from jaxbn._src.linen.capture import is_call_of_layer, statistics_of
-from jaxbn._src.linen.modules import STATISTICS
+from jaxbn._src.linen.layers import STATISTICS
 from jaxbn._src.linen.registry import REGISTER, as_norm, class_inside, evaluates, in_flax_names, known, run_bridge
 from jaxbn._src.linen.variables import Call, check_variables, find_shapes, find_states, keys, states_in
 from jaxbn._src.tracing import dataflow as _dataflow

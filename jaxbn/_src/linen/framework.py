@@ -11,7 +11,7 @@ from jaxbn._src.framework.layers import LayerKind
 from jaxbn._src.framework.method import state_of
 from jaxbn._src.framework.registry import REGISTRY
 from jaxbn._src.linen.capture import capture
-from jaxbn._src.linen.modules import STATISTICS
+from jaxbn._src.linen.layers import STATISTICS
 from jaxbn._src.linen.variables import check_variables, find_states, keys, statistics_by_layer
 from jaxbn._src.methods.protocol import NormTransform, State
 

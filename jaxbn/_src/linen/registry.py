@@ -13,7 +13,7 @@ from flax.core import meta
 from jaxbn._src.framework import registry as _registry
 from jaxbn._src.framework.norm_layer import ForeignLayer
 from jaxbn._src.framework.registry import REGISTRY, Registered
-from jaxbn._src.linen.modules import STATISTICS, Norm
+from jaxbn._src.linen.layers import STATISTICS, Norm
 from jaxbn._src.methods.protocol import State
 
 Class = TypeVar("Class", bound=type[nn.Module])

@@ -19,7 +19,7 @@ from jaxbn._src.framework.conversion import as_partial, carried
 from jaxbn._src.framework.selection import is_at_or_below, select
 from jaxbn._src.framework.unknown_layers import Watch
 from jaxbn._src.linen.capture import REPLACED, meets_layer, set_flags, statistics_of, successor_of
-from jaxbn._src.linen.modules import STATISTICS, Norm
+from jaxbn._src.linen.layers import STATISTICS, Norm
 from jaxbn._src.linen.registry import REGISTER, Adapted, as_norm, class_inside, evaluates
 from jaxbn._src.linen.variables import find_states
 

@@ -18,7 +18,7 @@ from jaxbn._src.linen.backward import learn
 from jaxbn._src.linen.capture import is_call_of_layer
 from jaxbn._src.linen.framework import LINEN
 from jaxbn._src.linen.freeze import apply_frozen
-from jaxbn._src.linen.modules import STATISTICS
+from jaxbn._src.linen.layers import STATISTICS
 from jaxbn._src.linen.registry import as_norm
 from jaxbn._src.numerics.collectives import AxisName
 from jaxbn._src.statistics.estimators import Estimator, check_estimator, pooled

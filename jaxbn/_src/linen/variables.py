@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxbn._src.framework.registry import REGISTRY
 from jaxbn._src.framework.selection import natural
 from jaxbn._src.inference.arguments import not_variables
-from jaxbn._src.linen.modules import STATISTICS
+from jaxbn._src.linen.layers import STATISTICS
 from jaxbn._src.methods.batch_norm import BatchNormState
 from jaxbn._src.methods.protocol import State
 

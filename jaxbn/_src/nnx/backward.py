@@ -7,7 +7,7 @@ from jax.typing import ArrayLike
 
 from jaxbn._src.framework.method import learned
 from jaxbn._src.nnx.capture import check_model, is_frozen
-from jaxbn._src.nnx.modules import Norm
+from jaxbn._src.nnx.layers import Norm
 
 
 def update_backward(model: Any, grads: Any, *, loss_scale: ArrayLike = 1.0) -> None:

@@ -36,7 +36,7 @@ from jaxbn._src.framework.unknown_layers import Touched, check
 from jaxbn._src.inference.arguments import not_a_model
 from jaxbn._src.methods.batch_norm import BatchNormState
 from jaxbn._src.methods.protocol import State
-from jaxbn._src.nnx.modules import Norm, load
+from jaxbn._src.nnx.layers import Norm, load
 from jaxbn._src.nnx.others import class_of, find_others, joined, statistics_of
 from jaxbn._src.nnx.registry import REGISTER, as_norm, evaluates, known, run_bridge, set_call, set_class, with_touch
 from jaxbn._src.numerics import moments as _moments

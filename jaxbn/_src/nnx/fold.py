@@ -27,7 +27,7 @@ from jaxbn._src.nnx.capture import (
     select_layers,
     state_of,
 )
-from jaxbn._src.nnx.modules import Norm
+from jaxbn._src.nnx.layers import Norm
 from jaxbn._src.nnx.registry import Adapted, as_norm, has_plain_call, known, set_call, set_class
 from jaxbn._src.tracing import dataflow as _dataflow
 from jaxbn._src.tracing.harvest import over_arrays

@@ -15,7 +15,7 @@ from jaxbn._src.framework.norm_layer import ForeignLayer
 from jaxbn._src.framework.registry import REGISTRY, VARIABLES, Registered
 from jaxbn._src.methods.batch_norm import BatchNormState
 from jaxbn._src.methods.protocol import State
-from jaxbn._src.nnx.modules import Norm
+from jaxbn._src.nnx.layers import Norm
 
 Class = TypeVar("Class", bound=type[nnx.Module])
 

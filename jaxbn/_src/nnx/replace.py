@@ -13,7 +13,7 @@ from jaxbn._src.framework.norm_layer import evaluating_method
 from jaxbn._src.framework.registry import Registered
 from jaxbn._src.nnx.capture import find_layers, select_layers
 from jaxbn._src.nnx.convert import convert_norms
-from jaxbn._src.nnx.modules import Norm
+from jaxbn._src.nnx.layers import Norm
 from jaxbn._src.nnx.registry import Adapted, as_norm, has_plain_call, known, set_class, translation, with_call
 
 Model = TypeVar("Model")

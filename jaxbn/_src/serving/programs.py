@@ -21,7 +21,7 @@ from jaxbn._src.framework.processes import check_unstacked
 from jaxbn._src.inference.frozen import Frozen, Info, make_info, versions
 from jaxbn._src.linen.capture import FROZEN, is_call_of_layer, statistics_of
 from jaxbn._src.linen.freeze import apply_frozen
-from jaxbn._src.linen.modules import STATISTICS
+from jaxbn._src.linen.layers import STATISTICS
 from jaxbn._src.linen.registry import evaluates
 from jaxbn._src.linen.variables import find_states
 from jaxbn._src.methods.protocol import State

@@ -10,7 +10,7 @@ from jaxbn._src.methods.batch_renorm_schedules import RAMP, Schedule
 from jaxbn._src.methods.domain_batch_norm import domain_batch_norm
 from jaxbn._src.methods.ghost_batch_norm import ghost_batch_norm
 from jaxbn._src.methods.moving_average_batch_norm import moving_average_batch_norm
-from jaxbn._src.nnx.modules import Norm
+from jaxbn._src.nnx.layers import Norm
 from jaxbn._src.numerics.averages import Averaging
 
 

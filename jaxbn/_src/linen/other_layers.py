@@ -5,7 +5,7 @@ from typing import Literal
 
 from jax.typing import ArrayLike
 
-from jaxbn._src.linen.modules import Norm
+from jaxbn._src.linen.layers import Norm
 from jaxbn._src.methods.batch_renorm import batch_renorm
 from jaxbn._src.methods.batch_renorm_schedules import RAMP, Schedule
 from jaxbn._src.methods.domain_batch_norm import domain_batch_norm
