@@ -213,7 +213,7 @@ def bind(equation: Equation, values: Sequence[Any]) -> list[Any]:
 
 
 def identity_primitive(name: str, passes: Callable[..., Any], batch: Callable[..., Any], *, multiple: bool) -> Any:
-    """Creates a primitive that returns some of its operands, has the derivative of the identity and costs nothing.
+    """Creates a primitive that returns some of its operands, with the derivative of the identity and no run-time cost.
 
     Args:
         name: The name shown in programs.

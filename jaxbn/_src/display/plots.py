@@ -8,7 +8,7 @@ import numpy as np
 from jaxbn._src.display.tables import names_of
 
 _WIDEST_PATH = 40  # characters
-_WIDTH, _ROW, _ENDS = 11.0, 0.19, 1.7  # inches: of the figure, of a layer, and of what is above and below the rows
+_WIDTH, _ROW, _ENDS = 11.0, 0.19, 1.7  # inches: figure width, height per layer, and margins above and below the rows
 _BLUE, _RED, _LIGHT = "#0072B2", "#D55E00", "#56B4E9"
 
 

@@ -166,7 +166,7 @@ def check_single(path: str, single: ArrayLike, seen: str, name: str | None = Non
     raise ValueError(
         f"{seen} one value per channel of {str(path)!r}: its variance is 0, every output would be the bias. Use larger "
         f"batches; with jaxbn.pooled() several small ones will do, as all their values count together; or pass "
-        f"allow_single_value=True to a layer of jaxbn if this is meant. Nothing was installed."
+        f"allow_single_value=True to a layer of jaxbn if this is intended. No statistics were installed."
     )
 
 

@@ -48,7 +48,9 @@ def agree(attempt: Callable[[], tuple[_Result, Any]]) -> tuple[_Result, list[Any
         raise error
     for process, (failed, _) in enumerate(everything):
         if failed:
-            raise RuntimeError(f"Process {process} failed: {failed.rstrip('.')}. All stop, and nothing was changed.")
+            raise RuntimeError(
+                f"Process {process} failed: {failed.rstrip('.')}. All processes stop, and no model was changed."
+            )
     return result, [told for _, told in everything]  # type: ignore[return-value]  # the attempt succeeded
 
 

@@ -29,8 +29,8 @@ class Touched:
         leaves, structure = jax.tree.flatten(outputs)
         for position, leaf in enumerate(leaves):
             if _internals.is_array_of_jax(leaf):
-                nothing = Moments(*(jnp.zeros((), jnp.float32) for _ in Moments._fields))
-                leaves[position] = _sow.sow(jnp.asarray(leaf), index, nothing, layer=self)
+                empty = Moments(*(jnp.zeros((), jnp.float32) for _ in Moments._fields))
+                leaves[position] = _sow.sow(jnp.asarray(leaf), index, empty, layer=self)
                 break
         return jax.tree.unflatten(structure, leaves)
 

@@ -36,14 +36,14 @@ def tabulate(
     known = dict(info.layers) if info else {}
     rows = {}
     for path in in_order(states, known or kinds):
-        learned = ", ".join(_beside(path, params)) or "-"
+        learned = ", ".join(_learned(path, params)) or "-"
         rows[path] = [str(states[path].mean.size), learned, *_cells(states[path], path, known, kinds)]
     channels = sum(state.mean.size for state in states.values())
     title = f"{len(states)} normalization layer{'s'[: len(states) > 1]}, {channels} channel{'s'[: channels > 1]}"
     return f"{title}\n{table(_COLUMNS, rows)}"
 
 
-def _beside(layer: str, params: Iterable[str]) -> list[str]:
+def _learned(layer: str, params: Iterable[str]) -> list[str]:
     """The names of the parameters of a layer: scale and bias, then those of its method."""
     split = [param.rpartition("/") for param in params]
     names = sorted(name for path, _, name in split if path == layer)

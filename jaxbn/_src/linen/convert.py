@@ -51,10 +51,13 @@ def convert_norms(variables: Any, like: Any) -> dict[str, Any]:
     check_variables(like)
     given, wanted = _flat(variables), _flat(like)
     sources = {_place(path): path for path in given}
+    # Without the class names, `BatchNorm_0` and `BatchRenorm_0` are at the same place.
     if len(sources) < len(given):
-        raise ValueError("Layers of two kinds have the same number beside each other; name the layers in the model.")
+        raise ValueError(
+            "Two layers of different classes have the same number in one module; name the layers in the model."
+        )
     layers = {keys(path) for path in find_states(like)}
-    old, new = _beside(given), _beside(wanted)
+    old, new = _names_by_module(given), _names_by_module(wanted)
     converted = {}
     for path, leaf in wanted.items():
         *layer, name = _place(path)
@@ -91,7 +94,7 @@ def _place(path: tuple[str, ...]) -> tuple[str, ...]:
     return *parents, _SBX.get(name, name) if path[0] == STATISTICS else name
 
 
-def _beside(flat: dict[tuple[str, ...], Any]) -> dict[tuple[str, ...], set[str]]:
+def _names_by_module(flat: dict[tuple[str, ...], Any]) -> dict[tuple[str, ...], set[str]]:
     """The names of the variables of each module."""
     names: dict[tuple[str, ...], set[str]] = {}
     for *module, name in map(_place, flat):
@@ -99,8 +102,8 @@ def _beside(flat: dict[tuple[str, ...], Any]) -> dict[tuple[str, ...], set[str]]
     return names
 
 
-def _is_optional(path: tuple[str, ...], beside: dict[tuple[str, ...], set[str]]) -> bool:
+def _is_optional(path: tuple[str, ...], names: dict[tuple[str, ...], set[str]]) -> bool:
     """Whether it is a variable of a normalization layer that not all methods have."""
     collection, *module, name = _place(path)
-    statistics = beside.get((STATISTICS, *module), set())
+    statistics = names.get((STATISTICS, *module), set())
     return name not in (*POPULATION, *AFFINE) and statistics.issuperset(POPULATION)

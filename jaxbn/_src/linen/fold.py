@@ -170,6 +170,7 @@ def _follow(call: Call, variables: dict[str, Any], example: Any) -> _Found:
     flow = _dataflow.follow(jax.make_jaxpr(run)(inputs, over_arrays(example)))
     values: dict[str, list[_dataflow.Value]] = {}
     leaves, _ = jax.tree.flatten_with_path(inputs)
+    # The inputs of the program are the leaves of the variables, in tree order, and then the example.
     for (names, _), value in zip(leaves, flow.inputs, strict=False):
         values.setdefault("/".join(name.key for name in names[1:-1]), []).append(value)
     return _Found(flow, norms, layers, values)
@@ -227,6 +228,7 @@ def _layer(module: Any, variables: dict[str, dict[str, Any]], *args: Any, **kwar
 
 def _write(variables: dict[str, Any], plan: _fold_plan.Plan, layers: Mapping[str, Layer]) -> dict[str, Any]:
     """The variables with the new kernels and biases, without those of the folded normalizations."""
+    # A folded layer has no variables any more.
     gone = {keys(one.norm) for one in plan.folds}
     flat = flax.traverse_util.flatten_dict(variables)
     kept = {path: leaf for path, leaf in flat.items() if path[1:-1] not in gone}
@@ -251,6 +253,7 @@ def _folded_call(call: Call, plan: _fold_plan.Plan, found: _Found) -> Callable[[
             return _fold_arithmetic.finish(x, residual, gone[path], getattr(layer, "activation", None))
         if is_norm or path not in changed:
             return next_call(*args, **kwargs)
+        # A detached copy: the folded kernel needs a bias, and its map is already applied.
         plain = module.clone(parent=None, use_bias=True, promote_dtype=promote_dtype)
         return plain.apply({"params": module.variables["params"]}, *args, **kwargs)
 

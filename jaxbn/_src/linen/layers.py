@@ -171,17 +171,17 @@ class BatchNorm(Norm):
         momentum: Weight of the OLD running value, in [0, 1); None keeps no running average; or a
             :class:`jaxbn.Averaging`. All but a plain number add the variable `count`.
         epsilon: Added to the variance.
-        dtype: Of the result; None: what input and parameters promote to.
-        param_dtype: Of the parameters.
+        dtype: Dtype of the output; None: the promoted dtype of input and parameters.
+        param_dtype: Dtype of the parameters.
         use_bias: Whether to learn a bias.
         use_scale: Whether to learn a scale.
         bias_init: Initializer of the bias.
         scale_init: Initializer of the scale.
-        axis_name: Axis of a `shard_map`, `pmap` or `vmap` over which the batch is spread; not used in evaluation.
+        axis_name: Axis of a `shard_map`, `pmap` or `vmap` over which the batch is sharded; not used in evaluation.
         axis_index_groups: Groups of devices that share statistics.
         use_fast_variance: See 1.
         force_float32_reductions: See 1.
-        activation: Applied to the result; `jax.nn.relu` and `jax.nn.leaky_relu` cost no memory traffic here.
+        activation: Applied to the output; `jax.nn.relu` and `jax.nn.leaky_relu` cost no memory traffic here.
         allow_single_value: See 3.
         autodiff: See 5.
 

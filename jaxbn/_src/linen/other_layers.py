@@ -25,22 +25,22 @@ class BatchRenorm(Norm):
         axis: Feature axis, or several.
         momentum: Weight of the OLD running value, in [0, 1), or a :class:`jaxbn.Averaging`.
         epsilon: Added to the variance, inside the root; positive.
-        dtype: Of the result; None: what input and parameters promote to.
-        param_dtype: Of the parameters.
+        dtype: Dtype of the output; None: the promoted dtype of input and parameters.
+        param_dtype: Dtype of the parameters.
         use_bias: Whether to learn a bias.
         use_scale: Whether to learn a scale.
         bias_init: Initializer of the bias.
         scale_init: Initializer of the scale.
-        axis_name: Axis of a `shard_map`, `pmap` or `vmap` over which the batch is spread; not used in evaluation.
+        axis_name: Axis of a `shard_map`, `pmap` or `vmap` over which the batch is sharded; not used in evaluation.
         axis_index_groups: Groups of devices that share statistics.
         use_fast_variance: True sums about a shift, False centres first; both are numerically safe.
         force_float32_reductions: Accepted; statistics are float32 anyway.
-        activation: Applied to the result; `jax.nn.relu` and `jax.nn.leaky_relu` cost no memory traffic here.
+        activation: Applied to the output; `jax.nn.relu` and `jax.nn.leaky_relu` cost no memory traffic here.
         allow_single_value: Do not warn about one value per channel in training.
         autodiff: Use JAX's own derivative; forward mode needs it.
         r_max: r lies in [1 / r_max, r_max]: a number, or a function of the training step.
         d_max: d lies in [-d_max, d_max]: a number, or a function of the training step.
-        track_variance: Average the variance, and not its root.
+        track_variance: Average the variance instead of its root.
 
     Example:
         >>> layer = jaxbn.linen.BatchRenorm(use_running_average=False, **jaxbn.renorm_ramp(warmup=500))
@@ -61,7 +61,7 @@ class BatchRenorm(Norm):
 
 
 class GhostBatchNorm(Norm):
-    r"""Ghost batch norm: a large batch is normalized in groups of `ghost_size` samples, whatever the devices.
+    r"""Ghost batch norm: normalizes a large batch in groups of `ghost_size` samples, independent of the devices.
 
     :func:`jaxbn.ghost_batch_norm` describes when to use it and its formulas. The statistics are those of `BatchNorm`.
 
@@ -71,22 +71,22 @@ class GhostBatchNorm(Norm):
         momentum: Weight of the OLD running value, in [0, 1); None keeps none; or a
             :class:`jaxbn.Averaging`.
         epsilon: Added to the variance.
-        dtype: Of the result; None: what input and parameters promote to.
-        param_dtype: Of the parameters.
+        dtype: Dtype of the output; None: the promoted dtype of input and parameters.
+        param_dtype: Dtype of the parameters.
         use_bias: Whether to learn a bias.
         use_scale: Whether to learn a scale.
         bias_init: Initializer of the bias.
         scale_init: Initializer of the scale.
-        axis_name: Axis of a `shard_map`, `pmap` or `vmap` over which the batch is spread; not used in evaluation.
+        axis_name: Axis of a `shard_map`, `pmap` or `vmap` over which the batch is sharded; not used in evaluation.
         axis_index_groups: Must be None.
         use_fast_variance: True sums about a shift, False centres first; both are numerically safe.
         force_float32_reductions: Accepted; statistics are float32 anyway.
-        activation: Applied to the result; `jax.nn.relu` and `jax.nn.leaky_relu` cost no memory traffic here.
+        activation: Applied to the output; `jax.nn.relu` and `jax.nn.leaky_relu` cost no memory traffic here.
         allow_single_value: Accept groups of one value per channel in training.
         autodiff: Use JAX's own derivative; forward mode needs it.
         ghost_size: Samples in a group, over all devices; must be given.
         grouping: `"contiguous"` or `"strided"`.
-        running: What the running variance averages: `"group_mean"` or `"pooled"`.
+        running: The variance that the running average uses: `"group_mean"` or `"pooled"`.
 
     Example:
         >>> layer = jaxbn.linen.GhostBatchNorm(ghost_size=2, use_running_average=False)
@@ -118,21 +118,21 @@ class MovingAverageBatchNorm(Norm):
         axis: Feature axis, or several.
         momentum: Weight of the OLD running value, in [0, 1), or a :class:`jaxbn.Averaging`.
         epsilon: Added to the second moment, inside the root; positive.
-        dtype: Of the result; None: what input and parameters promote to.
-        param_dtype: Of the parameters.
+        dtype: Dtype of the output; None: the promoted dtype of input and parameters.
+        param_dtype: Dtype of the parameters.
         use_bias: Whether to learn a bias.
         use_scale: Must be True.
         bias_init: Initializer of the bias.
         scale_init: Initializer of the scale.
-        axis_name: Axis of a `shard_map`, `pmap` or `vmap` over which the batch is spread; not used in evaluation.
+        axis_name: Axis of a `shard_map`, `pmap` or `vmap` over which the batch is sharded; not used in evaluation.
         axis_index_groups: Groups of devices that share statistics.
         use_fast_variance: True sums about a shift, False centres first; both are numerically safe.
         force_float32_reductions: Accepted; statistics are float32 anyway.
-        activation: Applied to the result.
+        activation: Applied to the output.
         allow_single_value: Accepted; one value per channel is fine here.
         autodiff: Must be False.
         window: Number of batches that are averaged.
-        warmup: Steps with the statistics of the batch alone.
+        warmup: Number of first steps that use batch statistics only.
         r_max: r lies in [1 / r_max, r_max].
 
     Example:
@@ -166,20 +166,20 @@ class DomainBatchNorm(Norm):
         momentum: Weight of the OLD running value, in [0, 1); None keeps no running average; or a
             :class:`jaxbn.Averaging`.
         epsilon: Added to the variance.
-        dtype: Of the result; None: what input and parameters promote to.
-        param_dtype: Of the parameters.
+        dtype: Dtype of the output; None: the promoted dtype of input and parameters.
+        param_dtype: Dtype of the parameters.
         use_bias: Whether to learn a bias.
         use_scale: Whether to learn a scale.
         bias_init: Initializer of the bias.
         scale_init: Initializer of the scale.
-        axis_name: Axis of a `shard_map`, `pmap` or `vmap` over which the batch is spread; not used in evaluation.
+        axis_name: Axis of a `shard_map`, `pmap` or `vmap` over which the batch is sharded; not used in evaluation.
         axis_index_groups: Groups of devices that share statistics.
         use_fast_variance: Accepted; domains are always centred first.
         force_float32_reductions: Accepted; statistics are float32 anyway.
-        activation: Applied to the result; `jax.nn.relu` and `jax.nn.leaky_relu` cost no memory traffic here.
+        activation: Applied to the output; `jax.nn.relu` and `jax.nn.leaky_relu` cost no memory traffic here.
         allow_single_value: Accept one value per channel in training.
         autodiff: Use JAX's own derivative; forward mode needs it.
-        num_domains: How many domains there are, D; statistics are `[D, C]`.
+        num_domains: Number of domains D; statistics are `[D, C]`.
         share_affine: Learn one scale and bias for all domains, `[C]`, instead of one for each, `[D, C]`.
 
     Example:

@@ -206,6 +206,7 @@ def plain_variables(module: Any) -> dict[str, Any]:
 def run_bridge(module: Any, args: Any, kwargs: Any) -> Any:
     """Runs a bridge to NNX, which accepts no variables other than those of its module."""
     mutable = [name for name in module.variables if module.is_mutable_collection(name)]
+    # A detached module has no scope, so random keys and updates are passed explicitly.
     rngs = {name: module.make_rng(name) for name in module.scope.rngs}
     y, updates = module.clone(parent=None).apply(plain_variables(module), *args, **kwargs, rngs=rngs, mutable=mutable)
     for collection, leaves in updates.items():

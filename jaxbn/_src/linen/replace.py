@@ -110,6 +110,7 @@ class _Successor:
         names = {field.name for field in dataclasses.fields(shared)} - {"parent", "name"}
         if isinstance(old, Adapted):  # the flag is passed to the call
             names -= {"use_running_average"} | ({"momentum"} if old.momentum is None else set())
+        # A rewound scope lets the new layer use the variable names that the old one has reserved.
         scope = old.scope.rewound()
         scope.flags = scope.flags.copy({REPLACED: (None, 0)})  # so that it is not replaced again
         return cls(**carried(path, old, names, self.layer.keywords), parent=scope)

@@ -105,6 +105,7 @@ def make_steps(
             raise ValueError(
                 f"The steps support params and {STATISTICS} only; the model also has {other}. Write the loop yourself."
             )
+        # Variables do not name the method of a layer: trace the model once and keep the methods in the state.
         kinds = jax.eval_shape(steps.measure, variables, batch).kinds
         params, stats = variables.get("params", {}), variables[STATISTICS]
         state = TrainState.create(apply_fn=model.apply, params=params, tx=optimizer, batch_stats=stats, kinds=kinds)
@@ -125,6 +126,7 @@ def make_steps(
 
         grads, metrics, batch_stats = gradients(loss_of, state.params, axis_name)
         variables = {"params": state.params, STATISTICS: batch_stats}
+        # Some methods (MABN) learn from the gradient, which is known only after the backward pass.
         batch_stats = learn(variables, grads, dict(state.kinds))[STATISTICS]
         return state.apply_gradients(grads=grads, batch_stats=batch_stats), metrics
 

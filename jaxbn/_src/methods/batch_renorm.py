@@ -71,7 +71,7 @@ def batch_renorm(
 
     Use it if statistics come from 2 to 4 examples, if the examples of a batch resemble each other, and for the critics
     of off-policy reinforcement learning (CrossQ). If a batch holds one class only, use `moving_average_batch_norm`.
-    With 8 and more independent examples it gains nothing, and may cost half a point of accuracy. With one value per
+    With 8 and more independent examples it has no benefit, and may cost half a point of accuracy. With one value per
     channel no gradient flows to x. Published results on ImageNet: Inception-v3, normalized in sets of 4, has 76.5 %
     accuracy, with batch norm 74.2 % (Ioffe 2017, figure 2). The top-1 error of ResNet-50 with 32, 16, 8, 4 and 2
     examples is 23.6, 24.4, 25.3, 26.9, 30.29 %, with batch norm 23.4, 24.3, 25.5, 27.9, 35.22 % (Yan 2020; all but the
@@ -260,6 +260,6 @@ def _check_batch(x: jax.Array, axis: _axes.Axis, values: int, allow_single_value
         warnings.warn(
             f"The input {x.shape} has one value per channel along axis={axis}: its output depends only on "
             f"the averages, and no gradient flows to the layers before. Use a larger batch, synchronize over devices "
-            f"with axis_name=, freeze the layer, or pass allow_single_value=True if this is meant.",
+            f"with axis_name=, freeze the layer, or pass allow_single_value=True if this is intended.",
             stacklevel=4,  # the caller of train
         )

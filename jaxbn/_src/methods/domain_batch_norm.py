@@ -80,7 +80,7 @@ class _MeasureFn(Protocol):
 class DomainNormTransform(NormTransform[NormParams, DomainBatchNormState]):
     """A `NormTransform` whose `train`, `eval` and `measure` take `domain=`."""
 
-    if TYPE_CHECKING:  # the fields are those of NormTransform; type checkers see what they hold here
+    if TYPE_CHECKING:  # the fields are those of NormTransform; type checkers see their types here
 
         @property
         def train(self) -> _TrainFn: ...

@@ -155,6 +155,7 @@ def _follow(call: Call, model: Any, example: Any) -> _Found:
         return over_arrays(call(nnx.merge(graphdef, state), inputs()))
 
     found.flow = _dataflow.follow(jax.make_jaxpr(run)(state, over_arrays(example)))
+    # The inputs of the program are the variables, in the order of the state, and then the example.
     places = (_joined(path) for path, _ in nnx.to_flat_state(state))
     found.values = _values_of(model, dict(zip(places, found.flow.inputs, strict=False)))
     return found
@@ -231,6 +232,7 @@ def _edit(model: Any, plan: _fold_plan.Plan, found: _Found) -> None:
         of_old = getattr(type(norm), "jaxbn_input", None)  # of the layer before `replace`
         input_name = layer.registered.input_name if isinstance(layer, Adapted) else of_old
         left = Folded(found.norms[one.norm].dtypes[1], getattr(norm, "activation", None), input_name)
+        # The object itself changes its class, since several parents may hold references to it.
         set_class(norm, Folded)
         vars(norm).clear()
         vars(norm).update(vars(left))
@@ -239,6 +241,7 @@ def _edit(model: Any, plan: _fold_plan.Plan, found: _Found) -> None:
         layer.kernel = layer.kernel.replace(weights.kernel)
         layer.bias = nnx.Param(weights.bias) if layer.bias is None else layer.bias.replace(weights.bias)
         if isinstance(layer, nnx.Einsum):
+            # Einsum adds a bias if it has a shape for it; the other layers have a flag.
             layer.bias_shape = layer.bias.shape
         else:
             layer.use_bias = True

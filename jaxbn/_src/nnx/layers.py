@@ -85,6 +85,7 @@ class Norm(nnx.Module, NormLayer):  # in this order the layout of objects stays 
         autodiff: bool = False,
         **of_method: Any,
     ):
+        # Hyper-parameters are plain attributes and the transform is built per call: equal models have equal graphdefs.
         arguments = fields_of(self.factory)
         if unknown := sorted(of_method.keys() - arguments.keys()):
             raise TypeError(f"{type(self).__name__} does not take {unknown[0]}=; its method takes {sorted(arguments)}.")
@@ -223,26 +224,26 @@ class BatchNorm(Norm):
     layer. A trace for shapes, as of `jax.eval_shape`, looks like one of `jax.jit`, so it raises as training does.
 
     Args:
-        num_features: Number of features, or their shape where there are several feature axes.
+        num_features: Number of features, or their shape for several feature axes.
         use_running_average: See the call.
         axis: Feature axis, or several.
         momentum: Weight of the OLD running value, in [0, 1); None keeps no running average; or a
             :class:`jaxbn.Averaging`. All but a plain number add the variable `count`.
         epsilon: Added to the variance.
-        dtype: Of the result; None: what input and parameters promote to.
-        param_dtype: Of the parameters.
+        dtype: Dtype of the output; None: the promoted dtype of input and parameters.
+        param_dtype: Dtype of the parameters.
         use_bias: Whether to learn a bias.
         use_scale: Whether to learn a scale.
         bias_init: Initializer of the bias.
         scale_init: Initializer of the scale.
-        axis_name: Axis of a `shard_map`, `pmap` or `vmap` over which the batch is spread; not used in evaluation.
+        axis_name: Axis of a `shard_map`, `pmap` or `vmap` over which the batch is sharded; not used in evaluation.
         axis_index_groups: Groups of devices that share statistics.
         use_fast_variance: True sums about a shift, False centers first; both are numerically safe.
         promote_dtype: Accepted and ignored.
         rngs: Keys for the initializers.
         bias_metadata: Metadata of the variable of the bias.
         scale_metadata: Metadata of the variable of the scale.
-        activation: Applied to the result; `jax.nn.relu` and `jax.nn.leaky_relu` cost no memory traffic here.
+        activation: Applied to the output; `jax.nn.relu` and `jax.nn.leaky_relu` cost no memory traffic here.
         allow_single_value: Accept one value per channel in training.
         autodiff: Use JAX's own derivative; forward mode needs it.
         of_method: Not used here. Layers of other methods take further arguments of their factories.

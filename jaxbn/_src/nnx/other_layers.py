@@ -21,12 +21,12 @@ class BatchRenorm(Norm):
     if a bound depends on it. `nnx.update(new_layer, nnx.state(old_layer))` copies those of a `BatchNorm`.
 
     Args:
-        num_features: Number of features, or their shape where there are several feature axes.
+        num_features: Number of features, or their shape for several feature axes.
         epsilon: Added to the variance, inside the root; positive.
         r_max: r lies in [1 / r_max, r_max]: a number, or a function of the training step.
         d_max: d lies in [-d_max, d_max]: a number, or a function of the training step.
-        track_variance: Average the variance, and not its root.
-        shared: The other arguments of :class:`BatchNorm`, which mean the same here, `rngs` among them. A momentum of
+        track_variance: Average the variance instead of its root.
+        shared: The other arguments of :class:`BatchNorm`, with the same meaning, including `rngs`. A momentum of
             None is an error; `allow_single_value` silences a warning, where it is an error there.
 
     Returns:
@@ -60,16 +60,16 @@ class BatchRenorm(Norm):
 
 
 class GhostBatchNorm(Norm):
-    r"""Ghost batch norm: a large batch is normalized in groups of `ghost_size` samples, whatever the devices.
+    r"""Ghost batch norm: normalizes a large batch in groups of `ghost_size` samples, independent of the devices.
 
     :func:`jaxbn.ghost_batch_norm` describes when to use it and its formulas. The statistics are those of `BatchNorm`.
 
     Args:
-        num_features: Number of features, or their shape where there are several feature axes.
+        num_features: Number of features, or their shape for several feature axes.
         ghost_size: Samples in a group, over all devices.
         grouping: `"contiguous"` or `"strided"`.
-        running: What the running variance averages: `"group_mean"` or `"pooled"`.
-        shared: The other arguments of :class:`BatchNorm`, which mean the same here, `rngs` among them; but for
+        running: The variance that the running average uses: `"group_mean"` or `"pooled"`.
+        shared: The other arguments of :class:`BatchNorm`, with the same meaning, including `rngs`; except
             `axis_index_groups`, which must be None.
 
     Returns:
@@ -101,18 +101,18 @@ class GhostBatchNorm(Norm):
 class MovingAverageBatchNorm(Norm):
     r"""Moving average batch normalization (MABN): statistics of the last batches, for one to four examples.
 
-    When to use it, and what it computes, is in :func:`jaxbn.moving_average_batch_norm`. After each gradient
-    :func:`jaxbn.nnx.update_backward` wants to be called, which `make_steps` does. Kernels before it are to be
-    centralized.
+    :func:`jaxbn.moving_average_batch_norm` describes when to use it and its formulas. Call
+    :func:`jaxbn.nnx.update_backward` after each gradient; `make_steps` does. Use centered kernels in the preceding
+    layers.
 
     Args:
-        num_features: Number of features, or their shape where there are several feature axes.
+        num_features: Number of features, or their shape for several feature axes.
         momentum: Weight of the OLD running value, in [0, 1), or a :class:`jaxbn.Averaging`.
         window: Number of batches that are averaged.
-        warmup: Steps with the statistics of the batch alone.
+        warmup: Number of first steps that use batch statistics only.
         r_max: r lies in [1 / r_max, r_max].
-        shared: The other arguments of :class:`BatchNorm`, which mean the same here, `rngs` among them. `use_scale` must
-            be True and `autodiff` False; one value per channel is fine, whatever `allow_single_value`.
+        shared: The other arguments of :class:`BatchNorm`, with the same meaning, including `rngs`. `use_scale` must
+            be True and `autodiff` False; one value per channel is always accepted.
 
     Returns:
         A module.
@@ -145,15 +145,15 @@ class MovingAverageBatchNorm(Norm):
 class DomainBatchNorm(Norm):
     r"""Batch norm with statistics for each domain: domain-specific, auxiliary (AdvProp) and split batch norm.
 
-    When to use it, what the ids mean for each of these, and what it computes, is in :func:`jaxbn.domain_batch_norm`.
-    The call takes `domain=`, the id of each example, integers `[N]`. `jaxbn.nnx.convert_norms` starts it from a trained
-    `BatchNorm`, each domain with a copy.
+    :func:`jaxbn.domain_batch_norm` describes when to use it, the meaning of the ids, and its formulas. The call takes
+    `domain=`, the id of each example, integers `[N]`. `jaxbn.nnx.convert_norms` initializes it from a trained
+    `BatchNorm`, with a copy for each domain.
 
     Args:
-        num_features: Number of features, or their shape where there are several feature axes.
-        num_domains: How many domains there are, D; statistics are `[D, C]`.
+        num_features: Number of features, or their shape for several feature axes.
+        num_domains: Number of domains D; statistics are `[D, C]`.
         share_affine: Learn one scale and bias for all domains, `[C]`, instead of one for each, `[D, C]`.
-        shared: The other arguments of :class:`BatchNorm`, which mean the same here, `rngs` among them.
+        shared: The other arguments of :class:`BatchNorm`, with the same meaning, including `rngs`.
 
     Returns:
         A module.

@@ -188,6 +188,7 @@ def run_bridge(module: Any, args: Any, kwargs: Any) -> Any:
     before = dict(vars(stand_in))
     y = stand_in(*args, **kwargs)
     for name, value in vars(stand_in).items():
+        # The stand-in ran in place of the module; copy back the variables that its call replaced.
         if value is not before.get(name):
             setattr(module, name, nnx.data(value))
     return y
@@ -233,6 +234,7 @@ def evaluate(module: Any, plain: Callable[..., Any], *args: Any, **kwargs: Any) 
     bound = registered.bind(args, kwargs)
     fields, flags = registered.split_evaluation(lambda name: name not in registered.signature.parameters)
     bound.arguments |= flags
+    # Attributes select the mode of some classes: set them for this call only.
     before = {name: getattr(module, name) for name in fields}
     try:
         vars(module).update(fields)

@@ -113,6 +113,7 @@ def make_steps(
 
         grads, metrics, others = gradients(loss_of, state.params, axis_name)
         net = nnx.merge(training, state.params, others, copy=True)
+        # Some methods (MABN) learn from the gradient, which is known only after the backward pass.
         update_backward(net, grads)
         others = nnx.state(net, _OTHERS)
         return state.apply_gradients(grads=grads, others=others), metrics
@@ -142,6 +143,7 @@ def _reseed(model: nnx.Module, rng: jax.Array | None) -> None:
     """Reseeds each random stream of the model with a different key derived from `rng`; None keeps them."""
     if rng is None:
         return
+    # Sorted, so that the key of a stream does not depend on the order in which modules define streams.
     tags = sorted({node.tag for _, node in nnx.iter_graph(model) if isinstance(node, nnx.RngKey)})
     keys: Any = {tag: jax.random.fold_in(rng, position) for position, tag in enumerate(tags)}
     nnx.reseed(model, policy="match_shape", **keys)
