@@ -64,6 +64,7 @@ def test_evaluation_stays_as_it_is_with_every_method(layer, arguments):
     """The window of MovingAverageBatchNorm starts anew with its counters, whatever the old layer has counted."""
     x, old = normal(6, 4), BatchRenorm(4, use_running_average=True, rngs=nnx.Rngs(0))
     old.mean[...], old.var[...], old.step[...] = jnp.arange(4.0), 1 + jnp.arange(4.0), jnp.float32(7)
+    old.scale[...], old.bias[...] = 2 + jnp.arange(4.0), 3 - jnp.arange(4.0)  # learned, and not those of a new layer
     new = replace(old, functools.partial(layer, **arguments))
     np.testing.assert_allclose(new(x), old(x), rtol=1e-5)
     assert new.epsilon == old.epsilon

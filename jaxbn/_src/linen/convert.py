@@ -1,16 +1,17 @@
 """Conversion of the variables of a linen model to other normalization layers."""
 
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import flax
 from flax.core import meta
 
-from jaxbn._src.framework.conversion import fitting, takes_over
-from jaxbn._src.framework.layers import AFFINE, POPULATION
+from jaxbn._src.framework.conversion import Variable, convert
+from jaxbn._src.framework.layers import POPULATION
 from jaxbn._src.framework.registry import REGISTRY
 from jaxbn._src.linen.layers import STATISTICS
-from jaxbn._src.linen.variables import check_variables, find_states, keys
+from jaxbn._src.linen.variables import check_variables
 
 # Linen names a layer after its class, so the paths of its variables contain the class.
 _CLASS = re.compile(
@@ -49,61 +50,39 @@ def convert_norms(variables: Any, like: Any) -> dict[str, Any]:
     """
     check_variables(variables)
     check_variables(like)
-    given, wanted = _flat(variables), _flat(like)
-    sources = {_place(path): path for path in given}
+    given = list(_variables(variables))
     # Without the class names, `BatchNorm_0` and `BatchRenorm_0` are at the same place.
-    if len(sources) < len(given):
+    if len({variable.place for variable in given}) < len(given):
         raise ValueError(
             "Two layers of different classes have the same number in one module; name the layers in the model."
         )
-    layers = {keys(path) for path in find_states(like)}
-    old, new = _names_by_module(given), _names_by_module(wanted)
-    converted = {}
-    for path, leaf in wanted.items():
-        *layer, name = _place(path)
-        source = sources.pop((*layer, name), None)
-        if source is None and not _is_optional(path, new):
-            raise ValueError(f"{'/'.join(path)!r} of `like` has no counterpart in the variables.")
-        if source is not None and takes_over(name, old[tuple(layer)], new[tuple(layer)]):
-            value = fitting("/".join(path), meta.unbox(given[source]), meta.unbox(leaf), copies=path[1:-1] in layers)
-            leaf = meta.replace_boxed(leaf, value)
-        converted[path] = leaf
-    unused = ["/".join(path) for path in sources.values() if path[0] != STATISTICS or not _is_optional(path, old)]
-    if unused:
-        raise ValueError(f"{', '.join(map(repr, unused))} of the variables have no counterpart in `like`.")
+    values = convert(given, _variables(like), "the variables")
+    flat = flax.traverse_util.flatten_dict(flax.core.unfreeze(like))
+    converted = dict(flat)
+    for path, variable in zip(flat, _variables(like), strict=True):
+        if variable.place in values:
+            converted[path] = meta.replace_boxed(flat[path], values[variable.place])
     return flax.traverse_util.unflatten_dict(converted)
 
 
-def _flat(variables: Any) -> dict[tuple[str, ...], Any]:
-    """The variables by path; those of registered classes under the names of Flax's layer."""
+def _variables(variables: Any) -> Iterator[Variable]:
     flat = flax.traverse_util.flatten_dict(flax.core.unfreeze(variables))
     held: dict[tuple[str, ...], dict[str, list[str]]] = {}
     for collection, *module, name in flat:
         held.setdefault(tuple(module), {}).setdefault(collection, []).append(name)
-    own = {
-        module: {theirs: name for name, theirs in REGISTRY.names_of(by[STATISTICS], by.get("params", ())).items()}
-        for module, by in held.items()
-        if STATISTICS in by
-    }
-    return {(*path[:-1], own.get(path[1:-1], {}).get(path[-1], path[-1])): leaf for path, leaf in flat.items()}
-
-
-def _place(path: tuple[str, ...]) -> tuple[str, ...]:
-    """The path without the class of the layer, and with jaxbn's name of the counter."""
-    *parents, name = (_CLASS.sub("", part) for part in path)
-    return *parents, _SBX.get(name, name) if path[0] == STATISTICS else name
-
-
-def _names_by_module(flat: dict[tuple[str, ...], Any]) -> dict[tuple[str, ...], set[str]]:
-    """The names of the variables of each module."""
-    names: dict[tuple[str, ...], set[str]] = {}
-    for *module, name in map(_place, flat):
-        names.setdefault(tuple(module), set()).add(name)
-    return names
-
-
-def _is_optional(path: tuple[str, ...], names: dict[tuple[str, ...], set[str]]) -> bool:
-    """Whether it is a variable of a normalization layer that not all methods have."""
-    collection, *module, name = _place(path)
-    statistics = names.get((STATISTICS, *module), set())
-    return name not in (*POPULATION, *AFFINE) and statistics.issuperset(POPULATION)
+    for path, leaf in flat.items():
+        collection, *module, name = path
+        beside = held[tuple(module)]
+        statistics = beside.get(STATISTICS, [])
+        own = {theirs: ours for ours, theirs in REGISTRY.names_of(statistics, beside.get("params", ())).items()}
+        in_flax = [_SBX.get(one, one) for one in (own.get(one, one) for one in statistics)]
+        name = own.get(name, name)
+        name = _SBX.get(name, name) if collection == STATISTICS else name
+        yield Variable(
+            path="/".join((*path[:-1], own.get(path[-1], path[-1]))),
+            place=(collection, *(_CLASS.sub("", part) for part in module), name),
+            name=name,
+            statistics=frozenset(in_flax if set(POPULATION) <= set(in_flax) else ()),
+            is_statistic=collection == STATISTICS,
+            value=meta.unbox(leaf),
+        )

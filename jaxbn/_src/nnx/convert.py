@@ -1,12 +1,11 @@
 """Conversion of an NNX model to other normalization layers."""
 
+from collections.abc import Iterator
 from typing import Any
 
-import jax.numpy as jnp
 from flax import nnx
 
-from jaxbn._src.framework.conversion import fitting, takes_over
-from jaxbn._src.framework.layers import AFFINE, POPULATION
+from jaxbn._src.framework.conversion import Variable, convert
 from jaxbn._src.nnx.capture import check_model
 from jaxbn._src.nnx.framework import SAVED
 from jaxbn._src.nnx.registry import known
@@ -40,38 +39,35 @@ def convert_norms(model: Any, like: Any) -> Any:
     check_model(model)
     check_model(like)
     converted = nnx.clone(like)
-    given = _in_flax_names(model)
-    old, new = _statistics(model), _statistics(converted)
+    held = dict(_variables(converted))
+    values = convert((variable for _, variable in _variables(model)), held.values(), "the model as it was")
     for path, variable in nnx.to_flat_state(nnx.state(converted, SAVED)):
-        name, layer, source = "/".join(map(str, path)), path[:-1], given.pop(path, None)
-        if source is None and not _is_optional(path, new):
-            raise ValueError(f"{name!r} of `like` has no counterpart in the model as it was.")
-        if source is not None and takes_over(str(path[-1]), old.get(layer, ()), new.get(layer, ())):
-            given_value, value = jnp.asarray(source[...]), jnp.asarray(variable[...])
-            variable[...] = fitting(name, given_value, value, copies=layer in new)
-    unused = ["/".join(map(str, path)) for path in given if path[-1] not in old.get(path[:-1], set()) - set(POPULATION)]
-    if unused:
-        raise ValueError(f"{', '.join(map(repr, unused))} of the model as it was have no counterpart in `like`.")
+        if held[path].place in values:
+            variable[...] = values[held[path].place]
     return converted
 
 
-def _in_flax_names(model: Any, kind: Any = SAVED) -> dict[tuple[Any, ...], Any]:
-    """The variables by path; those of registered classes under the names of Flax's layer."""
-    layers = {path: registered for path, module in nnx.iter_modules(model) if (registered := known(module))}
-    own: dict[Any, dict[Any, str]] = {
-        path: {theirs: name for name, theirs in layer.names.items()} for path, layer in layers.items()
+def _variables(model: Any) -> Iterator[tuple[tuple[Any, ...], Variable]]:
+    """Each variable by its path."""
+    found = {path: registered for path, module in nnx.iter_modules(model) if (registered := known(module))}
+    layers: dict[Any, dict[Any, str]] = {
+        path: {theirs: ours for ours, theirs in layer.names.items()} for path, layer in found.items()
     }
-    flat = nnx.to_flat_state(nnx.state(model, kind))
-    return {(*path[:-1], own.get(path[:-1], {}).get(path[-1], path[-1])): variable for path, variable in flat}
-
-
-def _statistics(model: Any) -> dict[tuple[Any, ...], set[str]]:
-    """The names of the statistics of each normalization layer, by its path."""
-    paths = list(_in_flax_names(model, nnx.BatchStat))
-    layers = {path[:-1] for path in paths if path[-1] == "var"}
-    return {layer: {str(path[-1]) for path in paths if path[:-1] == layer} for layer in layers}
-
-
-def _is_optional(path: tuple[Any, ...], statistics: dict[tuple[Any, ...], set[str]]) -> bool:
-    """Whether it is a variable of a normalization layer that not all methods have."""
-    return path[:-1] in statistics and path[-1] not in (*POPULATION, *AFFINE)
+    flat = nnx.to_flat_state(nnx.state(model, SAVED))
+    statistics: dict[tuple[Any, ...], set[str]] = {}
+    for path, variable in flat:
+        if path[:-1] in layers and isinstance(variable, nnx.BatchStat):
+            statistics.setdefault(path[:-1], set()).add(str(layers[path[:-1]].get(path[-1], path[-1])))
+    for path, variable in flat:
+        name = str(layers.get(path[:-1], {}).get(path[-1], path[-1]))
+        yield (
+            path,
+            Variable(
+                path="/".join(map(str, (*path[:-1], name))),
+                place=(*path[:-1], name),
+                name=name,
+                statistics=frozenset(statistics.get(path[:-1], ())),
+                is_statistic=isinstance(variable, nnx.BatchStat),
+                value=variable.get_value(),
+            ),
+        )
