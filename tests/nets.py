@@ -66,8 +66,8 @@ class NNXNet(nnx.Module):
         return self.head(x)
 
 
-class Host(NamedTuple):
-    """How the tests speak to one of the hosts."""
+class Framework(NamedTuple):
+    """The functions and layers of one framework, under common names."""
 
     name: str
     package: Any  # of jaxbn
@@ -85,14 +85,14 @@ class Host(NamedTuple):
         return make(net, loss_fn or squared_error, optimizer, inputs=lambda batch: batch["x"], **options)
 
 
-LINEN = Host("linen", jaxbn.linen, jaxbn.linen.BatchNorm, nn.BatchNorm, LinenNet)
-NNX = Host("nnx", jaxbn.nnx, jaxbn.nnx.BatchNorm, nnx.BatchNorm, NNXNet)
-every_host = pytest.mark.parametrize("host", [LINEN, NNX], ids=["linen", "nnx"])
+LINEN = Framework("linen", jaxbn.linen, jaxbn.linen.BatchNorm, nn.BatchNorm, LinenNet)
+NNX = Framework("nnx", jaxbn.nnx, jaxbn.nnx.BatchNorm, nnx.BatchNorm, NNXNet)
+every_framework = pytest.mark.parametrize("framework", [LINEN, NNX], ids=["linen", "nnx"])
 
 
-def started(host, net):
+def started(framework, net):
     """The state of training: linen's variables, or the NNX model itself."""
-    return net if host is NNX else net.init(jax.random.key(0), make_batches(1)[0]["x"], train=True)
+    return net if framework is NNX else net.init(jax.random.key(0), make_batches(1)[0]["x"], train=True)
 
 
 def split(moving):
@@ -126,7 +126,7 @@ def make_batches(count, rows=16, image=()):
 
 
 def params_of(state):
-    """The parameters of a train state, by the names that both hosts share."""
+    """The parameters of a train state, by the names that both frameworks share."""
     return pure(state.params)
 
 
@@ -154,7 +154,7 @@ def assert_same_statistics(found, expected, tolerance=1e-5):
 
 
 def pure(tree):
-    """Nested dicts of arrays, by the names that both hosts share."""
+    """Nested dicts of arrays, by the names that both frameworks share."""
     return nnx.to_pure_dict(tree) if isinstance(tree, nnx.State) else tree
 
 

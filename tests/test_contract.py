@@ -385,7 +385,7 @@ def test_nnx_is_the_core(case, x, dtype):
             getattr(module, name)[...] = leaf
 
     @nnx.jit
-    def host(module, x):
+    def apply(module, x):
         evaluated = module(x, use_running_average=True, **case.where(x))
         return module(x, use_running_average=False, **case.where(x)), module.state, evaluated
 
@@ -394,7 +394,7 @@ def test_nnx_is_the_core(case, x, dtype):
         return *transform.train(params, state, x), transform.eval(params, state, x)
 
     expected = core(params, state, x)
-    found = host(module, x)
+    found = apply(module, x)
     assert_same_operations(found, expected)
     chex.assert_trees_all_equal(module.state, found[1])
 

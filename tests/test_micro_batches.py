@@ -20,7 +20,7 @@ from nets import (
     NNX,
     OPTIMIZER,
     assert_same_statistics,
-    every_host,
+    every_framework,
     make_batches,
     moved,
     pooled_in_float64,
@@ -43,11 +43,11 @@ PARTS = 4
 class Loop:
     """What a loop over micro-batches needs of a network, as pure functions of (params, other variables)."""
 
-    def __init__(self, host, axis_name=None):
-        self.net = host.net(axis_name=axis_name)
-        self.params, self.others, self.join = split(started(host, self.net))
-        self.package = host.package
-        self.momentum = (MOMENTUM,) if host is LINEN else ()  # NNX's layers hold it
+    def __init__(self, framework, axis_name=None):
+        self.net = framework.net(axis_name=axis_name)
+        self.params, self.others, self.join = split(started(framework, self.net))
+        self.package = framework.package
+        self.momentum = (MOMENTUM,) if framework is LINEN else ()  # NNX's layers hold it
 
     def captured(self, call):
         """The call of (state, batch), as a call of (params, other variables, batch) that also returns moments."""
@@ -80,9 +80,9 @@ def expected_averages(others, params, batches):
     return moved(jax.tree.map(np.float64, statistics_of(others)), population)
 
 
-@every_host
-def test_averages_are_updated_once_for_each_step_of_the_optimizer(host):
-    loop, batches = Loop(host), make_batches(2 * PARTS)
+@every_framework
+def test_averages_are_updated_once_for_each_step_of_the_optimizer(framework):
+    loop, batches = Loop(framework), make_batches(2 * PARTS)
     params, others, optimizer = loop.params, loop.others, OPTIMIZER.init(loop.params)
     for micro_batches in (batches[:PARTS], batches[PARTS:]):
         expected = expected_averages(others, params, micro_batches)
@@ -94,10 +94,10 @@ def test_averages_are_updated_once_for_each_step_of_the_optimizer(host):
         assert_same_statistics(statistics_of(others), expected, 1e-6)
 
 
-@every_host
-def test_layers_by_themselves_would_update_once_for_each_micro_batch(host):
+@every_framework
+def test_layers_by_themselves_would_update_once_for_each_micro_batch(framework):
     """And without the variance between the micro-batches: what `move_averages` is for."""
-    loop, micro_batches = Loop(host), make_batches(PARTS)
+    loop, micro_batches = Loop(framework), make_batches(PARTS)
     expected = expected_averages(loop.others, loop.params, micro_batches)
     moving = loop.join(loop.params, loop.others)
     for batch in micro_batches:
@@ -109,10 +109,10 @@ def test_layers_by_themselves_would_update_once_for_each_micro_batch(host):
 
 
 @pytest.mark.sample(every=2)
-@every_host
-def test_micro_batches_of_a_scan_inside_the_call_are_pooled(host):
+@every_framework
+def test_micro_batches_of_a_scan_inside_the_call_are_pooled(framework):
     """One compiled program that accumulates the gradients and hands out the moments of all."""
-    loop, micro_batches = Loop(host), make_batches(PARTS)
+    loop, micro_batches = Loop(framework), make_batches(PARTS)
 
     def accumulate(moving, batches):
         params, others, join = split(moving)
@@ -138,9 +138,9 @@ def test_micro_batches_of_a_scan_inside_the_call_are_pooled(host):
 
 
 @pytest.mark.sample(every=2)
-@every_host
-def test_with_multi_steps_of_optax_the_averages_are_updated_with_the_parameters(host):
-    loop, batches = Loop(host), make_batches(2 * PARTS)
+@every_framework
+def test_with_multi_steps_of_optax_the_averages_are_updated_with_the_parameters(framework):
+    loop, batches = Loop(framework), make_batches(2 * PARTS)
     optimizer = optax.MultiSteps(OPTIMIZER, PARTS)
 
     def step(carry, batch):
@@ -171,10 +171,10 @@ def test_with_multi_steps_of_optax_the_averages_are_updated_with_the_parameters(
 
 
 @pytest.mark.slow
-@every_host
+@every_framework
 @pytest.mark.parametrize("way", ["shard_map", "shard_map unchecked", "pmap"])
-def test_moments_merged_over_devices_are_those_of_one(host, way):
-    loop, micro_batches = Loop(host, AXIS), make_batches(PARTS)
+def test_moments_merged_over_devices_are_those_of_one(framework, way):
+    loop, micro_batches = Loop(framework, AXIS), make_batches(PARTS)
     call = loop.captured(lambda moving, x: train(loop.net, moving, x)[0])
 
     def step(replicated, x):
@@ -195,9 +195,9 @@ AVERAGES = [case for case in CASES if case.arguments.keys() <= {"momentum"} and 
 every_average = pytest.mark.parametrize("case", AVERAGES, ids=lambda case: case.name)
 
 
-def layer_of(host, case):
+def layer_of(framework, case):
     """(state, move), where move(state, moments, **options) is that of the framework."""
-    if host is NNX:
+    if framework is NNX:
         return case.nnx_module(3), jaxbn.nnx.move_averages
     moving = case.linen_module(use_running_average=False).init(jax.random.key(0), jnp.ones((2, 3)))
     momentum = case.arguments.get("momentum", 0.99)
@@ -210,11 +210,11 @@ def state_of(moving):
     return moving["batch_stats"]
 
 
-@every_host
+@every_framework
 @every_average
-def test_every_average_is_updated_as_by_one_large_batch(host, case):
+def test_every_average_is_updated_as_by_one_large_batch(framework, case):
     """By the formula that the layer itself follows, for a batch of all rows."""
-    moving, move = layer_of(host, case)
+    moving, move = layer_of(framework, case)
     expected = jax.tree.map(np.float64, state_of(moving))
     batches = make_batches(3 * PARTS, rows=8)
     for step in range(3):
@@ -227,11 +227,11 @@ def test_every_average_is_updated_as_by_one_large_batch(host, case):
         chex.assert_trees_all_close(state_of(moving), jax.tree.map(np.float32, expected), rtol=2e-6)
 
 
-@every_host
+@every_framework
 @every_average
 @pytest.mark.parametrize("bad", ["nothing seen", np.nan, np.inf], ids=str)
-def test_empty_moments_and_nan_keep_the_state(host, case, bad):
-    moving, move = layer_of(host, case)
+def test_empty_moments_and_nan_keep_the_state(framework, case, bad):
+    moving, move = layer_of(framework, case)
     for batch in make_batches(2):
         good = {"": jaxbn.batch_moments(batch["x"])}
         if bad == "nothing seen":
@@ -244,9 +244,9 @@ def test_empty_moments_and_nan_keep_the_state(host, case, bad):
         assert (state_of(moving)["mean"] != before["mean"]).all()
 
 
-@every_host
-def test_a_horizon_wants_to_know_the_samples(host):
-    moving, move = layer_of(host, next(case for case in AVERAGES if case.name == "batch_norm horizon"))
+@every_framework
+def test_a_horizon_wants_to_know_the_samples(framework):
+    moving, move = layer_of(framework, next(case for case in AVERAGES if case.name == "batch_norm horizon"))
     moments = {"": jaxbn.batch_moments(np.ones((2, 3), np.float32))}
     with pytest.raises(ValueError, match="counts examples, and moments do not contain their number; pass"):
         move(moving, moments)
@@ -264,9 +264,9 @@ def test_layers_without_averages_stay_the_same():
     chex.assert_trees_all_equal(state_of(move(moving, moments)), state_of(moving))
 
 
-@every_host
-def test_what_was_given_is_left_untouched(host):
-    loop = Loop(host)
+@every_framework
+def test_what_was_given_is_left_untouched(framework):
+    loop = Loop(framework)
     moving = loop.join(loop.params, loop.others)
     before = jax.tree.map(np.array, statistics_of(moving))
     moments = {"norm_1": jaxbn.batch_moments(np.full((4, 6), 3.0, np.float32))}
@@ -276,9 +276,9 @@ def test_what_was_given_is_left_untouched(host):
     np.testing.assert_allclose(new["norm_1"]["mean"], np.full(6, 0.3), rtol=1e-6)
 
 
-@every_host
-def test_moments_that_do_not_fit_are_an_error(host):
-    loop = Loop(host)
+@every_framework
+def test_moments_that_do_not_fit_are_an_error(framework):
+    loop = Loop(framework)
     moving, moments = loop.join(loop.params, loop.others), jaxbn.batch_moments(np.ones((4, 6), np.float32))
     with pytest.raises(ValueError, match="'norm_7' is not a normalization layer; there are 'norm_0', 'norm_1'"):
         loop.package.move_averages(moving, {"norm_7": moments}, *loop.momentum)

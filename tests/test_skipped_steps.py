@@ -14,7 +14,7 @@ from meshes import AXIS, DEVICES, gathered, spread
 from nets import (
     LINEN,
     OPTIMIZER,
-    every_host,
+    every_framework,
     make_batches,
     params_of,
     split,
@@ -47,14 +47,14 @@ def test_step_if_wants_equal_structures():
         jaxbn.step_if(True, {"a": jnp.ones(2)}, {"a": jnp.ones(2), "b": jnp.ones(2)})
 
 
-def make_step(host, axis_name=None):
+def make_step(framework, axis_name=None):
     """(state, step), where step(state, scale, batch) -> (state, scale, taken, what the step alone would have made)."""
-    net = host.net(dtype=jnp.float16, axis_name=axis_name)
-    state = host.steps(net, axis_name=axis_name).init(jax.random.key(0), make_batches(1)[0])
-    _, _, join = split(started(host, net))
+    net = framework.net(dtype=jnp.float16, axis_name=axis_name)
+    state = framework.steps(net, axis_name=axis_name).init(jax.random.key(0), make_batches(1)[0])
+    _, _, join = split(started(framework, net))
 
     def others_of(state):
-        return {"batch_stats": state.batch_stats} if host is LINEN else state.others
+        return {"batch_stats": state.batch_stats} if framework is LINEN else state.others
 
     def step(state, scale, batch):
         def loss_of(params):
@@ -63,7 +63,7 @@ def make_step(host, axis_name=None):
 
         gradient = scale.value_and_grad(loss_of, has_aux=True, axis_name=axis_name)
         scale, taken, (_, others), grads = gradient(state.params)
-        new = state.apply_gradients(grads=grads, **(others if host is LINEN else {"others": others}))
+        new = state.apply_gradients(grads=grads, **(others if framework is LINEN else {"others": others}))
         return jaxbn.step_if(taken, new, state), scale, taken, new
 
     return state, step
@@ -74,9 +74,9 @@ def scale_of(value):
 
 
 @pytest.mark.sample(every=2)
-@every_host
-def test_a_step_with_overflowed_gradients_keeps_the_state(host):
-    state, step = make_step(host)
+@every_framework
+def test_a_step_with_overflowed_gradients_keeps_the_state(framework):
+    state, step = make_step(framework)
     step, scale, taken = jax.jit(step), scale_of(2.0**18), []
     for batch in make_batches(8):
         before, was = state, float(scale.scale)
@@ -97,10 +97,10 @@ def test_a_step_with_overflowed_gradients_keeps_the_state(host):
 
 
 @pytest.mark.sample(every=4)
-@every_host
+@every_framework
 @pytest.mark.parametrize("way", ["shard_map unchecked", "pmap"])
-def test_all_devices_skip_where_the_gradients_of_one_overflow(host, way):
-    state, step = make_step(host, AXIS)
+def test_all_devices_skip_where_the_gradients_of_one_overflow(framework, way):
+    state, step = make_step(framework, AXIS)
     (batch,) = make_batches(1)
     # Finite in float32, and not in the float16 of the gradients, on the last device alone.
     bad = {**batch, "y": np.where(np.arange(16) >= 16 - 16 // DEVICES, np.float32(1e7), batch["y"])}

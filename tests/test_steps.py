@@ -26,7 +26,7 @@ from nets import (
     NNX,
     OPTIMIZER,
     assert_same_statistics,
-    every_host,
+    every_framework,
     forward,
     in_float64,
     make_batches,
@@ -59,14 +59,14 @@ def estimate(steps, state, batches):
     return acc
 
 
-def trained(host, kind="ours", *, convs=0, momentum=MOMENTUM):
+def trained(framework, kind="ours", *, convs=0, momentum=MOMENTUM):
     """(steps, batches, state, accumulator) after some steps and a pass on one device."""
-    return _trained(host, kind, convs, momentum)
+    return _trained(framework, kind, convs, momentum)
 
 
 @functools.cache
-def _trained(host, kind, convs, momentum):
-    steps = host.steps(host.net(getattr(host, kind), convs=convs, momentum=momentum))
+def _trained(framework, kind, convs, momentum):
+    steps = framework.steps(framework.net(getattr(framework, kind), convs=convs, momentum=momentum))
     batches = make_batches(4, image=(4, 4) if convs else ())
     state = train(steps, steps.init(KEY, batches[0]), batches)
     return steps, batches, state, estimate(steps, state, batches)
@@ -75,9 +75,9 @@ def _trained(host, kind, convs, momentum):
 # --- Right ----------------------------------------------------------------------------------------------------------
 
 
-@every_host
-def test_the_cycle_follows_the_formula(host):
-    steps, batches, state, acc = trained(host)
+@every_framework
+def test_the_cycle_follows_the_formula(framework):
+    steps, batches, state, acc = trained(framework)
     start = params_of(steps.init(KEY, batches[0]))
     params, averages = trained_in_float64(start, batches)
     chex.assert_trees_all_close(params_of(state), params, rtol=0, atol=1e-6)
@@ -123,13 +123,13 @@ def hand_written_nnx(net, batches):
 
 
 @pytest.mark.sample(every=3)
-@every_host
+@every_framework
 @every_norm
-def test_a_loop_written_by_hand_gives_the_same(host, kind):
+def test_a_loop_written_by_hand_gives_the_same(framework, kind):
     """The same operations, though another program may round them otherwise."""
-    _, batches, state, _ = trained(host, kind, convs=1)
-    by_hand = hand_written_linen if host is LINEN else hand_written_nnx
-    expected = by_hand(host.net(getattr(host, kind), convs=1), batches)
+    _, batches, state, _ = trained(framework, kind, convs=1)
+    by_hand = hand_written_linen if framework is LINEN else hand_written_nnx
+    expected = by_hand(framework.net(getattr(framework, kind), convs=1), batches)
     chex.assert_trees_all_close((params_of(state), statistics_of(state)), expected, rtol=1e-5, atol=1e-5)
 
 
@@ -139,18 +139,20 @@ def rows_first(batches):
 
 
 @pytest.mark.sample(every=3)
-@every_host
+@every_framework
 @pytest.mark.parametrize(
     "kind, way",
     [("ours", "jit"), ("ours", "shard_map")]
     + [pytest.param("ours", way, marks=pytest.mark.slow) for way in ("jit explicit", "shard_map unchecked", "pmap")]
     + [pytest.param("stock", way, marks=pytest.mark.slow) for way in ("jit", "shard_map", "pmap")],
 )
-def test_eight_devices_give_what_one_gives(host, kind, way):
+def test_eight_devices_give_what_one_gives(framework, kind, way):
     """Sums in another order differ in the last digits, and a few steps of training make 1e-6 of that."""
-    steps, batches, state, acc = trained(host, kind, convs=1)
+    steps, batches, state, acc = trained(framework, kind, convs=1)
     axis_name = AXIS if way in NAMED else None
-    spread_steps = host.steps(host.net(getattr(host, kind), convs=1, axis_name=axis_name), axis_name=axis_name)
+    spread_steps = framework.steps(
+        framework.net(getattr(framework, kind), convs=1, axis_name=axis_name), axis_name=axis_name
+    )
 
     def cycle(state, batches):
         batches = jax.tree.map(lambda a: a.swapaxes(0, 1), batches)
@@ -178,11 +180,11 @@ def test_eight_devices_give_what_one_gives(host, kind, way):
 
 
 @pytest.mark.sample(every=2)
-@pytest.mark.parametrize("host, way", [(LINEN, "pmap"), (NNX, "shard_map")], ids=["linen pmap", "nnx shard_map"])
-def test_state_and_accumulator_stay_on_the_devices_from_call_to_call(host, way):
+@pytest.mark.parametrize("framework, way", [(LINEN, "pmap"), (NNX, "shard_map")], ids=["linen pmap", "nnx shard_map"])
+def test_state_and_accumulator_stay_on_the_devices_from_call_to_call(framework, way):
     """The steps mapped one by one, as in a loop, with the state and the accumulator donated."""
-    one_device, batches, state, acc = trained(host)
-    steps = host.steps(host.net(axis_name=AXIS), axis_name=AXIS)
+    one_device, batches, state, acc = trained(framework)
+    steps = framework.steps(framework.net(axis_name=AXIS), axis_name=AXIS)
 
     def mapped(function, **options):
         """The last argument is spread."""
@@ -215,9 +217,9 @@ def test_state_and_accumulator_stay_on_the_devices_from_call_to_call(host, way):
 
 
 @pytest.mark.sample(every=2)
-@every_host
-def test_donated_state_is_deleted_and_frozen_networks_stay_valid(host):
-    steps, batches, *_ = trained(host)
+@every_framework
+def test_donated_state_is_deleted_and_frozen_networks_stay_valid(framework):
+    steps, batches, *_ = trained(framework)
     train_step = jax.jit(steps.train_step, donate_argnums=0)
     postproc_step = jax.jit(steps.postproc_step, donate_argnums=1)
     state, _ = train_step(steps.init(KEY, batches[0]), batches[0])
@@ -250,10 +252,10 @@ def test_the_nnx_model_is_left_untouched():
     np.testing.assert_array_equal(jax.random.key_data(net.dropout.rngs.key[...]), key)
 
 
-@every_host
-def test_one_trace_serves_many_steps(host):
+@every_framework
+def test_one_trace_serves_many_steps(framework):
     """Of states made one after the other, too, and of networks that were frozen one after the other."""
-    steps, batches, *_ = trained(host)
+    steps, batches, *_ = trained(framework)
     chex.clear_trace_counter()  # it counts by the place in the source, which both frameworks share
     train_step, postproc_step, eval_step = (
         jax.jit(chex.assert_max_traces(function, n=1))
@@ -269,9 +271,9 @@ def test_one_trace_serves_many_steps(host):
         eval_step(steps.finalize(state, acc)[0], batches[0])
 
 
-@every_host
-def test_state_and_accumulator_keep_their_types_and_scan(host):
-    steps, batches, expected, expected_acc = trained(host)
+@every_framework
+def test_state_and_accumulator_keep_their_types_and_scan(framework):
+    steps, batches, expected, expected_acc = trained(framework)
     state = steps.init(KEY, batches[0])
     acc = steps.start(state, batches[0])
     types = lambda tree: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, leaf.weak_type), tree)
@@ -285,9 +287,9 @@ def test_state_and_accumulator_keep_their_types_and_scan(host):
     assert metrics["loss"].shape == (4,)
 
 
-@every_host
-def test_metrics_are_the_loss_and_those_of_the_user(host):
-    steps, batches, *_ = trained(host)
+@every_framework
+def test_metrics_are_the_loss_and_those_of_the_user(framework):
+    steps, batches, *_ = trained(framework)
     state = steps.init(KEY, batches[0])
     _, metrics = jax.jit(steps.train_step)(state, batches[0])
     outputs, _ = in_float64(forward)(params_of(state), batches[0]["x"])
@@ -296,10 +298,10 @@ def test_metrics_are_the_loss_and_those_of_the_user(host):
     chex.assert_trees_all_close(metrics, expected, rtol=1e-6)
 
 
-@every_host
-def test_state_is_a_train_state_of_flax_and_is_saved_as_a_whole(host, tmp_path):
-    steps, batches, state, _ = trained(host)
-    assert isinstance(state, train_state.TrainState) and isinstance(state, host.package.TrainState)
+@every_framework
+def test_state_is_a_train_state_of_flax_and_is_saved_as_a_whole(framework, tmp_path):
+    steps, batches, state, _ = trained(framework)
+    assert isinstance(state, train_state.TrainState) and isinstance(state, framework.package.TrainState)
     with orbax.checkpoint.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "state", state)
         checkpointer.wait_until_finished()
@@ -311,15 +313,15 @@ def test_state_is_a_train_state_of_flax_and_is_saved_as_a_whole(host, tmp_path):
 
 
 @functools.cache
-def dropping(host):
+def dropping(framework):
     """(steps, batches, state) with dropout."""
-    steps, batches = host.steps(host.net(rate=0.5)), make_batches(3)
+    steps, batches = framework.steps(framework.net(rate=0.5)), make_batches(3)
     return steps, batches, steps.init(KEY, batches[0])
 
 
-@every_host
-def test_dropout_follows_its_key(host):
-    steps, (batch, *_), state = dropping(host)
+@every_framework
+def test_dropout_follows_its_key(framework):
+    steps, (batch, *_), state = dropping(framework)
     step = jax.jit(steps.train_step)
     (one, _), (same, _), (other, _) = (step(state, batch, rng=jax.random.key(seed)) for seed in (1, 1, 2))
     chex.assert_trees_all_equal(one, same)
@@ -356,11 +358,13 @@ def test_nnx_key_of_a_step_leaves_the_streams_of_the_state():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "host, way", [(LINEN, "pmap"), (NNX, "pmap"), (NNX, "shard_map")], ids=["linen pmap", "nnx pmap", "nnx shard_map"]
+    "framework, way",
+    [(LINEN, "pmap"), (NNX, "pmap"), (NNX, "shard_map")],
+    ids=["linen pmap", "nnx pmap", "nnx shard_map"],
 )
-def test_each_device_may_have_its_own_key(host, way):
+def test_each_device_may_have_its_own_key(framework, way):
     """And the state is the same on all devices, which shard_map and `run` check."""
-    steps, (batch,) = host.steps(host.net(rate=0.5, axis_name=AXIS), axis_name=AXIS), make_batches(1)
+    steps, (batch,) = framework.steps(framework.net(rate=0.5, axis_name=AXIS), axis_name=AXIS), make_batches(1)
 
     def step(replicated, batch):
         state, keys = replicated
@@ -380,9 +384,9 @@ def without_keys(leaf):
     return jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
 
 
-@every_host
-def test_dropout_is_off_in_postproc_and_in_eval(host):
-    steps, batches, state = dropping(host)
+@every_framework
+def test_dropout_is_off_in_postproc_and_in_eval(framework):
+    steps, batches, state = dropping(framework)
     state = train(steps, state, batches, rng=KEY)
     frozen, _ = steps.finalize(state, estimate(steps, state, batches))
     population = pooled_in_float64(params_of(state), [batch["x"] for batch in batches])
@@ -394,9 +398,9 @@ def test_dropout_is_off_in_postproc_and_in_eval(host):
 # --- finalize -------------------------------------------------------------------------------------------------------
 
 
-@every_host
-def test_method_one_is_the_running_averages(host):
-    steps, _, state, _ = trained(host)
+@every_framework
+def test_method_one_is_the_running_averages(framework):
+    steps, _, state, _ = trained(framework)
     frozen, report = steps.finalize(state)
     assert report is None
     chex.assert_trees_all_equal(statistics_of(frozen), statistics_of(state))
@@ -404,7 +408,7 @@ def test_method_one_is_the_running_averages(host):
         assert frozen.info.layer(layer) == jaxbn.LayerInfo("batch_norm", 1e-5, "running averages", None)
 
 
-@every_host
+@every_framework
 @pytest.mark.parametrize(
     "kind, estimator",
     [
@@ -413,15 +417,15 @@ def test_method_one_is_the_running_averages(host):
         pytest.param("ours", jaxbn.moving_average(), id="moving average", marks=pytest.mark.slow),
     ],
 )
-def test_method_two_is_the_pass_of_postproc(host, kind, estimator):
-    _, batches, state, _ = trained(host, kind)
-    steps = host.steps(host.net(getattr(host, kind)), estimator=estimator)
+def test_method_two_is_the_pass_of_postproc(framework, kind, estimator):
+    _, batches, state, _ = trained(framework, kind)
+    steps = framework.steps(framework.net(getattr(framework, kind)), estimator=estimator)
     frozen, report = steps.finalize(state, estimate(steps, state, batches))
-    if host is LINEN:
+    if framework is LINEN:
         call = lambda variables, batch: state.apply_fn(variables, batch["x"], train=False)
         variables, expected = jaxbn.linen.postproc(call, state.variables, batches, estimator=estimator)
     else:
-        net = host.net(getattr(host, kind))
+        net = framework.net(getattr(framework, kind))
         nnx.update(net, state.params, state.others)
         variables, expected = jaxbn.nnx.postproc(net, batches, call=lambda n, b: n(b["x"]), estimator=estimator)
     chex.assert_trees_all_close(statistics_of(frozen), statistics_of(variables), rtol=1e-5, atol=1e-6)
@@ -432,9 +436,9 @@ def test_method_two_is_the_pass_of_postproc(host, kind, estimator):
         assert frozen.info.layer(layer) == jaxbn.LayerInfo("batch_norm", 1e-5, estimator.name, 64.0)
 
 
-@every_host
-def test_without_running_averages_the_statistics_come_from_a_pass(host):
-    steps, batches, state, acc = trained(host, momentum=None)
+@every_framework
+def test_without_running_averages_the_statistics_come_from_a_pass(framework):
+    steps, batches, state, acc = trained(framework, momentum=None)
     assert (statistics_of(state)["norm_0"]["mean"] == 0).all()
     with pytest.raises(ValueError, match="The statistics of 'norm_0' were never estimated"):
         steps.finalize(state)
@@ -442,9 +446,9 @@ def test_without_running_averages_the_statistics_come_from_a_pass(host):
     assert_same_statistics(statistics_of(steps.finalize(state, acc)[0]), population, 2e-6)
 
 
-@every_host
-def test_finalize_refuses_other_objects_than_statistics(host):
-    steps, batches, state, acc = trained(host)
+@every_framework
+def test_finalize_refuses_other_objects_than_statistics(framework):
+    steps, batches, state, acc = trained(framework)
     with pytest.raises(ValueError, match="The statistics of 'norm_0' were never estimated.*[Tt]rain"):
         steps.finalize(steps.init(KEY, batches[0]))
     with pytest.raises(ValueError, match="has seen no batch: call postproc_step"):
@@ -484,16 +488,16 @@ class NNXWithAHead(nnx.Module):
         return x
 
 
-@every_host
-def test_a_layer_that_the_pass_does_not_reach_keeps_its_running_averages(host):
+@every_framework
+def test_a_layer_that_the_pass_does_not_reach_keeps_its_running_averages(framework):
     batches = make_batches(2)
-    steps = host.steps(LinenWithAHead() if host is LINEN else NNXWithAHead())
+    steps = framework.steps(LinenWithAHead() if framework is LINEN else NNXWithAHead())
     state = train(steps, steps.init(KEY, batches[0]), batches)
     frozen, report = steps.finalize(state, estimate(steps, state, batches))
     assert report.not_reached == ("head",)
     assert [frozen.info.layer(layer).estimator for layer in ("norm", "head")] == ["pooled", "running averages"]
-    leaf = frozen.variables["batch_stats"] if host is LINEN else frozen.variables
-    moving = state.batch_stats if host is LINEN else nnx.to_pure_dict(state.others)
+    leaf = frozen.variables["batch_stats"] if framework is LINEN else frozen.variables
+    moving = state.batch_stats if framework is LINEN else nnx.to_pure_dict(state.others)
     chex.assert_trees_all_equal(leaf["head"]["var"], moving["head"]["var"])
     assert (leaf["norm"]["var"] != moving["norm"]["var"]).all()
 
@@ -501,33 +505,33 @@ def test_a_layer_that_the_pass_does_not_reach_keeps_its_running_averages(host):
 # --- eval_step ------------------------------------------------------------------------------------------------------
 
 
-@every_host
+@every_framework
 @every_norm
-def test_eval_step_is_the_model_in_evaluation_to_the_last_bit(host, kind):
-    steps, batches, state, acc = trained(host, kind)
+def test_eval_step_is_the_model_in_evaluation_to_the_last_bit(framework, kind):
+    steps, batches, state, acc = trained(framework, kind)
     frozen, _ = steps.finalize(state, acc)
-    net = host.net(getattr(host, kind))
-    if host is NNX:
+    net = framework.net(getattr(framework, kind))
+    if framework is NNX:
         net.eval()
         nnx.update(net, state.params, state.others)
         for layer, statistics in statistics_of(frozen).items():
             nnx.update(getattr(net, layer), statistics)
     for batch in (batches[0], jax.tree.map(lambda a: a[:1], batches[0])):
-        if host is LINEN:
+        if framework is LINEN:
             expected = jax.jit(lambda variables, x: net.apply(variables, x, train=False))(frozen.variables, batch["x"])
         else:
             expected = nnx.jit(lambda net, x: net(x))(net, batch["x"])
         np.testing.assert_array_equal(jax.jit(steps.eval_step)(frozen, batch), expected)
 
 
-@every_host
-def test_eval_step_takes_a_frozen_network_alone(host):
-    steps, batches, state, _ = trained(host)
+@every_framework
+def test_eval_step_takes_a_frozen_network_alone(framework):
+    steps, batches, state, _ = trained(framework)
     frozen, _ = steps.finalize(state)
     for other in (state, frozen.variables, None):
         with pytest.raises(TypeError, match="Expected a jaxbn.Frozen, made by"):
             steps.eval_step(other, batches[0])
-    elsewhere = host.steps(host.net(epsilon=1e-3))
+    elsewhere = framework.steps(framework.net(epsilon=1e-3))
     with pytest.raises(ValueError, match="'norm_.' was frozen with epsilon=1e-05, but the model has epsilon=0.001"):
         elsewhere.eval_step(frozen, batches[0])
 
@@ -569,15 +573,15 @@ def test_nnx_model_without_normalization():
         NNX.steps(nnx.Linear(3, 1, rngs=nnx.Rngs(0)))
 
 
-@every_host
+@every_framework
 @every_norm
 @pytest.mark.parametrize("axis_name", [None, "others"])
-def test_layers_that_do_not_synchronize_are_an_error(host, kind, axis_name):
+def test_layers_that_do_not_synchronize_are_an_error(framework, kind, axis_name):
     """Their averages would differ from device to device; linen's layers are met when they run."""
     (batch,) = make_batches(1)
 
     def train():
-        steps = host.steps(host.net(getattr(host, kind), axis_name=axis_name), axis_name=AXIS)
+        steps = framework.steps(framework.net(getattr(framework, kind), axis_name=axis_name), axis_name=AXIS)
         return run("pmap", lambda state, batch: (steps.train_step(state, batch), ()), steps.init(KEY, batch), batch)
 
     with pytest.raises(ValueError, match=f"'norm_0' would keep .* it has axis_name={axis_name!r}. Give the layer"):
@@ -585,10 +589,10 @@ def test_layers_that_do_not_synchronize_are_an_error(host, kind, axis_name):
 
 
 @pytest.mark.sample(every=2)
-@pytest.mark.parametrize("host, way", [(LINEN, "pmap"), (NNX, "shard_map")], ids=["linen pmap", "nnx shard_map"])
-def test_a_pass_merges_the_moments_of_unsynchronized_layers(host, way):
+@pytest.mark.parametrize("framework, way", [(LINEN, "pmap"), (NNX, "shard_map")], ids=["linen pmap", "nnx shard_map"])
+def test_a_pass_merges_the_moments_of_unsynchronized_layers(framework, way):
     """Layers that keep no averages may normalize with the rows of their own device."""
-    steps, (batch,) = host.steps(host.net(momentum=None), axis_name=AXIS), make_batches(1, rows=32)
+    steps, (batch,) = framework.steps(framework.net(momentum=None), axis_name=AXIS), make_batches(1, rows=32)
 
     def cycle(state, batch):
         state, _ = steps.train_step(state, batch)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from faults import FAULTS, functions, make_case
 from flax import nnx
-from nets import LINEN, every_host, started
+from nets import LINEN, every_framework, started
 from scipy import stats
 
 import jaxbn
@@ -55,16 +55,16 @@ def test_values_of_one_image_do_not_count_as_independent():
 
 
 @pytest.mark.sample(every=3)
-@every_host
+@every_framework
 @pytest.mark.parametrize("masked", [False, True], ids=["", "weighted"])
-def test_numbers_are_those_of_numpy(host, masked, rng):
+def test_numbers_are_those_of_numpy(framework, masked, rng):
     """For the first layer, whose input does not depend on statistics; a weight of 0 is like removing an example."""
-    net = host.net(host.stock)
-    moving = started(host, net)
+    net = framework.net(framework.stock)
+    moving = started(framework, net)
     rows = (1 + 2 * rng.standard_normal((12, 9, 3)) + rng.standard_normal((12, 1, 1))).astype(np.float32)
     batches = [{"x": x, "w": np.arange(9) < 9 - 2 * masked} for x in rows]
     options = {"r_max": 1.2, "d_max": 0.4, "weights": (lambda batch: batch["w"]) if masked else None}
-    if host is LINEN:
+    if framework is LINEN:
         params = moving["params"]
         found = jaxbn.linen.diagnose(lambda v, batch: net.apply(v, batch["x"], False), moving, batches, **options)
     else:
@@ -205,16 +205,16 @@ def test_text_dict_and_picture_of_small_and_large_networks(tmp_path):
 
 
 @pytest.mark.sample(every=2)
-@every_host
-def test_batches_that_do_not_say_which_axis_is_that_of_the_examples(host, rng):
+@every_framework
+def test_batches_that_do_not_say_which_axis_is_that_of_the_examples(framework, rng):
     """Numbers that need the examples are NaN if all batches lack them; the others are as usual."""
-    net = host.net(host.stock)
-    moving = started(host, net)
+    net = framework.net(framework.stock)
+    moving = started(framework, net)
     rows = rng.standard_normal((4, 8, 3)).astype(np.float32)
 
     def diagnose(weights):
         batches = [{"x": x, "of classes": np.ones(n, np.float32)} for x, n in zip(rows, weights, strict=True)]
-        if host is LINEN:
+        if framework is LINEN:
             return jaxbn.linen.diagnose(lambda v, batch: net.apply(v, batch["x"], False), moving, batches)
         return jaxbn.nnx.diagnose(net, batches, call=lambda model, batch: model(batch["x"]))
 

@@ -39,7 +39,7 @@ def test_every_program_is_made(overhead, capsys, monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
-def test_both_hosts_make_the_same_network(overhead):
+def test_both_frameworks_make_the_same_network(overhead):
     """They have the same number of parameters and the same output shape."""
     sizes = {
         name: [sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in overhead.programs_of(norm, 2)["step"][1]]
@@ -59,7 +59,7 @@ def test_equations_are_counted_inside_of_others_too(overhead):
     assert overhead.count_equations(jax.make_jaxpr(outer)(1.0)) == 7
 
 
-def test_numbers_are_multiples_of_flax_of_the_same_host(overhead):
+def test_numbers_are_multiples_of_flax_of_the_same_framework(overhead):
     found = {(what, name): np.full(3, 1.0 + i) for i, name in enumerate(overhead.NORMS) for what in overhead.WHAT}
 
     rows = list(overhead.rows(found, overhead.show_seconds))

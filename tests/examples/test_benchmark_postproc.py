@@ -106,7 +106,7 @@ def jaxbn_parameters(benchmark, shape):
     return sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
 
 
-def test_the_networks_of_both_hosts_are_the_same(benchmark):
+def test_the_networks_of_both_frameworks_are_the_same(benchmark):
     model = nnx.eval_shape(lambda: benchmark.NnxNet(nnx.BatchNorm, (16, 3), nnx.Rngs(0)))
 
     parameters = jax.tree.leaves(nnx.state(model, nnx.Param))

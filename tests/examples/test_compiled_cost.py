@@ -66,7 +66,7 @@ def test_a_layer_on_a_gpu(h100, what, flax, most):
 
 
 @pytest.mark.parametrize("what", ["layer", "layer-relu", "layer-residual"])
-def test_both_hosts_cost_the_same(h100, what):
+def test_both_frameworks_cost_the_same(h100, what):
     for form in ["jaxbn"] if what == "layer" else ["jaxbn", "fused"]:
         assert h100(what, form) == h100(what, f"{form}-nnx")
 

@@ -103,7 +103,7 @@ def test_other_stages_make_resnet_101(resnet, api):
 
 
 @pytest.mark.slow
-def test_both_hosts_make_the_same_network(resnet):
+def test_both_frameworks_make_the_same_network(resnet):
     options = {"stages": (2, 1), "num_classes": 5, "width": 4, "dtype": jnp.float32}
     x = jax.random.normal(jax.random.key(0), (4, 32, 32, 3))
     model = resnet.NnxResNet(**options, rngs=nnx.Rngs(0))

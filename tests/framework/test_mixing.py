@@ -1,4 +1,4 @@
-"""Mixed statistics in evaluation: the formulas in float64, every method in both hosts, and whole models."""
+"""Mixed statistics in evaluation: the formulas in float64, every method in both frameworks, and whole models."""
 
 import math
 
@@ -19,10 +19,10 @@ import jaxbn.nnx
 N, SPACE, C = 16, 3, 4
 PARAMS = {"scale": np.array([0.5, 1.0, 1.5, 2.0]), "bias": np.array([0.0, -1.0, 0.5, 1.0])}
 METHODS = {case.factory: case for case in reversed(CASES) if not case.arguments.get("share_affine")}
-HOSTS = {"linen": jaxbn.linen, "nnx": jaxbn.nnx}
+FRAMEWORKS = {"linen": jaxbn.linen, "nnx": jaxbn.nnx}
 
 every_method = pytest.mark.parametrize("case", METHODS.values(), ids=lambda case: case.factory.__name__)
-every_host = pytest.mark.parametrize("host", HOSTS)
+every_framework = pytest.mark.parametrize("framework", FRAMEWORKS)
 every_rule = pytest.mark.parametrize("rule", ["linear", "raw"])
 
 
@@ -41,8 +41,8 @@ def mixed(rule, b, stored, found):
     return {"mean": mean, "var": var + (rule == "raw") * b * (1 - b) * (stored["mean"] - found["mean"]) ** 2}
 
 
-def layer_of(case, host):
-    """(adapted and evaluated as the hosts make them, params, state): calls of one layer that has been somewhere."""
+def layer_of(case, framework):
+    """(adapted and evaluated as the frameworks do it, params, state): calls of one layer with changed variables."""
     transform = case.transform()
     params, state = transform.init(C)
     params = jax.tree.map(lambda p, v: jnp.broadcast_to(jnp.float32(v), p.shape), params, jaxbn.NormParams(**PARAMS))
@@ -50,7 +50,7 @@ def layer_of(case, host):
     mean = state.mean if centred else state.mean + 0.5 + jnp.arange(state.mean.size).reshape(state.mean.shape) / 8
     state = state._replace(mean=mean, var=state.var * 1.5)
     leaves = [{k: v for k, v in part._asdict().items() if v is not None} for part in (params, state)]
-    if host == "linen":
+    if framework == "linen":
         net, variables = case.linen_module(), dict(zip(("params", "batch_stats"), leaves, strict=True))
 
         def call(variables, x):
@@ -71,8 +71,8 @@ def rows(x):
     return np.float64(x).reshape(-1, C)
 
 
-def compiled(host, call):
-    return jax.jit(call) if host == "linen" else nnx.jit(call)
+def compiled(framework, call):
+    return jax.jit(call) if framework == "linen" else nnx.jit(call)
 
 
 # --- The formulas -----------------------------------------------------------------------------------------------------
@@ -112,21 +112,21 @@ def test_what_weighs_nothing_may_be_anything():
         jaxbn.mix(state, batch, 0.5, rule="mean")
 
 
-# --- Every method, in both hosts --------------------------------------------------------------------------------------
+# --- Every method, in both frameworks
 
 
 @pytest.mark.sample(every=3)
-@every_host
+@every_framework
 @every_method
-def test_a_prior_count_follows_the_formula(case, host):
+def test_a_prior_count_follows_the_formula(case, framework):
     """The batch's own statistics are those that a pass over it would install; n counts examples, by domain."""
-    call, model, params, state = layer_of(case, host)
+    call, model, params, state = layer_of(case, framework)
     x = images()
     batch = case.postproc(as_arrays(state), rows(x))
     ids = case.where(x).get("domain")
     n = N if ids is None else np.bincount(ids, minlength=3)[:, None]
-    adapt = HOSTS[host].adapt
-    found = compiled(host, lambda m, x: [adapt(call, prior_count=5, rule=rule)(m, x) for rule in (None, "raw")])(
+    adapt = FRAMEWORKS[framework].adapt
+    found = compiled(framework, lambda m, x: [adapt(call, prior_count=5, rule=rule)(m, x) for rule in (None, "raw")])(
         model, x
     )
     for y, rule in zip(found, ("linear", "raw"), strict=True):
@@ -136,13 +136,13 @@ def test_a_prior_count_follows_the_formula(case, host):
 
 
 @pytest.mark.sample(every=3)
-@every_host
+@every_framework
 @every_method
-def test_an_example_weighs_in_its_own_statistics(case, host):
-    call, model, params, state = layer_of(case, host)
+def test_an_example_weighs_in_its_own_statistics(case, framework):
+    call, model, params, state = layer_of(case, framework)
     x, stored = images(), as_arrays(state)
-    adapted = HOSTS[host].adapt(call, example_weight=0.3)
-    y = compiled(host, adapted)(model, x)
+    adapted = FRAMEWORKS[framework].adapt(call, example_weight=0.3)
+    y = compiled(framework, adapted)(model, x)
     for i in range(N):
         own = rows(x[i])
         if "domain" in case.where(x):
@@ -156,11 +156,11 @@ def test_an_example_weighs_in_its_own_statistics(case, host):
 
 
 @pytest.mark.sample(every=3)
-@every_host
+@every_framework
 @every_method
-def test_the_ends_are_evaluation_and_the_statistics_of_the_batch(case, host):
-    call, model, _, _ = layer_of(case, host)
-    package, x = HOSTS[host], images()
+def test_the_ends_are_evaluation_and_the_statistics_of_the_batch(case, framework):
+    call, model, _, _ = layer_of(case, framework)
+    package, x = FRAMEWORKS[framework], images()
 
     def ends(model, x):
         evaluated = [package.adapt(call, **given)(model, x) for given in ({"prior_count": math.inf},
@@ -168,13 +168,13 @@ def test_the_ends_are_evaluation_and_the_statistics_of_the_batch(case, host):
         of_batch = [package.adapt(call, prior_count=0, rule=rule)(model, x) for rule in ("linear", "raw")]
         return evaluated, call(model, x), of_batch, package.capture_moments(call)(model, x)[0]
 
-    before = jax.tree.map(np.asarray, nnx.state(model) if host == "nnx" else model)
-    evaluated, expected, of_batch, captured = compiled(host, ends)(model, x)
+    before = jax.tree.map(np.asarray, nnx.state(model) if framework == "nnx" else model)
+    evaluated, expected, of_batch, captured = compiled(framework, ends)(model, x)
     for y in evaluated:
         np.testing.assert_allclose(y, expected, rtol=1e-6, atol=1e-6)
     for y in of_batch:
         np.testing.assert_allclose(y, captured, rtol=1e-6, atol=1e-6)
-    chex.assert_trees_all_equal(before, jax.tree.map(np.asarray, nnx.state(model) if host == "nnx" else model))
+    chex.assert_trees_all_equal(before, jax.tree.map(np.asarray, nnx.state(model) if framework == "nnx" else model))
 
 
 # --- Whole models, stock layers ---------------------------------------------------------------------------------------
@@ -309,6 +309,6 @@ def test_frozen_layers_keep_their_statistics():
     ],
 )
 def test_numbers_that_make_no_sense_are_errors(given, message):
-    for host in HOSTS.values():
+    for framework in FRAMEWORKS.values():
         with pytest.raises(ValueError, match=message):
-            host.adapt(lambda model, batch: batch, **given)
+            framework.adapt(lambda model, batch: batch, **given)

@@ -137,12 +137,12 @@ class NNX:
 
 
 class Made(NamedTuple):
-    host: Any
+    framework: Any
     norm: Any
 
 
 every_network = pytest.mark.parametrize(
-    "host, norm",
+    "framework, norm",
     [
         Made(Linen, nn.BatchNorm),
         Made(Linen, jaxbn.linen.BatchNorm),
@@ -152,28 +152,28 @@ every_network = pytest.mark.parametrize(
     ids=["linen stock", "linen jaxbn", "nnx stock", "nnx jaxbn"],
 )
 our_networks = pytest.mark.parametrize(
-    "host, norm", [Made(Linen, jaxbn.linen.BatchNorm), Made(NNX, jaxbn.nnx.BatchNorm)], ids=["linen", "nnx"]
+    "framework, norm", [Made(Linen, jaxbn.linen.BatchNorm), Made(NNX, jaxbn.nnx.BatchNorm)], ids=["linen", "nnx"]
 )
 
 
 @functools.cache  # what is tested leaves them untouched
-def started(host, norm):
-    return host.started(norm)
+def started(framework, norm):
+    return framework.started(norm)
 
 
 @functools.cache
-def trained(host, norm):
+def trained(framework, norm):
     """A network after a few updates of the running averages."""
-    network = started(host, norm)
+    network = started(framework, norm)
     for x in BATCHES:
-        network = host.train(norm, network, x)
+        network = framework.train(norm, network, x)
     return network
 
 
 @functools.cache
-def estimated(host, norm, *, begin=started, count=2, upto=2, estimator=POOLED):
+def estimated(framework, norm, *, begin=started, count=2, upto=2, estimator=POOLED):
     """The result of a pass over some of the batches, which reaches some of the layers."""
-    return host.estimated(norm, begin(host, norm), BATCHES[:count], upto, estimator)
+    return framework.estimated(norm, begin(framework, norm), BATCHES[:count], upto, estimator)
 
 
 # --- The frozen network -----------------------------------------------------------------------------------------------
@@ -181,22 +181,24 @@ def estimated(host, norm, *, begin=started, count=2, upto=2, estimator=POOLED):
 
 @pytest.mark.sample(every=2)
 @every_network
-def test_running_averages_are_frozen_as_they_are(host, norm):
-    network = trained(host, norm)
-    before = host.leaves(network)
-    frozen = host.package.freeze(network)
+def test_running_averages_are_frozen_as_they_are(framework, norm):
+    network = trained(framework, norm)
+    before = framework.leaves(network)
+    frozen = framework.package.freeze(network)
     assert isinstance(frozen, jaxbn.Frozen) and type(frozen.variables) is dict
-    chex.assert_trees_all_equal(host.leaves(frozen.variables), before, strict=True)
-    chex.assert_trees_all_equal(host.leaves(network), before, strict=True)
-    np.testing.assert_array_equal(host.evaluate(norm, frozen, BATCHES[0]), host.evaluate(norm, network, BATCHES[0]))
+    chex.assert_trees_all_equal(framework.leaves(frozen.variables), before, strict=True)
+    chex.assert_trees_all_equal(framework.leaves(network), before, strict=True)
+    np.testing.assert_array_equal(
+        framework.evaluate(norm, frozen, BATCHES[0]), framework.evaluate(norm, network, BATCHES[0])
+    )
     for path, epsilon in EPSILONS.items():
         # An NNX model records the methods of its layers; the variables of linen do not.
-        kind = (None, None) if host is Linen else ("batch_norm", epsilon)
+        kind = (None, None) if framework is Linen else ("batch_norm", epsilon)
         assert frozen.info.layer(path) == jaxbn.LayerInfo(*kind, estimator="as given", rows=None)
 
 
 every_estimator = pytest.mark.parametrize(
-    "host, norm, estimator",
+    "framework, norm, estimator",
     [
         (Linen, nn.BatchNorm, POOLED),
         (Linen, jaxbn.linen.BatchNorm, MEAN),
@@ -209,13 +211,15 @@ every_estimator = pytest.mark.parametrize(
 
 @pytest.mark.sample(every=2)
 @every_estimator
-def test_statistics_of_a_pass_are_frozen_with_their_information(host, norm, estimator):
-    network, report = estimated(host, norm, estimator=estimator)
-    before = host.leaves(network)
-    frozen = host.package.freeze(network, report)
-    chex.assert_trees_all_equal(host.leaves(frozen.variables), before, strict=True)
-    chex.assert_trees_all_equal(host.leaves(network), before, strict=True)
-    np.testing.assert_array_equal(host.evaluate(norm, frozen, BATCHES[0]), host.evaluate(norm, network, BATCHES[0]))
+def test_statistics_of_a_pass_are_frozen_with_their_information(framework, norm, estimator):
+    network, report = estimated(framework, norm, estimator=estimator)
+    before = framework.leaves(network)
+    frozen = framework.package.freeze(network, report)
+    chex.assert_trees_all_equal(framework.leaves(frozen.variables), before, strict=True)
+    chex.assert_trees_all_equal(framework.leaves(network), before, strict=True)
+    np.testing.assert_array_equal(
+        framework.evaluate(norm, frozen, BATCHES[0]), framework.evaluate(norm, network, BATCHES[0])
+    )
     expected = {path: jaxbn.LayerInfo("batch_norm", e, estimator.name, 20.0) for path, e in EPSILONS.items()}
     assert dict(frozen.info.layers) == expected
     versions = dict(frozen.info.versions)
@@ -224,9 +228,9 @@ def test_statistics_of_a_pass_are_frozen_with_their_information(host, norm, esti
 
 
 @our_networks
-def test_a_frozen_network_is_a_pytree_whose_info_is_static(host, norm):
-    network, report = estimated(host, norm)
-    frozen, again = host.package.freeze(network, report), host.package.freeze(network, report)
+def test_a_frozen_network_is_a_pytree_whose_info_is_static(framework, norm):
+    network, report = estimated(framework, norm)
+    frozen, again = framework.package.freeze(network, report), framework.package.freeze(network, report)
     other = jaxbn.Frozen(frozen.variables, frozen.info._replace(versions=()))
     assert hash(frozen.info) == hash(again.info)
     assert jax.tree.structure(frozen) == jax.tree.structure(again) != jax.tree.structure(other)
@@ -248,11 +252,11 @@ def test_a_frozen_network_is_a_pytree_whose_info_is_static(host, norm):
 
 
 @every_network
-def test_layers_that_a_pass_did_not_reach_keep_their_running_averages(host, norm):
-    network, report = estimated(host, norm, begin=trained, upto=1)
-    info = host.package.freeze(network, report).info
+def test_layers_that_a_pass_did_not_reach_keep_their_running_averages(framework, norm):
+    network, report = estimated(framework, norm, begin=trained, upto=1)
+    info = framework.package.freeze(network, report).info
     assert info.layer("first") == jaxbn.LayerInfo("batch_norm", 1e-3, "pooled", 20.0)
-    kind = (None, None) if host is Linen else ("batch_norm", 1e-5)
+    kind = (None, None) if framework is Linen else ("batch_norm", 1e-5)
     assert info.layer("second") == jaxbn.LayerInfo(*kind, estimator="as given", rows=None)
 
 
@@ -260,67 +264,67 @@ def test_layers_that_a_pass_did_not_reach_keep_their_running_averages(host, norm
 
 
 @every_network
-def test_statistics_that_were_never_estimated_are_rejected(host, norm):
+def test_statistics_that_were_never_estimated_are_rejected(framework, norm):
     with pytest.raises(ValueError, match="The statistics of 'first' were never estimated"):
-        host.package.freeze(started(host, norm))
-    network, report = estimated(host, norm, upto=1)
+        framework.package.freeze(started(framework, norm))
+    network, report = estimated(framework, norm, upto=1)
     for given in (report, None):
         with pytest.raises(ValueError, match="The statistics of 'second' were never estimated: .* reaches this layer"):
-            host.package.freeze(network, given)
+            framework.package.freeze(network, given)
 
 
 @our_networks
-def test_training_without_running_averages_estimates_no_statistics(host, norm):
-    network = trained(host, functools.partial(norm, momentum=None))
+def test_training_without_running_averages_estimates_no_statistics(framework, norm):
+    network = trained(framework, functools.partial(norm, momentum=None))
     with pytest.raises(ValueError, match="The statistics of 'first' were never estimated"):
-        host.package.freeze(network)
+        framework.package.freeze(network)
 
 
 STANDARD = np.array([[-1.0, 1.0], [1.0, -1.0]], np.float32)  # mean 0 and variance 1, exactly
 
 
-@pytest.mark.parametrize("host", [Linen, NNX], ids=["linen", "nnx"])
-def test_statistics_of_a_pass_may_equal_the_initial_values(host):
+@pytest.mark.parametrize("framework", [Linen, NNX], ids=["linen", "nnx"])
+def test_statistics_of_a_pass_may_equal_the_initial_values(framework):
     """The model itself is a layer."""
-    if host is Linen:
+    if framework is Linen:
         net = jaxbn.linen.BatchNorm(use_running_average=True)
         network, report = jaxbn.linen.postproc(net.apply, net.init(jax.random.key(0), STANDARD), [STANDARD])
     else:
         network, report = jaxbn.nnx.postproc(jaxbn.nnx.BatchNorm(2, rngs=nnx.Rngs(0)), [STANDARD])
-    frozen = host.package.freeze(network, report)
+    frozen = framework.package.freeze(network, report)
     assert frozen.info.layer("") == jaxbn.LayerInfo("batch_norm", 1e-5, "pooled", 2.0)
     with pytest.raises(ValueError, match="The statistics of the model itself were never estimated"):
-        host.package.freeze(network)
+        framework.package.freeze(network)
 
 
 @every_network
 @pytest.mark.parametrize("leaf, value", [("mean", np.nan), ("mean", -np.inf), ("var", np.nan), ("var", np.inf)])
-def test_statistics_that_are_not_finite_are_refused(host, norm, leaf, value):
-    network = host.changed(trained(host, norm), f"second/{leaf}", lambda a: a.at[1].set(value))
+def test_statistics_that_are_not_finite_are_refused(framework, norm, leaf, value):
+    network = framework.changed(trained(framework, norm), f"second/{leaf}", lambda a: a.at[1].set(value))
     with pytest.raises(ValueError, match="The statistics of 'second' are not finite, or a variance is negative"):
-        host.package.freeze(network)
+        framework.package.freeze(network)
 
 
 @every_network
-def test_a_negative_variance_is_rejected_and_zero_is_not(host, norm):
-    network = trained(host, norm)
+def test_a_negative_variance_is_rejected_and_zero_is_not(framework, norm):
+    network = trained(framework, norm)
     with pytest.raises(ValueError, match="'first' are not finite, or a variance is negative"):
-        host.package.freeze(host.changed(network, "first/var", lambda a: a.at[0].set(-1e-30)))
-    host.package.freeze(host.changed(network, "first/var", lambda a: a.at[0].set(0)))
+        framework.package.freeze(framework.changed(network, "first/var", lambda a: a.at[0].set(-1e-30)))
+    framework.package.freeze(framework.changed(network, "first/var", lambda a: a.at[0].set(0)))
 
 
 @every_network
-def test_a_report_about_other_statistics_is_rejected(host, norm):
-    old = trained(host, norm)
-    new, report = estimated(host, norm, begin=trained)
-    _, other = estimated(host, norm, begin=trained, count=1)
-    one_bit = host.changed(new, "second/mean", lambda a: a.at[2].set(jnp.nextafter(a[2], 99)))
+def test_a_report_about_other_statistics_is_rejected(framework, norm):
+    old = trained(framework, norm)
+    new, report = estimated(framework, norm, begin=trained)
+    _, other = estimated(framework, norm, begin=trained, count=1)
+    one_bit = framework.changed(new, "second/mean", lambda a: a.at[2].set(jnp.nextafter(a[2], 99)))
     for network, given, layer in ((old, report, "first"), (new, other, "first"), (one_bit, report, "second")):
         with pytest.raises(ValueError, match=f"statistics of '{layer}' are not those that the report is about"):
-            host.package.freeze(network, given)
+            framework.package.freeze(network, given)
     one_layer = jaxbn.Report("pooled", 3, {"first": report.layers["first"]})
     with pytest.raises(ValueError, match=r"about the layers \['first'\], but the variables hold \['first', 'second'\]"):
-        host.package.freeze(new, one_layer)
+        framework.package.freeze(new, one_layer)
 
 
 # --- The table --------------------------------------------------------------------------------------------------------
@@ -349,20 +353,24 @@ def table(text):
 
 
 @every_network
-def test_table_of_a_network(host, norm):
-    kinds = [["-", "-"]] * 2 if host is Linen else [["batch_norm", "0.001"], ["batch_norm", "1e-05"]]
+def test_table_of_a_network(framework, norm):
+    kinds = [["-", "-"]] * 2 if framework is Linen else [["batch_norm", "0.001"], ["batch_norm", "1e-05"]]
     learns = [["first", "4", "scale, bias"], ["second", "3", "scale"]]
-    initial, after = started(host, norm), trained(host, norm)
-    for network, statistics in ((initial, "initial values"), (after, "as given"), (host.package.freeze(after), None)):
-        title, rows = table(host.package.summary(network))
+    initial, after = started(framework, norm), trained(framework, norm)
+    for network, statistics in (
+        (initial, "initial values"),
+        (after, "as given"),
+        (framework.package.freeze(after), None),
+    ):
+        title, rows = table(framework.package.summary(network))
         assert title == "2 normalization layers, 7 channels"
         assert rows == [[*learns[i], *kinds[i], statistics or "as given", "-"] for i in range(2)]
 
 
 @every_estimator
-def test_table_of_a_frozen_network(host, norm, estimator):
-    network, report = estimated(host, norm, estimator=estimator)
-    title, rows = table(host.package.summary(host.package.freeze(network, report)))
+def test_table_of_a_frozen_network(framework, norm, estimator):
+    network, report = estimated(framework, norm, estimator=estimator)
+    title, rows = table(framework.package.summary(framework.package.freeze(network, report)))
     assert title == "2 normalization layers, 7 channels"
     assert rows == [
         ["first", "4", "scale, bias", "batch_norm", "0.001", estimator.name, "20"],

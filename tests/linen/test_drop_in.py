@@ -481,7 +481,7 @@ def test_mask_that_does_not_broadcast_is_an_error(norm, shape):
 # --- Inside other modules and transformations -------------------------------------------------------------------------
 
 
-# Each host runs inside a compact method: (layer class, x, fields of the layer) -> y.
+# Each wrapper runs inside a compact method: (layer class, x, fields of the layer) -> y.
 def in_sequential(norm, x, **fields):
     return nn.Sequential([nn.Dense(4), norm(**fields), nn.relu])(x)
 
@@ -542,13 +542,13 @@ def in_spectral_norm(norm, x, **fields):
     return nn.SpectralNorm(nn.Sequential([nn.Dense(4), norm(**fields)]))(x, update_stats=False)
 
 
-HOSTS = [in_sequential, in_partial, in_setup, in_jit, in_remat, in_scan_over_layers, in_scan_over_time, in_vmap]
-HOSTS += [in_vmap_with_axis_name, in_spectral_norm]
+WRAPPERS = [in_sequential, in_partial, in_setup, in_jit, in_remat, in_scan_over_layers, in_scan_over_time, in_vmap]
+WRAPPERS += [in_vmap_with_axis_name, in_spectral_norm]
 
 
 @pytest.mark.sample(every=3)
-@pytest.mark.parametrize("host", HOSTS, ids=lambda host: host.__name__)
-def test_works(host):
+@pytest.mark.parametrize("wrapper", WRAPPERS, ids=lambda wrapper: wrapper.__name__)
+def test_works(wrapper):
     x = jnp.asarray(normal(16, 4))
 
     def steps(norm):
@@ -557,7 +557,7 @@ def test_works(host):
 
             @nn.compact
             def __call__(self, x):
-                return host(norm, x, use_running_average=not self.train, use_fast_variance=False, **RANDOM)
+                return wrapper(norm, x, use_running_average=not self.train, use_fast_variance=False, **RANDOM)
 
         variables = jax.jit(Net(True).init)(KEY, x)
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from nets import LINEN, NNX, every_host, make_batches, statistics_of
+from nets import LINEN, NNX, every_framework, make_batches, statistics_of
 
 import jaxbn
 import jaxbn.linen
@@ -61,14 +61,14 @@ def test_all_fields_of_batch_norm_are_used():
 
 
 @pytest.mark.sample(every=2)
-@every_host
-def test_the_statistics_pass_uses_batch_statistics_only(host):
+@every_framework
+def test_the_statistics_pass_uses_batch_statistics_only(framework):
     """It equals batch norm with this epsilon: r = 1 and d = 0 for any averages."""
     x = make_batches(1)[0]["x"]
 
     def captured(norm, **fields):
-        net = host.net(norm, epsilon=EPSILON, **fields)
-        if host is NNX:
+        net = framework.net(norm, epsilon=EPSILON, **fields)
+        if framework is NNX:
             return plain(jaxbn.nnx.capture_moments(mode="batch")(net, x))
         variables = net.init(jax.random.key(0), x, train=True)
         call = lambda variables, x: net.apply(variables, x, train=True, mutable=["batch_stats"])[0]
@@ -77,14 +77,14 @@ def test_the_statistics_pass_uses_batch_statistics_only(host):
     def plain(found):  # keys of moments know the method, in which these two differ
         return found[0], {str(path): moments for path, moments in found[1].items()}
 
-    chex.assert_trees_all_equal(captured(LAYERS[host], **OPEN), captured(host.ours))
+    chex.assert_trees_all_equal(captured(LAYERS[framework], **OPEN), captured(framework.ours))
 
 
-@every_host
-def test_train_postproc_freeze_save_and_load(host, tmp_path):
+@every_framework
+def test_train_postproc_freeze_save_and_load(framework, tmp_path):
     """Training uses r and d; the frozen network is (x - mean) / sqrt(var + epsilon) in float64."""
     batches = [4 + 3 * normal(8, 5, seed=seed) for seed in range(6)]
-    if host is NNX:
+    if framework is NNX:
         model = jaxbn.nnx.BatchRenorm(5, **jaxbn.renorm_ramp(warmup=1), rngs=nnx.Rngs(0))
         for x in batches:
             model(x)
@@ -108,7 +108,7 @@ def test_train_postproc_freeze_save_and_load(host, tmp_path):
         evaluate = lambda x: call(served.variables, x)
 
     assert frozen.info.layer("") == jaxbn.LayerInfo("batch_renorm", EPSILON, "pooled", 48.0)
-    line = host.package.summary(frozen).splitlines()[-1]
+    line = framework.package.summary(frozen).splitlines()[-1]
     assert "batch_renorm" in line and "0.001" in line and "pooled" in line
     population, x = np.float64(np.concatenate(batches)), normal(3, 5, seed=9)
     expected = (x - population.mean(0)) / np.sqrt(population.var(0) + EPSILON)
@@ -116,10 +116,10 @@ def test_train_postproc_freeze_save_and_load(host, tmp_path):
 
 
 @pytest.mark.sample(every=2)
-@every_host
-def test_make_steps(host):
+@every_framework
+def test_make_steps(framework):
     batches = make_batches(4)
-    steps = host.steps(host.net(LAYERS[host], **OPEN | jaxbn.renorm_ramp(warmup=1)))
+    steps = framework.steps(framework.net(LAYERS[framework], **OPEN | jaxbn.renorm_ramp(warmup=1)))
     state = steps.init(jax.random.key(0), batches[0])
     train_step, postproc_step = jax.jit(steps.train_step), jax.jit(steps.postproc_step)
     for batch in batches:
@@ -136,11 +136,11 @@ def test_make_steps(host):
     np.testing.assert_allclose(alone, steps.eval_step(frozen, batches[0]), rtol=1e-5, atol=1e-5)
 
 
-@every_host
-def test_frozen_layers(host):
+@every_framework
+def test_frozen_layers(framework):
     batch = make_batches(1)[0]["x"]
-    net = host.net(LAYERS[host], **OPEN)
-    if host is NNX:
+    net = framework.net(LAYERS[framework], **OPEN)
+    if framework is NNX:
         frozen = jaxbn.nnx.freeze_layers(net, "norm_0")
         frozen(batch)
         after = statistics_of(frozen)
@@ -152,13 +152,13 @@ def test_frozen_layers(host):
     assert (after["norm_1"]["mean"] != 0).all()
 
 
-@every_host
-def test_averages_are_updated_once_for_several_micro_batches(host):
+@every_framework
+def test_averages_are_updated_once_for_several_micro_batches(framework):
     """The rule of the method averages sigma; the result is that of one batch of all rows."""
     parts = [2 + 3 * normal(4, 5, seed=seed) for seed in range(3)]
     moments = {"": jaxbn.pool(jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(jaxbn.batch_moments, parts)))}
     fields = {"momentum": 0.75, **jaxbn.renorm_ramp(warmup=1)}
-    if host is NNX:
+    if framework is NNX:
         moved = jaxbn.nnx.move_averages(jaxbn.nnx.BatchRenorm(5, **fields, rngs=nnx.Rngs(0)), moments)
         found = nnx.to_pure_dict(nnx.state(moved, nnx.BatchStat))
     else:
@@ -236,7 +236,7 @@ def test_the_error_names_the_variable_that_does_not_fit():
         with pytest.raises(ValueError, match=message):
             jaxbn.linen.convert_norms(broken, like=like)
     both = {**given, "batch_stats": given["batch_stats"] | like["batch_stats"]}
-    with pytest.raises(ValueError, match="Layers of two kinds"):
+    with pytest.raises(ValueError, match="Two layers of different classes"):
         jaxbn.linen.convert_norms(both, like=like)
 
 

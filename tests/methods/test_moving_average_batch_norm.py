@@ -11,7 +11,7 @@ import optax
 import pytest
 from flax import nnx
 from meshes import AXIS, spread
-from nets import LINEN, NNX, every_host, make_batches
+from nets import LINEN, NNX, every_framework, make_batches
 
 import jaxbn
 import jaxbn.linen
@@ -216,11 +216,11 @@ def test_a_loss_scale_changes_neither_psi_nor_the_gradient():
 
 @pytest.mark.sample(every=3)
 @pytest.mark.parametrize(
-    "host, way",
+    "framework, way",
     [pytest.param(LINEN, "jit", marks=pytest.mark.slow), (LINEN, "shard_map"), (LINEN, "pmap"), (NNX, "shard_map")],
     ids=lambda value: getattr(value, "name", value),
 )
-def test_make_steps_on_many_devices_equals_one_device(host, way):
+def test_make_steps_on_many_devices_equals_one_device(framework, way):
     """Compares parameters and all statistics, including psi, after the windows are full."""
     batches = make_batches(5)
 
@@ -230,8 +230,8 @@ def test_make_steps_on_many_devices_equals_one_device(host, way):
         return state, metrics["loss"]
 
     def steps(axis_name):
-        layer = LAYERS[host]
-        return host.steps(host.net(layer, window=2, warmup=0, axis_name=axis_name), axis_name=axis_name)
+        layer = LAYERS[framework]
+        return framework.steps(framework.net(layer, window=2, warmup=0, axis_name=axis_name), axis_name=axis_name)
 
     state = steps(None).init(jax.random.key(0), batches[0])
     expected = trained(jax.jit(steps(None).train_step), state)
@@ -247,7 +247,7 @@ def test_make_steps_on_many_devices_equals_one_device(host, way):
         (state, metrics), _ = mapped(state, spread(way, step, started, batch)[1][1])
     if way == "pmap":
         state = jax.tree.map(lambda leaf: leaf[0], state)
-    leaves = lambda tree: jax.tree.leaves((tree.params, tree.batch_stats if host is LINEN else tree.others))
+    leaves = lambda tree: jax.tree.leaves((tree.params, tree.batch_stats if framework is LINEN else tree.others))
     for found, wanted in zip(leaves(state), leaves(expected[0]), strict=True):
         np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
 
@@ -430,12 +430,12 @@ def test_layers_under_vmap_use_their_own_gradients():
         chex.assert_trees_all_close(jax.tree.map(lambda leaf, m=member: leaf[m], found), expected, rtol=1e-5)
 
 
-@every_host
-def test_the_pass_normalizes_with_second_moments_and_installs_them(host):
+@every_framework
+def test_the_pass_normalizes_with_second_moments_and_installs_them(framework):
     """In float64 for one layer; the frozen layer evaluates with the second moment of all rows."""
     parts = [(3 + np.random.default_rng(seed).standard_normal((4, CHANNELS))).astype(np.float32) for seed in range(3)]
     rows = np.float64(np.concatenate(parts))
-    if host is NNX:
+    if framework is NNX:
         model = jaxbn.nnx.MovingAverageBatchNorm(CHANNELS, rngs=nnx.Rngs(0))
         outputs, _ = jaxbn.nnx.capture_moments(mode="batch")(model, parts[0])
         model, report = jaxbn.nnx.postproc(model, parts)
@@ -454,15 +454,15 @@ def test_the_pass_normalizes_with_second_moments_and_installs_them(host):
     np.testing.assert_allclose(y, one / np.sqrt((rows**2).mean(0) + EPSILON), rtol=1e-5)
 
 
-@every_host
-def test_make_steps_updates_psi_and_freezes(host):
+@every_framework
+def test_make_steps_updates_psi_and_freezes(framework):
     batches = make_batches(4)
-    steps = host.steps(host.net(LAYERS[host], window=2, warmup=0))
+    steps = framework.steps(framework.net(LAYERS[framework], window=2, warmup=0))
     state = steps.init(jax.random.key(0), batches[0])
     train_step, postproc_step = jax.jit(steps.train_step), jax.jit(steps.postproc_step)
     for batch in batches:
         state, _ = train_step(state, batch)
-    stats = state.batch_stats if host is LINEN else nnx.to_pure_dict(state.others)
+    stats = state.batch_stats if framework is LINEN else nnx.to_pure_dict(state.others)
     for name in ("norm_0", "norm_1"):
         assert stats[name]["gradients"] == stats[name]["step"] == 4
         assert (stats[name]["gradient_window"] != 0).any()

@@ -428,7 +428,7 @@ def run_over_an_axis(model, x):
 
 
 # How it is made and run.
-HOSTS = {
+WRAPPERS = {
     "sequential": (lambda norm: nnx.Sequential(Block(norm, rngs=nnx.Rngs(0)), nnx.relu), run_plainly),
     "jit": (lambda norm: Block(norm, rngs=nnx.Rngs(0)), nnx.jit(run_plainly)),
     "remat": (lambda norm: Block(norm, rngs=nnx.Rngs(0)), nnx.remat(run_plainly)),
@@ -449,7 +449,7 @@ HOSTS = {
 
 
 @pytest.mark.sample(every=3)
-@pytest.mark.parametrize("make, forward", HOSTS.values(), ids=HOSTS.keys())
+@pytest.mark.parametrize("make, forward", WRAPPERS.values(), ids=WRAPPERS.keys())
 def test_works_in(make, forward):
     x = jnp.asarray(normal(16, 4))
 

@@ -152,7 +152,7 @@ def raises_and_leaves_the_state(x, fields, arguments, message, use_running_avera
 # --- Fields -----------------------------------------------------------------------------------------------------------
 
 
-def test_factory_and_layers_of_both_hosts_have_the_same_arguments_and_defaults():
+def test_factory_and_layers_of_both_frameworks_have_the_same_arguments_and_defaults():
     factory = inspect.signature(jaxbn.batch_norm).parameters
     layer = inspect.signature(BatchNorm.__init__).parameters
     linen = inspect.signature(jaxbn.linen.BatchNorm).parameters

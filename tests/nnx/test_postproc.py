@@ -123,7 +123,7 @@ class LinenNet(nn.Module):
 @pytest.mark.parametrize(
     "linen, norm", [(nn.BatchNorm, nnx.BatchNorm), (jaxbn.linen.BatchNorm, jaxbn.nnx.BatchNorm)], ids=["stock", "jaxbn"]
 )
-def test_both_hosts_give_the_same_statistics(linen, norm, estimator, batches):
+def test_both_frameworks_give_the_same_statistics(linen, norm, estimator, batches):
     model = started(norm)
     new, _ = jaxbn.nnx.postproc(model, batches, call=call, estimator=estimator)
     variables = {"params": {}, "batch_stats": {}}

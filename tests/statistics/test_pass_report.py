@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from nets import LAYERS, LINEN, every_host, make_batches
+from nets import LAYERS, LINEN, every_framework, make_batches
 
 import jaxbn
 import jaxbn.linen
@@ -53,13 +53,13 @@ def rows(report):
 # --- The numbers ------------------------------------------------------------------------------------------------------
 
 
-@every_host
-def test_the_numbers_of_a_pass(host):
+@every_framework
+def test_the_numbers_of_a_pass(framework):
     """In the first layer, since its input does not depend on statistics; the last batch is smaller."""
     data = [batch["x"] for batch in make_batches(8)]
     data[-1] = data[-1][:5]
-    net = host.net(momentum=0.9)
-    if host is LINEN:
+    net = framework.net(momentum=0.9)
+    if framework is LINEN:
         variables = net.init(jax.random.key(0), data[0], False)
         params = variables["params"]["map_0"]
         _, report = jaxbn.linen.postproc(lambda v, x: net.apply(v, x, False), variables, data)
@@ -250,14 +250,14 @@ def test_drawing_needs_matplotlib(monkeypatch):
 # --- The way back -----------------------------------------------------------------------------------------------------
 
 
-@every_host
+@every_framework
 @pytest.mark.parametrize("kind", ["stock", "ours"])
-def test_one_line_goes_back_to_the_last_bit(host, kind):
+def test_one_line_goes_back_to_the_last_bit(framework, kind):
     """Statistics that no pass would find, one of them NaN; the second layer is not reached."""
     data = make_batches(2)
     rng = np.random.default_rng(3)
-    if host is LINEN:
-        net = host.net(getattr(host, kind), **({"momentum": jaxbn.cumulative()} if kind == "ours" else {}))
+    if framework is LINEN:
+        net = framework.net(getattr(framework, kind), **({"momentum": jaxbn.cumulative()} if kind == "ours" else {}))
         before = net.init(jax.random.key(0), data[0]["x"], False)
         stats = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), jnp.float32), before["batch_stats"])
         before = before | {"batch_stats": stats}
@@ -266,7 +266,7 @@ def test_one_line_goes_back_to_the_last_bit(host, kind):
         after, report = jaxbn.linen.postproc(lambda v, b: call(v, b["x"], False), before, data)
         back = jaxbn.linen.install_moments(after, report.old)
     else:
-        before = host.net(getattr(host, kind))
+        before = framework.net(getattr(framework, kind))
         stats = nnx.state(before, nnx.BatchStat)
         nnx.update(before, jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), jnp.float32), stats))
         model = jaxbn.nnx.freeze_layers(before, LAYERS[1])

@@ -1,4 +1,4 @@
-"""The pass of both hosts: consistent sweeps, weights of examples, batches left out, devices; against float64."""
+"""The statistics pass in both frameworks, against float64: consistent sweeps, weights, skipped batches, devices."""
 
 import itertools
 
@@ -11,7 +11,7 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from meshes import mesh
-from nets import LAYERS, LINEN, NNX, assert_same_statistics, every_host, pooled_in_float64, statistics_of
+from nets import LAYERS, LINEN, NNX, assert_same_statistics, every_framework, pooled_in_float64, statistics_of
 
 import jaxbn
 import jaxbn.linen
@@ -30,9 +30,9 @@ def data():
 class Model:
     """A network in one framework with its values, and the pass over it."""
 
-    def __init__(self, host, layer="ours"):
-        self.host, net = host, host.net(getattr(host, layer))
-        if host is LINEN:
+    def __init__(self, framework, layer="ours"):
+        self.framework, net = framework, framework.net(getattr(framework, layer))
+        if framework is LINEN:
             self.values = net.init(jax.random.key(0), np.zeros((2, 3), np.float32), False)
             self.call = lambda variables, x: net.apply(variables, x, False)
             self.params = self.values["params"]
@@ -42,7 +42,7 @@ class Model:
 
     def postproc(self, batches, **options):
         """Statistics, and the report."""
-        if self.host is LINEN:
+        if self.framework is LINEN:
             values, report = jaxbn.linen.postproc(self.call, self.values, batches, **options)
         else:
             values, report = jaxbn.nnx.postproc(self.values, batches, **options)
@@ -54,10 +54,10 @@ def in_batches(x, size):
 
 
 @pytest.mark.sample(every=2)
-@every_host
+@every_framework
 @pytest.mark.parametrize("layer", ["stock", pytest.param("ours", marks=pytest.mark.slow)])
-def test_consistent_statistics_are_those_of_all_data_whatever_the_batches(host, layer, data, rng):
-    model = Model(host, layer)
+def test_consistent_statistics_are_those_of_all_data_whatever_the_batches(framework, layer, data, rng):
+    model = Model(framework, layer)
     exact = pooled_in_float64(model.params, [data])
     shuffled = data[rng.permutation(ROWS)]
     arrangements = [in_batches(data, 2), in_batches(data, 7), in_batches(data, 200), in_batches(shuffled, 200), [data]]
@@ -73,9 +73,9 @@ def test_consistent_statistics_are_those_of_all_data_whatever_the_batches(host, 
 
 
 @pytest.mark.sample(every=2)
-@every_host
-def test_layer_k_is_exact_after_k_sweeps(host, data):
-    model, exact = Model(host), pooled_in_float64(Model(host).params, [data])
+@every_framework
+def test_layer_k_is_exact_after_k_sweeps(framework, data):
+    model, exact = Model(framework), pooled_in_float64(Model(framework).params, [data])
     _, report = model.postproc(in_batches(data, 7), consistent=True, tolerance=0)
     assert (report.sweeps, report.change) == (len(LAYERS) + 1, 0.0)
     assert str(report).startswith(f"pooled statistics from 60 batches; {len(LAYERS) + 1} sweeps, the last of which")
@@ -85,27 +85,27 @@ def test_layer_k_is_exact_after_k_sweeps(host, data):
         np.testing.assert_allclose(statistics[layer]["var"], exact[layer]["var"], rtol=1e-5)
 
 
-@every_host
-def test_the_last_change_is_that_of_each_layer(host, data):
+@every_framework
+def test_the_last_change_is_that_of_each_layer(framework, data):
     """The first layer is right after the first sweep, and the second one changes in the second sweep."""
-    _, report = Model(host).postproc(in_batches(data, 7), consistent=True, max_sweeps=2)
+    _, report = Model(framework).postproc(in_batches(data, 7), consistent=True, max_sweeps=2)
     first, second = (report.layers[layer].last_change for layer in LAYERS)
     assert first < 1e-6 < 1e-2 < second == report.change
 
 
 @pytest.mark.slow
-@every_host
-def test_one_pass_with_everything_as_the_batch_is_the_same_at_once(host, data):
-    model = Model(host)
+@every_framework
+def test_one_pass_with_everything_as_the_batch_is_the_same_at_once(framework, data):
+    model = Model(framework)
     swept, _ = model.postproc(in_batches(data, 200), consistent=True)
     assert_same_statistics(model.postproc([data])[0], swept, 1e-5)
     assert_same_statistics(model.postproc([data], mesh=mesh())[0], swept, 1e-5)
 
 
 @pytest.mark.slow
-@every_host
-def test_other_estimators_sweep_too(host, data):
-    model = Model(host)
+@every_framework
+def test_other_estimators_sweep_too(framework, data):
+    model = Model(framework)
     statistics, report = model.postproc(in_batches(data, 200), consistent=True, estimator=jaxbn.mean_of_batches())
     assert report.sweeps == len(LAYERS) + 1
     x = data.astype(np.float64) @ np.float64(model.params["map_0"]["kernel"]) + np.float64(
@@ -137,9 +137,9 @@ def test_a_layer_downstream_of_itself_is_swept_until_it_settles(data):
 
 
 @pytest.mark.sample(every=2)
-@every_host
-def test_batches_that_cannot_be_read_again_are_refused_before_the_first(host, data):
-    model, read = Model(host), []
+@every_framework
+def test_batches_that_cannot_be_read_again_are_refused_before_the_first(framework, data):
+    model, read = Model(framework), []
 
     def batches():
         for batch in in_batches(data, 200):
@@ -155,11 +155,11 @@ def test_batches_that_cannot_be_read_again_are_refused_before_the_first(host, da
     assert_same_statistics(model.postproc(batches)[0], model.postproc(batches())[0], 1e-6)
 
 
-@every_host
+@every_framework
 @pytest.mark.parametrize("options", [{"max_sweeps": 0}, {"tolerance": -1.0}, {"tolerance": float("nan")}])
-def test_sweeps_that_make_no_sense_are_refused(host, options, data):
+def test_sweeps_that_make_no_sense_are_refused(framework, options, data):
     with pytest.raises(ValueError, match="must be positive, and tolerance="):
-        Model(host).postproc([data], consistent=True, **options)
+        Model(framework).postproc([data], consistent=True, **options)
 
 
 # Weights of examples.
@@ -175,11 +175,11 @@ def filled(batches, size):
 
 
 @pytest.mark.sample(every=4)
-@every_host
+@every_framework
 @pytest.mark.parametrize("consistent, devices", [(False, None), (True, mesh())], ids=["once", "consistent, 8 devices"])
-def test_examples_of_weight_0_are_as_if_they_were_not_there(host, consistent, devices, data):
+def test_examples_of_weight_0_are_as_if_they_were_not_there(framework, consistent, devices, data):
     """One batch is full, one is half padding, one is all padding."""
-    model, parts = Model(host, "stock"), [data[:16], data[400:408], data[:0]]
+    model, parts = Model(framework, "stock"), [data[:16], data[400:408], data[:0]]
     found, report = model.postproc(filled(parts, 16), weights=weight_of, consistent=consistent, mesh=devices)
     exact = pooled_in_float64(model.params, [np.concatenate(parts)] if consistent else parts[:2])
     assert_same_statistics(found, exact, 1e-5)
@@ -188,17 +188,17 @@ def test_examples_of_weight_0_are_as_if_they_were_not_there(host, consistent, de
 
 
 @pytest.mark.sample(every=2)
-@every_host
-def test_real_weights_repeat_examples(host, data):
-    model, counts = Model(host), np.arange(20) % 4
+@every_framework
+def test_real_weights_repeat_examples(framework, data):
+    model, counts = Model(framework), np.arange(20) % 4
     repeated = model.postproc([np.repeat(data[:20], counts, axis=0)])[0]
     weighted = model.postproc([data[:20]], weights=lambda x: jnp.asarray(counts, jnp.float32))[0]
     assert_same_statistics(weighted, repeated, 1e-5)
 
 
-@every_host
-def test_weights_that_do_not_fit_are_refused(host, data):
-    model = Model(host)
+@every_framework
+def test_weights_that_do_not_fit_are_refused(framework, data):
+    model = Model(framework)
     with pytest.raises(ValueError, match=r"weights for 8 examples, but the input of 'norm_0' is \(16, 4\)"):
         model.postproc([data[:16]], weights=lambda x: jnp.ones(8))
     with pytest.raises(ValueError, match=r"one real number for each example, \[N\]"):
@@ -253,9 +253,9 @@ def test_weights_multiply_a_mask_of_the_model(data):
     np.testing.assert_allclose(new["batch_stats"]["mean"], data[8:12].mean(0), rtol=1e-5)
 
 
-@every_host
-def test_the_weights_do_not_leak_into_the_result_of_the_call(host, data):
-    if host is LINEN:
+@every_framework
+def test_the_weights_do_not_leak_into_the_result_of_the_call(framework, data):
+    if framework is LINEN:
         net = nn.BatchNorm(use_running_average=False)
         variables = net.init(jax.random.key(0), data[:4])
         call = lambda v, x: net.apply(v, x, mutable=["batch_stats"])
@@ -272,9 +272,9 @@ def test_the_weights_do_not_leak_into_the_result_of_the_call(host, data):
 # Batches that are not finite.
 
 
-@every_host
-def test_batches_that_are_not_finite_are_skipped_and_counted(host, data):
-    model, batches = Model(host), in_batches(data[:60].copy(), 20)
+@every_framework
+def test_batches_that_are_not_finite_are_skipped_and_counted(framework, data):
+    model, batches = Model(framework), in_batches(data[:60].copy(), 20)
     clean, _ = model.postproc([batches[0], batches[2]])
     batches[1][7, 1] = np.inf
     with pytest.raises(ValueError, match=r"Batch 1 \(counted from 0\).* first in 'norm_0'.*skip_nonfinite=True"):
@@ -305,10 +305,10 @@ def test_the_layer_is_named_in_which_it_appeared_first(data):
 
 
 @pytest.mark.sample(every=2)
-@pytest.mark.parametrize("host, consistent", [(LINEN, True), (NNX, False)], ids=["linen, consistent", "nnx"])
-def test_on_a_mesh_as_on_one_device(host, consistent, data):
+@pytest.mark.parametrize("framework, consistent", [(LINEN, True), (NNX, False)], ids=["linen, consistent", "nnx"])
+def test_on_a_mesh_as_on_one_device(framework, consistent, data):
     """The last batch does not divide, and is whole on each device."""
-    model, batches = Model(host), in_batches(data[:389], 128)
+    model, batches = Model(framework), in_batches(data[:389], 128)
     single, _ = model.postproc(batches, consistent=consistent)
     spread, report = model.postproc(batches, consistent=consistent, mesh=mesh())
     assert_same_statistics(spread, single, 1e-5)
@@ -317,16 +317,16 @@ def test_on_a_mesh_as_on_one_device(host, consistent, data):
 
 
 @pytest.mark.sample(every=2)
-@every_host
-def test_batches_that_are_sharded_already_compile_once(host, data):
-    model, on, traces = Model(host), mesh(), []
+@every_framework
+def test_batches_that_are_sharded_already_compile_once(framework, data):
+    model, on, traces = Model(framework), mesh(), []
     spread = [jax.device_put(batch, NamedSharding(on, P("devices"))) for batch in in_batches(data[:256], 64)]
 
     def call(values, x):
         traces.append(x.shape)
         return values(x) if model.call is None else model.call(values, x)
 
-    if host is LINEN:
+    if framework is LINEN:
         new, _ = jaxbn.linen.postproc(call, jax.device_put(model.values, NamedSharding(on, P())), spread)
     else:
         values = nnx.clone(model.values)
@@ -357,9 +357,9 @@ def test_parameters_may_be_sharded(data):
 # Interruption.
 
 
-@every_host
-def test_an_interrupted_pass_goes_on_with_identical_bits(host, data, tmp_path):
-    steps = host.steps(host.net(), estimator=jaxbn.pooled())
+@every_framework
+def test_an_interrupted_pass_goes_on_with_identical_bits(framework, data, tmp_path):
+    steps = framework.steps(framework.net(), estimator=jaxbn.pooled())
     batches = [{"x": x, "y": x[:, 0]} for x in in_batches(data[:128], 32)]
     state = steps.init(jax.random.key(0), batches[0])
     step = jax.jit(steps.postproc_step)

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from nets import LINEN, NNX, assert_same_statistics, every_host, statistics_of
+from nets import LINEN, NNX, assert_same_statistics, every_framework, statistics_of
 
 import jaxbn
 import jaxbn.linen
@@ -27,20 +27,20 @@ def endless(kind="normal", seed=0):
         yield x
 
 
-def layer_alone(host, batches, **options):
+def layer_alone(framework, batches, **options):
     """A single normalization, so that its input is known."""
-    if host is NNX:
+    if framework is NNX:
         return jaxbn.nnx.postproc(jaxbn.nnx.BatchNorm(3, rngs=nnx.Rngs(0)), batches, **options)
     net = jaxbn.linen.BatchNorm(use_running_average=True)
     return jaxbn.linen.postproc(net.apply, net.init(jax.random.key(0), np.ones((2, 3))), batches, **options)
 
 
-@every_host
+@every_framework
 @pytest.mark.parametrize("kind", ["normal", "a constant channel"])
-def test_an_endless_source_ends_near_the_number_of_values_that_is_needed(host, kind):
+def test_an_endless_source_ends_near_the_number_of_values_that_is_needed(framework, kind):
     """The variance of N normal values is known to sqrt(2 / N): 0.05 takes 800, which are 50 batches."""
     source = endless(kind)
-    _, report = layer_alone(host, source, stop_when=0.05)
+    _, report = layer_alone(framework, source, stop_when=0.05)
     assert report.batches in (41, 62, 93)  # the errors themselves are known to 10 %, and the largest of three decides
     assert report.stopped
     errors = report.layers[""].relative_errors
@@ -85,16 +85,16 @@ def test_batches_that_end_before_it_are_all_read(count):
 
 
 @pytest.mark.sample(every=2)
-@every_host
-def test_later_sweeps_read_as_many_batches_as_the_first(host):
-    net, read = host.net(host.stock), []
+@every_framework
+def test_later_sweeps_read_as_many_batches_as_the_first(framework):
+    net, read = framework.net(framework.stock), []
 
     def batches():
         for i, batch in enumerate(endless()):
             read.append(i)
             yield batch
 
-    if host is LINEN:
+    if framework is LINEN:
         variables = net.init(jax.random.key(0), np.ones((2, 3), np.float32), False)
         call = lambda v, x: net.apply(v, x, False)
         run = lambda batches, **options: jaxbn.linen.postproc(call, variables, batches, consistent=True, **options)
@@ -131,36 +131,36 @@ def test_other_estimators_with_equal_weights(estimator):
     assert report.stopped and report.batches in CHECKS
 
 
-@every_host
-def test_estimators_without_errors_are_refused_before_the_first_batch(host):
+@every_framework
+def test_estimators_without_errors_are_refused_before_the_first_batch(framework):
     source = endless()
     with pytest.raises(
         ValueError, match=r"stop_when needs standard errors, and moving_average\(0.9\) has none: its last"
     ):
-        layer_alone(host, source, stop_when=0.1, estimator=jaxbn.moving_average())
+        layer_alone(framework, source, stop_when=0.1, estimator=jaxbn.moving_average())
     for bound in (0.0, -1.0, float("nan")):
         with pytest.raises(ValueError, match=f"stop_when={bound} must be positive"):
-            layer_alone(host, source, stop_when=bound)
+            layer_alone(framework, source, stop_when=bound)
     np.testing.assert_array_equal(next(source), next(endless()))
 
 
-@every_host
+@every_framework
 @pytest.mark.parametrize("good", [0, 130])
-def test_an_endless_source_of_nan_is_an_error(host, good):
+def test_an_endless_source_of_nan_is_an_error(framework, good):
     """A network that diverged, before the pass or, for all that the pass can know, in the middle of it."""
     source = itertools.chain(itertools.islice(endless(), good), itertools.repeat(np.full((ROWS, 3), np.nan)))
     with pytest.raises(ValueError, match="The last 100 batches.* 100 of them gave NaN"):
-        layer_alone(host, source, stop_when=1e-9, skip_nonfinite=True)
+        layer_alone(framework, source, stop_when=1e-9, skip_nonfinite=True)
 
 
-@every_host
+@every_framework
 @pytest.mark.parametrize("weight", [0.0, 1.0])
-def test_an_endless_source_that_no_layer_counts_is_an_error(host, weight):
+def test_an_endless_source_that_no_layer_counts_is_an_error(framework, weight):
     """Weights of 0; with weights of 1 the same source only stops late."""
     source = itertools.islice(endless(), None if weight == 0 else 150)
     options = {"stop_when": 1e-9, "weights": lambda batch: jax.numpy.full(len(batch), weight)}
     if weight:
-        assert layer_alone(host, source, **options)[1].batches == 150
+        assert layer_alone(framework, source, **options)[1].batches == 150
     else:
         with pytest.raises(ValueError, match="The last 100 batches.* 0 of them gave NaN"):
-            layer_alone(host, source, **options)
+            layer_alone(framework, source, **options)

@@ -44,7 +44,7 @@ def assert_close(found, expected, tolerance, where=""):
         np.testing.assert_allclose(found[name], value, rtol=0, atol=bound, err_msg=where + name)
 
 
-# The hosts, each as (params, state, x, mask, train, **where) -> (y, state), of dicts of arrays.
+# The frameworks, each as (params, state, x, mask, train, **where) -> (y, state), of dicts of arrays.
 
 
 def layer(package, vector):
@@ -94,7 +94,7 @@ def nnx_module(vector, axis_name, dtype):
     return call
 
 
-HOSTS = {"core": core, "linen": linen, "nnx": nnx_module}
+FRAMEWORKS = {"core": core, "linen": linen, "nnx": nnx_module}
 
 
 def steps_of(calls, devices, measure):
@@ -109,25 +109,29 @@ def steps_of(calls, devices, measure):
     @jax.jit
     def train(params, states, x, mask, cotangent, where):
         found = {}
-        for host, call in calls.items():
-            run = lambda params, x, call=call, state=states[host]: spread(call, params, state, x, mask, where)
+        for framework, call in calls.items():
+            run = lambda params, x, call=call, state=states[framework]: spread(call, params, state, x, mask, where)
             y, backward, state = jax.vjp(run, params, x, has_aux=True)
             dparams, dx = backward(cotangent)
             outputs = {"y": y, "dx": dx} | {f"d{name}": leaf for name, leaf in dparams.items()}
-            found[host] = outputs | as_outputs(measure(x, mask, where)), state
+            found[framework] = outputs | as_outputs(measure(x, mask, where)), state
         return found
 
     @jax.jit
     def evaluate(params, states, x, where):
-        return {host: call(params, states[host], x, None, False, **where) for host, call in calls.items()}
+        return {
+            framework: call(params, states[framework], x, None, False, **where) for framework, call in calls.items()
+        }
 
     def step(params, states, given, dtype):
         x, mask = jnp.asarray(given.inputs["x"], dtype), given.inputs.get("mask")
         where = {name: value.astype(np.int32) for name, value in given.inputs.items() if name == "domain"}
         if given.call == "eval":
-            return {host: ({"y": y}, state) for host, (y, state) in evaluate(params, states, x, where).items()}
+            return {
+                framework: ({"y": y}, state) for framework, (y, state) in evaluate(params, states, x, where).items()
+            }
         found = train(params, states, x, mask, jnp.asarray(given.inputs["cotangent"], dtype), where)
-        return {host: (outputs, of_one(state, devices)) for host, (outputs, state) in found.items()}
+        return {framework: (outputs, of_one(state, devices)) for framework, (outputs, state) in found.items()}
 
     return step
 
@@ -163,12 +167,12 @@ def check(calls, vector, dtype):
     params, state = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), (vector.params, vector.state))
     states = dict.fromkeys(calls, state)
     for i, given in enumerate(vector.steps):
-        for host, (outputs, state) in step(params, states, given, dtype).items():
-            where = f"{host}, step {i}, "
+        for framework, (outputs, state) in step(params, states, given, dtype).items():
+            where = f"{framework}, step {i}, "
             assert outputs["y"].dtype == dtype
             assert_close(outputs, {name: given.outputs[name] for name in outputs}, TOLERANCE[dtype], where)
             assert_close(state, given.state, TOLERANCE[dtype], where)
-            states[host] = state
+            states[framework] = state
 
 
 @pytest.mark.sample(every=4)
@@ -176,7 +180,10 @@ def check(calls, vector, dtype):
 @every_method
 def test_every_host_gives_the_numbers_of_the_vector(vector, dtype):
     with precision(dtype):
-        calls = {name: host(vector, AXIS if vector.devices > 1 else None, dtype) for name, host in HOSTS.items()}
+        calls = {
+            name: framework(vector, AXIS if vector.devices > 1 else None, dtype)
+            for name, framework in FRAMEWORKS.items()
+        }
         check(calls, vector, dtype)
 
 
