@@ -6,7 +6,7 @@
 This loads the network that `digits.py` saved, folds its ten BatchNorm layers into the convolutions, and reports where
 each layer was folded. It exports the folded network as a program: a file that any process with jaxbn can run on CPU,
 CUDA or TPU, for any number of images, without the code of the model. A fresh process, which gets only that file and the
-held-out digits, predicts. Then the program prints how folding changed the number of parameters, the memory traffic of
+held-out digits, predicts. Then the program prints how folding changed the number of variables, the memory traffic of
 the compiled networks, and the run time. The two networks are timed in alternation, so that background load affects both
 alike; the intervals are 95 % confidence intervals of the median.
 
@@ -129,7 +129,7 @@ def tabulate(networks: Sequence[Network], costs: dict[int, list[Cost]]) -> Table
     for name in ("Trained", "Folded", "Ratio"):
         table.add_column(name, justify="right")
     count = [sum(leaf.size for leaf in jax.tree.leaves(network.arrays)) for network in networks]
-    table.add_row("Parameters and statistics", *(f"{n:,}" for n in count), f"{count[1] / count[0]:.3f}")
+    table.add_row("Variables", *(f"{n:,}" for n in count), f"{count[1] / count[0]:.3f}")
     for size, (before, after) in costs.items():
         cells = [f"{one.bytes:,.0f}" for one in (before, after)]
         table.add_row(f"Bytes, {images(size)}", *cells, f"{after.bytes / before.bytes:.3f}")

@@ -54,7 +54,7 @@ def test_it_folds_exports_and_compares(api, serve, capsys, monkeypatch, tmp_path
         assert re.search(rf"│ µs, {size} images? +│ +\d+ \[\d+, \d+\] │ +\d+ \[\d+, \d+\] │ +\d\.\d\d \[", out)
     # 10 layers have mean, variance, scale and bias of their channels, and the folded ones a bias.
     channels = 5 * 16 + 5 * 32
-    found = re.search(r"│ Parameters and statistics +│ +([\d,]+) │ +([\d,]+) │", out)
+    found = re.search(r"│ Variables +│ +([\d,]+) │ +([\d,]+) │", out)
     trained, folded = (int(number.replace(",", "")) for number in found.groups())
     assert trained - folded == 3 * channels
     assert "448 of 448 predictions equal those of the trained network" in lines[-2]
