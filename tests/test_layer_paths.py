@@ -17,7 +17,7 @@ from own_method import MixedNorm, NNXMixedNorm, mixed_norm
 import jaxbn
 import jaxbn.linen
 import jaxbn.nnx
-from jaxbn._src.framework.layer_paths import LayerPath, by_name, contents_of
+from jaxbn._src.framework.layer_paths import LayerPath, by_name, contents_of, method_with
 
 CHANNELS, ROWS = 3, 8
 X = jnp.asarray(np.random.default_rng(0).normal(3, 2, (ROWS, CHANNELS)), jnp.float32)
@@ -308,3 +308,11 @@ def test_defaults_of_classes_that_inherit_from_a_layer():
         initial(Again(use_running_average=True, share=0.5))
     with pytest.raises(TypeError, match="does not take share="):
         NNXAgain(CHANNELS, share=0.5, rngs=rngs)
+
+
+def test_names_of_statistics_determine_the_class_of_a_state():
+    """A state with further leaves is a custom method, even if it contains all leaves of one of ours."""
+    names = frozenset(jaxbn.MovingAverageBatchNormState._fields)
+    assert method_with(names).backward is not None
+    assert method_with(frozenset({"mean", "var"})).backward is None
+    assert method_with(names | {"floor"}) is None

@@ -1,8 +1,8 @@
 """The protocol of a normalization method: a tuple of pure functions. Read it from top to bottom, then write your own.
 
 A method is a factory: it checks its hyper-parameters once and returns a `NormTransform`. The functions of a transform
-take a state and return a new one. They are pure, and `train`, `postproc` and `eval` compile to
-three programs. The Flax layers store the params and the state of a transform as variables, and contain no arithmetic.
+take a state and return a new one. They are pure, and `train`, `postproc` and `eval` compile to three programs. The Flax
+layers store the params and the state of a transform as variables, and contain no arithmetic.
 """
 
 import functools
