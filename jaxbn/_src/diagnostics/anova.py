@@ -87,6 +87,7 @@ def observe(look: Recipe, model: Any, batches: Iterable[Any], *, progress: bool 
     opened, mesh, _ = _multihost.opened(lambda: batches)
     if mesh is None:
         model, alone = _processes.here(model), _multihost.own_alone(opened)
+        # Processes may have different numbers of local batches, so they exchange their observations only at the end.
         mine, _ = _processes.agree(lambda: (_observe(compiled(look), model, alone, progress, length), None))
         return [one for of_process in _processes.gather(mine) for one in of_process]
     model, program, together = replicate(model, mesh), compiled(look, _pinned, mesh), _multihost.in_step(opened)
@@ -108,6 +109,7 @@ def _observe(
     for number, batch in enumerate(track(batches, "Diagnosing", progress, length)):
         check_batch(batch, number)
         under_way.append(program(model, batch))
+        # Dispatch is asynchronous: without a bound, the host would read ahead and fill the device memory.
         if len(under_way) > _IN_FLIGHT:
             seen.append(jax.device_get(under_way.popleft()))
     return seen + [jax.device_get(one) for one in under_way]
@@ -124,6 +126,7 @@ class Batches(NamedTuple):
     def of(cls, parts: Iterable[Mapping[str, Moments]], path: str) -> "Batches":
         """Takes the moments of one layer from those of all layers in each batch."""
         columns = zip(*(one[path] for one in parts), strict=True)
+        # A product with float64 widens real and complex arrays alike; a cast to float64 would drop imaginary parts.
         return cls(*(np.stack([np.ravel(part) for part in column]) * np.float64(1) for column in columns))
 
     def pooled(self) -> tuple[np.ndarray, np.ndarray]:
@@ -131,6 +134,7 @@ class Batches(NamedTuple):
         count = self.count.sum(0)
         divisor = np.where(count > 0, count, 1)
         mean = (self.count * self.mean).sum(0) / divisor
+        # The sum of squares within batches, plus that between their means.
         return mean, (self.m2 + self.count * np.abs(self.mean - mean) ** 2).sum(0) / divisor
 
 
@@ -154,6 +158,7 @@ class Calls(NamedTuple):
         )
         there = count > 0
         std = np.sqrt(m2 / np.where(there, count, 1))
+        # The errors that a wrong mean and a wrong std cause in the normalized input add up in squares.
         apart = [_apart(values / sigma[alive], there) for values in (mean, std)]
         between, noise = (float(sum(part[kind].mean() for part in apart)) for kind in (0, 1))
         return cls(count.shape[1], float(np.sqrt(max(between - noise, 0))), float(np.sqrt(noise)))
@@ -164,6 +169,7 @@ def _apart(values: np.ndarray, there: np.ndarray) -> tuple[np.ndarray, np.ndarra
     batches = there.sum(0)
     known = batches > 1
     center = np.where(there, values, 0).sum(0) / np.maximum(batches, 1)
+    # The squared standard error of the mean over batches.
     noise = (np.abs(values - center) ** 2 * there).sum(0) / np.maximum(batches * (batches - 1), 1)
     calls = np.maximum(known.sum(0), 1)
     middle = (center * known).sum(0) / calls
@@ -195,6 +201,7 @@ class Spread(NamedTuple):
         between, within = np.where(known, squares / np.where(known, degrees, 1), np.nan)
         if not known.any():
             return cls(between, within, np.nan, (0.0, 0.0))
+        # Examples that are masked entirely do not count, so the quotient may be too small: round up, take the largest.
         calls = np.nanmax(np.ceil((examples.count / rows[:, None])[:, known]))
         fewest = degrees[:, known].min(1)
         per_batch = float((counts / batches)[known].mean() / calls)
@@ -207,6 +214,8 @@ class Spread(NamedTuple):
 
     def excess(self, channels: np.ndarray) -> float:
         """Returns the std between batches, without noise, over that between examples: see `LayerDiagnosis.excess`."""
+        # For n examples in a batch, the expected ratio is about 1 + n q, q the variance between batches relative to
+        # that between examples. The intraclass correlation is q / (1 + q).
         beyond = np.maximum(self.ratios(channels) - 1, 0)
         return float(np.sqrt((beyond / (beyond + self.examples)).mean())) if beyond.size else np.nan
 
@@ -222,6 +231,7 @@ class Spread(NamedTuple):
         if not ratios.size:
             return np.nan
         tails = special.fdtrc(*self.degrees, ratios.mean()), ratios.size * special.fdtrc(*self.degrees, ratios.max())
+        # Two tests on the same ratios: Bonferroni's correction.
         return float(min(1, 2 * min(tails)))
 
 

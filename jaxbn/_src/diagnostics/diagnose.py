@@ -36,6 +36,7 @@ def diagnose_model(
         raise ValueError(f"r_max={r_max} must be 1 or more, and d_max={d_max} not negative.")
     framework.check(model)
     structure, arrays = framework.split(model)
+    # The cache of programs holds `call` and `weights` weakly, since they may close over arrays.
     seen = observe(Recipe(_observer, (call, weights), (framework, structure)), arrays, batches, progress=progress)
     return diagnose(seen, framework.states(model), r_max=r_max, d_max=d_max)
 
@@ -84,13 +85,17 @@ def _layer(
     d_max: float,
     is_held: bool,
 ) -> LayerDiagnosis:
+    # Dead channels are left out of all averages below; 1 only avoids a division by 0.
     reached, sigma = values.count.sum(0) > 0, np.where(alive, pair.sigma, 1)
     there = (values.count > 0) & alive
     difference = values.mean - pair.mean
+    # A complex difference has no sign; its absolute value is compared with d_max.
     d = ((np.abs(difference) if np.iscomplexobj(difference) else difference) / sigma)[there]
     r = (np.sqrt(values.m2 / np.maximum(values.count, _TINY) + pair.epsilon) / sigma)[there]
     outside = (np.abs(d) > d_max) | (r > r_max) | (r < 1 / r_max)
     rows = np.array([one.rows for one in seen], float)
+    # The noise is that of training. Whether batches are drawn at random is tested in evaluation, where examples do
+    # not influence each other through the statistics.
     trained = Spread.of(Batches.of((one.trained.examples for one in seen), path), rows)
     independent = Spread.of(Batches.of((one.evaluated.examples for one in seen), path), rows)
     ratios = independent.ratios(alive)

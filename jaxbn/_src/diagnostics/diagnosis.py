@@ -75,7 +75,7 @@ class LayerDiagnosis:
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """A problem, and advice what to do about it."""
+    """A problem, and advice on what to do about it."""
 
     name: str  # such as "non_iid"
     effect: float  # in standard deviations of the normalized input, in the worst layer; findings are sorted by it

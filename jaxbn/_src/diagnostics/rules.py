@@ -61,6 +61,8 @@ class Pair(NamedTuple):
         mean = share * INITIAL_MEAN + (1 - share) * self.mean
         sigma = np.sqrt(share * INITIAL_VAR + (1 - share) * self.var + self.epsilon)
         running = np.sqrt(np.maximum(self.running_var + self.epsilon, np.finfo(np.float32).tiny))
+        # The error of a normalized value z is (sigma / running - 1) z + (mean - running_mean) / running, where z has
+        # mean 0 and variance 1.
         return (sigma / running - 1) ** 2 + (np.abs(mean - self.running_mean) / running) ** 2
 
     @property
@@ -90,6 +92,7 @@ def nonfinite(seen: Sequence[Observation], order: Sequence[str]) -> list[Finding
     if not bad:
         return []
     parts = seen[bad[0]].trained.moments
+    # In the order of the calls: NaN spreads from the first layer to all later ones.
     layers = tuple(path for path in order if not all(np.isfinite(part).all() for part in parts[path]))
     where = "" if layers else ", only in the outputs"
     text = f"{len(bad)} of {len(seen)} batches are not finite{where}, the first of them batch {bad[0]} (counted from 0)"
@@ -215,6 +218,7 @@ def _not_reached(layers: Mapping[str, LayerDiagnosis]) -> Finding:
 
 def _gap(layers: Mapping[str, LayerDiagnosis], gap: float) -> Finding:
     """A finding for outputs that differ although no single layer explains it."""
+    # For Gaussian values the noise of the batch std has half the variance of that of the mean, so together 1.5.
     squares = [1.5 * np.nan_to_num(layer.noise) ** 2 + np.nan_to_num(layer.off) ** 2 for layer in layers.values()]
     if gap <= 2 * np.sqrt(sum(squares)):
         text = "no single layer is the cause: the batch noise and the statistics errors of all layers add up"
@@ -234,6 +238,7 @@ def _running_statistics(layers: Mapping[str, LayerDiagnosis], pairs: Mapping[str
     if not layers:
         return []
     # If batch means vary, an average over about ten of them has an error by chance, which is allowed here.
+    # d_bound, which 95 % of the deviations do not exceed, is about two standard deviations.
     found = {p: v for p, v in layers.items() if v.off**2 > _OFF**2 + 0.2 * (v.d_bound / 2) ** 2}
     unestimated = {path: layer for path, layer in found.items() if pairs[path].is_initial}
     others = {path: layer for path, layer in found.items() if path not in unestimated}

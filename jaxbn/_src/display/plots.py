@@ -33,6 +33,7 @@ def draw_report(title: str, paths: Sequence[str], numbers: Mapping[str, np.ndarr
 
     shift.plot(numbers["mean_shift"], rows, "o", color=_BLUE, markersize=4, label="average over channels")
     shift.plot(numbers["worst_mean_shift"], rows, "x", color=_RED, markersize=4, label="worst channel")
+    # A logarithmic axis that can show 0, as for a layer that did not change.
     shift.set_xscale("symlog", linthresh=0.01)
     largest = max(0.02, 1.5 * np.nanmax(numbers["worst_mean_shift"], initial=0))
     shift.set_xlim(0, largest)
@@ -101,9 +102,11 @@ def _figure(paths: Sequence[str], title: str) -> tuple[Any, Sequence[Any]]:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("Plots need matplotlib, which is optional: pip install matplotlib") from error
+    # Not pyplot, which would keep every figure in a global list and may open windows.
     figure = Figure(figsize=(_WIDTH, _ENDS + _ROW * max(len(paths), 4)), layout="constrained")
     figure.suptitle(title, fontsize=10)
     axes = figure.subplots(1, 3, sharey=True)
+    # The limits are reversed, so that the first layer is at the top.
     axes[0].set(yticks=range(len(paths)), ylim=(len(paths) - 0.3, -0.7))
     names = names_of(paths, _WIDEST_PATH)
     axes[0].set_yticklabels([names[path] for path in paths], fontsize=8)
@@ -126,6 +129,7 @@ def _set_log(axes: Any, values: list[float]) -> None:
     shown = np.array([value for value in values if np.isfinite(value) and value > 0])
     if not shown.size:
         return
+    # At least a decade, so that there is a tick with a label.
     low, high = min(shown.min() / 1.3, shown.max() / 10), shown.max() * 1.3
     axes.set_xscale("log")
     axes.set_xlim(low, high)

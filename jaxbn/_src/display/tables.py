@@ -72,11 +72,12 @@ def table(
     for path, cells in rows.items():
         mark = ("* " if path in marked else "  ")[:prefix]
         made.add_row(mark + names[path], *cells)
+    # If even the shortest names do not fit, make the lines longer: rich would cut cells.
     return _rendered(made, max(width, len(columns) * _GAP + sum(widths) + room + prefix))
 
 
 def definitions(entries: Mapping[str, str], *, width: int | None = None) -> str:
-    """Returns what each term means as two columns, of which the second is wrapped."""
+    """Returns the terms and their meanings in two columns; the second is wrapped."""
     made = _grid(header=False)
     made.add_column(no_wrap=True)
     made.add_column()
@@ -96,7 +97,7 @@ def paragraph(text: str, *, start: str = "", width: int | None = None) -> str:
 
 
 def line_width() -> int:
-    """Characters in a line: as wide as the terminal within 80 and 120, and 80 where standard output is not one."""
+    """Returns the characters in a line: as many as the terminal has, within 80 and 120; 80 if there is no terminal."""
     if sys.stdout is None or not sys.stdout.isatty():
         return WIDTH
     return min(max(shutil.get_terminal_size((WIDTH, 24)).columns, WIDTH), _WIDEST)
@@ -109,17 +110,20 @@ def names_of(paths: Iterable[str], width: int) -> dict[str, str]:
     """
     names = {path: path or "(the model)" for path in paths}
     for ended in (names, _without_common_end(names)):
+        # `head` is the number of characters that stay at the beginning.
         for head in range(width - len(_ELLIPSIS) + 1):
             cut = {path: _shortened(name, width, head) for path, name in ended.items()}
             if len(set(cut.values())) == len(cut):
                 return cut
     numbered = {path: f"{i}: {name}" for i, (path, name) in enumerate(names.items(), 1)}
+    # The head holds the number and its colon, so that the names stay distinct.
     return {path: _shortened(name, width, len(str(len(names))) + 2) for path, name in numbered.items()}
 
 
 def in_order(paths: Iterable[str], first: Iterable[str]) -> list[str]:
     """Returns the paths: those in `first` in its order, and then the others as they come."""
     position = {path: i for i, path in enumerate(first)}
+    # The sort is stable, so the others keep their order.
     return sorted(paths, key=lambda path: position.get(path, len(position)))
 
 
@@ -141,7 +145,7 @@ def short(value: float) -> str:
 
 
 def _columns(columns: Sequence[Column], rows: Mapping[str, Sequence[str]]) -> list[tuple[Column, list[str]]]:
-    """Each column with its cells."""
+    """Returns each column with its cells."""
     return [(column, [cells[i] for cells in rows.values()]) for i, column in enumerate(columns)]
 
 
@@ -160,7 +164,8 @@ def _rendered(made: RenderableType, width: int) -> str:
 
 
 def _without_common_end(names: Mapping[str, str]) -> dict[str, str]:
-    """The names without the last parts of their paths that are those of all of them."""
+    """Returns the names without the last parts of their paths, if these are the same in all of them."""
+    # commonprefix compares characters, so shorten the common end to whole parts of the paths.
     end = os.path.commonprefix([name[::-1] for name in names.values()])[::-1]
     lost = len(end) - end.find("/") - 1 if "/" in end else 0
     return {path: name[: len(name) - lost] + _ELLIPSIS * bool(lost) for path, name in names.items()}

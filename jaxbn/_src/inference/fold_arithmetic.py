@@ -59,6 +59,7 @@ def affine_of(
     """
     zero = jnp.expand_dims(jnp.zeros_like(like), [axis for axis in range(ndim) if axis not in axes])
     shift, scale = jax.jvp(evaluate, (zero,), (jnp.ones_like(zero),))
+    # On both sides of 0: a piecewise linear function has one slope on each side.
     slopes = [jax.jvp(evaluate, (zero + probe,), (jnp.ones_like(zero),))[1] for probe in (-3, 3)]
     same = [(jnp.abs(slope - scale) <= 1e-5 * jnp.abs(scale)).all() for slope in slopes]
     return Affine(scale.reshape(like.shape), shift.reshape(like.shape), axes), same[0] & same[1]
@@ -70,6 +71,7 @@ def fold_behind(weights: Weights, affine: Affine, layer: Linear) -> Weights:
     order = list(layer.outputs)
     in_kernel = [layer.outputs[axis] for axis in affine.axes]
     in_bias = [order.index(axis) for axis in affine.axes]
+    # The first equation at the top: (a W) u + (a b + c).
     folded = kernel * _lay_out(affine.scale, in_kernel, kernel.ndim)
     bias = bias * _lay_out(affine.scale, in_bias, bias.ndim) + _lay_out(affine.shift, in_bias, bias.ndim)
     return _rounded(folded, bias, weights)
@@ -81,6 +83,8 @@ def fold_before(weights: Weights, affine: Affine, layer: Linear) -> Weights:
     The layer must map a constant to a constant, or the shift must be 0.
     """
     kernel, bias = _widened(weights, layer)
+    # The second equation at the top: (W a) x + (b + W c). At every position of the kernel the input is the constant c,
+    # so W c sums over space as well.
     response = kernel * _of_inputs(affine.shift, affine, layer, kernel.shape)
     kept = list(layer.outputs.values())
     total = response.sum([axis for axis in range(kernel.ndim) if axis not in kept])
@@ -111,6 +115,7 @@ def of_conv(
     """Returns the axes of `Conv`: the kernel is `[*kernel_size, in / groups, out]`."""
     sizes = (kernel_size,) if isinstance(kernel_size, int) else tuple(kernel_size)
     space, uneven = len(sizes), None
+    # Circular and reflected padding repeat the input. With kernels of size 1, SAME and CAUSAL add no padding.
     if padding not in ("VALID", "CIRCULAR", "REFLECT") and not _is_zero(padding) and any(k > 1 for k in sizes):
         uneven = "pads its input with zeros, to which the shift does not apply"
     elif input_dilation is not None and any(d != 1 for d in np.ravel(input_dilation)):
@@ -134,6 +139,7 @@ def of_dense(ndim: int, axis: Any, batch_axes: Any, features: Any) -> Linear:
     batch = np.size(batch_axes)  # Flax puts them first
     carried = {a: a for a in range(batch)}
     inputs = carried | {a: batch + i for i, a in enumerate(summed)}
+    # The output has the axes that are not summed first, and then the features.
     rest = ndim - len(summed)
     return Linear(inputs, carried | {rest + i: batch + len(summed) + i for i in range(np.size(features))})
 
@@ -143,6 +149,7 @@ def of_einsum(ndim: int, equation: str) -> Linear:
     operands, result = equation.replace(" ", "").split("->")
     given, kernel = operands.split(",")
     written = len(given.replace("...", ""))
+    # Write the ellipsis as unused letters, so that the position of a letter is its axis.
     filled = "".join(letter for letter in _UNUSED if letter not in equation)[: ndim - written]
     given, result = (part.replace("...", filled) for part in (given, result))
     lost = set(given) - set(kernel) - set(result)
@@ -152,7 +159,7 @@ def of_einsum(ndim: int, equation: str) -> Linear:
 
 
 def of_flax(kind: str, layer: Any, ndim: int, equation: str | None) -> Linear:
-    """Of a linear layer of linen or NNX; the kind is the name of the linen class."""
+    """Returns the axes of a linear layer of linen or NNX; `kind` is the name of its linen class."""
     if kind == "Conv":
         groups, masked = layer.feature_group_count, layer.mask is not None
         options = {"padding": layer.padding, "input_dilation": layer.input_dilation}
@@ -176,7 +183,7 @@ def _is_zero(padding: Any) -> bool:
 
 
 def _widened(weights: Weights, layer: Linear) -> tuple[jax.Array, jax.Array]:
-    """Kernel and bias in the precision of the computation; a missing bias becomes zeros."""
+    """Returns the kernel and bias in the precision of the computation; a missing bias becomes zeros."""
     kernel = weights.kernel.astype(_dtypes.compute(weights.kernel))
     if weights.bias is not None:
         return kernel, weights.bias.astype(_dtypes.compute(weights.bias))
@@ -200,5 +207,6 @@ def _of_inputs(stat: jax.Array, affine: Affine, layer: Linear, shape: Sequence[i
         return _lay_out(stat, [layer.inputs[axis] for axis in affine.axes], len(shape))
     ((of_input,), (of_output,)) = layer.inputs.values(), layer.outputs.values()
     of_group = stat.reshape(layer.groups, -1).T  # [in / groups, groups]
+    # The output channels are in the order of their groups.
     each = jnp.repeat(of_group, shape[of_output] // layer.groups, axis=1)
     return _lay_out(each, [of_input, of_output], len(shape))

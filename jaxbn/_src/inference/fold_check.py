@@ -69,6 +69,7 @@ def _difference(expected: Any, found: Any) -> float:
             wide = np.complex128 if jnp.iscomplexobj(old) else np.float64
             old, new = np.asarray(old).astype(wide), np.asarray(new).astype(wide)
             size, distance = np.abs(old).max(), np.abs(new - old).max()
+            # If all expected values are 0, any difference is infinite. So is NaN, which max() may drop.
             worst = max(worst, float(distance / size) if size else np.inf if distance else 0.0, key=_nan_as_inf)
     return worst
 

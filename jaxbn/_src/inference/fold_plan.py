@@ -104,8 +104,10 @@ def fold_weights(plan: Plan, layers: Mapping[str, Layer]) -> dict[str, _fold_ari
         weights: dict[str, _fold_arithmetic.Weights], maps: list[tuple[jax.Array, jax.Array]]
     ) -> dict[str, _fold_arithmetic.Weights]:
         for path, held in weights.items():
+            # The folded layer uses its kernel as it is, so apply maps such as centering once, here.
             if function := layers[path].map_kernel:
                 weights[path] = held._replace(kernel=function(held.kernel))
+        # Keep this order: a layer may absorb several normalizations, each relative to the ones before it.
         for one, (scale, shift) in zip(plan.folds, maps, strict=True):
             linear, fold = (
                 layers[one.layer].linear,
@@ -164,8 +166,11 @@ class _Planner:
         if calls > 1:
             raise _No(f"{name} is called {calls} times")
         values = self.values.get(path, ())
+        # A call may compute with values derived from its variables, such as averages of weights. Writing new variables
+        # would then change something else.
         if not self.flow.given.get(Tag(path, "variable"), {None}) <= set(values):
             raise _No(f"{name} computes with other values than its variables")
+        # New weights must not have effects elsewhere, as in tied layers or a penalty on the weights.
         if not all(value is not None and self.flow.leaves_by(value, Tag(path, "output")) for value in values):
             raise _No(f"the variables of {name} are also used elsewhere")
 
@@ -219,6 +224,7 @@ class _Planner:
             if before in self.layers:
                 self._check_layer(before, affine, behind=True)
                 return before
+            # A bare normalization that was folded into the layer before it leaves nothing, so continue to its input.
             if not (self.norms[before].bare and any(one.norm == before and one.behind for one in self.folds)):
                 raise _No(f"its input is made by the normalization {_name(before)}")
             path, value = before, self._given(before)  # this one is already folded
@@ -232,6 +238,7 @@ class _Planner:
         if len(uses) > 1:
             raise _No(f"its output is used {len(uses)} times")
         behind = uses[0].tag
+        # Only the node that stands for the outputs of the model has no inputs.
         if not uses[0].inputs:
             raise _No("its output is the output of the model")
         if not isinstance(behind, Tag):
@@ -254,6 +261,7 @@ class _Planner:
         features = linear.outputs if behind else linear.inputs
         if not set(affine.axes) <= set(features):
             raise _No(f"its features are along axes {affine.axes}, those of {_name(path)} along {tuple(features)}")
+        # If the shift is 0, there is no constant that padding could interrupt.
         if not behind and linear.uneven and np.any(np.asarray(affine.shift)):
             raise _No(f"{_name(path)} {linear.uneven}")
 

@@ -29,8 +29,8 @@ def tag_call(
     Args:
         path: The path of the layer.
         call: The call.
-        args: Its arguments.
-        kwargs: Its arguments.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
         input_name: The name of its first parameter.
         variables: The arrays of the layer.
         record: `(y, *args, **kwargs)`, called for layers of this model.
@@ -41,9 +41,11 @@ def tag_call(
     """
     x = _dataflow.tag(args[0] if args else kwargs[input_name], Tag(path, "input", own))
     args, kwargs = ((x, *args[1:]), kwargs) if args else ((), kwargs | {input_name: x})
+    # The results are not needed: `follow` records the values that a tag receives even if the tag is dead code.
     for variable in variables:
         _dataflow.tag(variable, Tag(path, "variable"))
     y = call(*args, **kwargs)
+    # Another network in the same call, such as a teacher, is tagged but not folded.
     if own:
         record(y, *args, **kwargs)
     return _dataflow.tag(y, Tag(path, "output", own))
@@ -55,6 +57,7 @@ def called_norm(
     """Records a call of a normalization; `refusal` is the reason why it cannot be folded."""
     x, _, residual, where = arguments
     return Norm(
+        # `finish` applies the dtype and the activation in the folded model.
         as_affine(evaluating_method(layer)),
         params,
         state,

@@ -178,6 +178,7 @@ def _sizes(tree: Any) -> str:
 
 def _kinds_of_layers(info: Info) -> list[str]:
     """A line for each way of normalizing, and how many layers do so."""
+    # Layers that differ only in their number of values share a line.
     numbers = Counter(layer._replace(rows=None) for _, layer in info.layers)
     return [
         f"{number} layer{'s'[: number > 1]}: {layer.method or 'unknown method'}, "
@@ -206,6 +207,7 @@ def _layer_info(path: str, state: State, report: Report | None, kind: LayerKind 
     mean, var = np.asarray(state.mean), np.asarray(state.var)
     if not (np.isfinite(mean).all() and np.isfinite(var).all() and (var >= 0).all()):
         raise ValueError(f"The statistics of {name} are not finite, or a variance is negative.")
+    # Initial values are an error unless the pass estimated them: true statistics may be 0 and 1.
     change = None if report is None else report.layers[path]
     reached = False if change is None else change.reached
     if (is_initial(state) & ~np.asarray(reached)).any():
@@ -213,6 +215,7 @@ def _layer_info(path: str, state: State, report: Report | None, kind: LayerKind 
             f"The statistics of {name} were never estimated: they are the initial values. Train with running averages "
             f"(momentum=0.99), or estimate them with postproc on a call that reaches this layer."
         )
+    # No pass estimated the statistics of this layer.
     if report is None or change is None or change.count == 0:
         return LayerInfo(kind and kind.method, kind and kind.epsilon, otherwise, None)
     if not (np.array_equal(mean, change.new_mean) and np.array_equal(var, change.new_var)):

@@ -49,6 +49,7 @@ def pass_steps(
     Returns:
         The steps.
     """
+    # In mode "batch" each layer sees inputs that are normalized as in training, although `call` evaluates.
     captured = capture_arrays(framework, structure, call, "batch", None)
 
     def measure(arrays: Any, batch: Any) -> Any:

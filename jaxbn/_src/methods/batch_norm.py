@@ -123,6 +123,7 @@ def batch_norm(
     groups = _collectives.check_groups(axis_name, axis_index_groups)
     spec = _operands.Spec(_axes.static(axis), epsilon, activation, dtype, axis_name, groups)
     _operands.check_spec(spec)
+    # A statistics pass merges devices by itself, so `measure` does not reduce over the named axis.
     here = functools.partial(_moments.batch_moments, axis=axis, use_fast_variance=use_fast_variance)
     everywhere = functools.partial(here, axis_name=axis_name, axis_index_groups=groups)
 
@@ -135,6 +136,7 @@ def batch_norm(
             jnp.ones(shape, dtype) if use_scale else None,
             jnp.zeros(shape, dtype) if use_bias else None,
         )
+        # At least float32: in half precision an average would lose small updates.
         mean = jnp.full(shape, _averages.INITIAL_MEAN, _dtypes.promote(jnp.dtype(dtype), jnp.float32))
         var = jnp.full(shape, _averages.INITIAL_VAR, mean.real.dtype)
         count = jnp.zeros((), jnp.float32) if average is not None and average.counts else None
@@ -231,6 +233,7 @@ def _usable(state: State, moments: _moments.Moments, var: jax.Array) -> jax.Arra
 
 def count_samples(moments: _moments.Moments, shape: Sequence[int], axis: _axes.Axis) -> jax.Array:
     """The number of rows, over all devices and without masked ones, behind the moments of an input of this shape."""
+    # A channel has one value per row and position in space. A mask may drop rows of some channels only.
     return moments.count.max(initial=0) / math.prod(shape[a] for a in _axes.split(len(shape), axis).reduced[1:])
 
 

@@ -195,6 +195,7 @@ def batch_renorm(
             mean=_averages.update(state.mean, moments.mean, decay, good),
             var=updated_var(state.var, counted.var, decay, good),
             count=counted.count,
+            # A step without valid values does not count, as in the averages.
             step=None if state.step is None else lax.stop_gradient(state.step + good.any().astype(state.step.dtype)),
         )
 
@@ -216,8 +217,10 @@ def _update_sigma(epsilon: ArrayLike, var: jax.Array, new: jax.Array, decay: jax
     dtype = _dtypes.promote(var.dtype, new.dtype)
     inside = jnp.asarray(epsilon, dtype)
     before, batch = (jnp.sqrt(v.astype(dtype) + inside) for v in (var, new))
+    # Algorithm 1 averages sigma, not the variance. Rounding may put its square slightly below epsilon.
     sigma = _averages.update(before, batch, decay, where)
     updated = jnp.maximum(jnp.square(sigma) - inside, 0)
+    # The root and the square round, so channels without an update return their old variance itself.
     return lax.stop_gradient(jnp.where(where, updated.astype(var.dtype), var))
 
 

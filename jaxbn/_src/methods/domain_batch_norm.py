@@ -201,6 +201,7 @@ def domain_batch_norm(
     ) -> tuple[jax.Array, DomainBatchNormState]:
         _check_state(state, num_domains)
         scale, bias = (for_domains(p) for p in params)
+        # The features are those of a single domain, [C].
         operands = _operands.of_call(spec, scale, bias, state.mean[0], x, mask, residual)
         x = operands.x
         members = _members(x, domain, num_domains, axis)
@@ -209,6 +210,7 @@ def domain_batch_norm(
         # Equations 3 to 6: mean and variance of each domain, over all devices; x_hat and y, with those of its domain.
         operands = operands._replace(members=members)
         y, moments = _normalize.batch_normalize(spec, everywhere, operands, state.mean, state.var, autodiff=autodiff)
+        # An id outside [0, D) selects zeros as statistics and scale, and must not look like a valid output.
         y = jnp.where(members.any(1).reshape(-1, *(1,) * (x.ndim - 1)), y, jnp.nan)
         if base.update is None:
             return y, state
@@ -232,6 +234,7 @@ def domain_batch_norm(
         ids = _check_domain(x, domain, num_domains, axis)
         _check_residual(x, residual)
 
+        # Each example is a batch of its own, because `base.eval` takes the statistics of one domain.
         def normalize_one(
             params: NormParams, state: DomainBatchNormState, x: jax.Array, residual: jax.Array | None
         ) -> jax.Array:
@@ -285,6 +288,8 @@ def _check_domain(x: jax.Array, domain: ArrayLike | None, num_domains: int, axis
             f"domain= of shape {ids.shape} must be one id for each example of the input {x.shape}: {x.shape[:1]}. For "
             f"a batch of one domain pass jnp.full({x.shape[:1]}, domain)."
         )
+    # num_domains may not fit into a short integer. `explicit_meshes.rows` returns NaN for it, whereas a negative id
+    # would count from the end.
     ids = ids.astype(_dtypes.promote(ids.dtype, jnp.int32))
     return _explicit_meshes.on_values(
         jnp.where((ids >= 0) & (ids < num_domains), ids, num_domains).astype(jnp.int32), x

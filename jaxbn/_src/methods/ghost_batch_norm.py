@@ -174,6 +174,7 @@ def ghost_batch_norm(
         y, measured = _normalize.batch_normalize(
             spec._replace(
                 axis=plan.axis,
+                # By the original operands: those of the groups are at least float32, and would widen the output.
                 dtype=_dtypes.output(spec.dtype, x, params.scale, params.bias, operands.residual),
                 axis_name=plan.axis_name,
                 axis_index_groups=_collectives.neighbours(plan.axis_name, plan.joined),
@@ -194,6 +195,7 @@ def ghost_batch_norm(
             own = _moments.batch_moments(x, **options)
             groups = None if averaging is None else _moments.gather(_groups_first(own, plan), axis_name)
         else:
+            # One all-gather serves the groups of this device and the running averages.
             joined = _moments.neighbour_moments(x, **options, axis_name=plan.axis_name, size=plan.joined)
             own = _collectives.own_of_neighbours(joined, plan.axis_name, plan.joined)
             groups = jax.tree.map(jnp.concatenate, jax.vmap(functools.partial(_groups_first, plan=plan))(joined))
@@ -204,6 +206,7 @@ def ghost_batch_norm(
         union = _moments.pool(groups)
         if running == "pooled":
             return union
+        # Without the spread between groups. Algorithm 1 instead updates its averages with each group in turn.
         within = groups.m2 * _moments.bessel(groups.count) if of_groups else groups.m2
         return union._replace(m2=within.sum(0))
 
@@ -252,9 +255,11 @@ def _plan(
             f"of the two, or drop the last samples of the batch."
         )
     if grouping == "strided":
+        # Sample i is in group i mod G: in [pieces, G] the second axis numbers the groups.
         groups = here * devices // size
         fits, pieces, joined, group_axis = here % groups == 0, here // groups, devices, rows + 1
     else:
+        # Neighbors form a group: in [groups, size] the first axis numbers the groups.
         groups = pieces = max(here // size, 1)
         fits, joined, group_axis = here % size == 0 or size % here == 0, max(size // here, 1), rows
     if not fits:
@@ -263,6 +268,7 @@ def _plan(
             f"device must hold whole groups, or an equal part of each group that it shares with others."
         )
     features = tuple(a + is_new for a in axes.features)
+    # The cut adds an axis, which moves the later ones by one.
     cut = (*(a for a in features if a < group_axis), group_axis, *(a + 1 for a in features if a >= group_axis))
     over = axis_name if joined > 1 else None
     return _Plan(rows, is_new, pieces, groups, cut, cut.index(group_axis), joined, over)

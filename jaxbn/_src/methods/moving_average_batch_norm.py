@@ -188,6 +188,7 @@ def moving_average_batch_norm(
         r = _correction(v, var, epsilon, jnp.where(known.step < max(_PLAIN_STEPS, warmup), 1, r_max).astype(v.dtype))
         # -z Psi has two parts: add_to_gradient adds the part of the earlier batches, and the part of this batch is the
         # derivative of the term with chi below, whose value is 0.
+        # The window holds psi of the unscaled loss, averaged over devices; the gradient here is scaled, not averaged.
         past_psi = jnp.where(seen, past_psi * known.loss_scale.astype(v.dtype) * devices, 0)
         if jnp.issubdtype(x.dtype, jnp.inexact):
             x = add_to_gradient(x, weights, _axes.expand(-past_psi / (v + epsilon), _axes.split(x.ndim, axis)))
@@ -234,6 +235,7 @@ def backward(
     def learn(before: MovingAverageBatchNormState, scale: Any, dscale: Any) -> MovingAverageBatchNormState:
         state = _explicit_meshes.on_channels(before, scale, range(scale.ndim))
         dtype = state.gradient_window.dtype
+        # psi = E[g z]: the gradient of the scale is the sum of r z dL/dy, and g = scale r dL/dy.
         psi = scale.astype(dtype) * dscale.astype(dtype) / jnp.where(state.values > 0, state.values, 1)
         good = (state.values > 0) & jnp.isfinite(psi)
         after = state._replace(
@@ -250,6 +252,7 @@ def backward(
 
 def _about_zero(moments: _moments.Moments) -> _moments.Moments:
     """Turns moments into moments about 0: the mean is 0, and the variance the second moment."""
+    # E[x^2] is the variance plus the square of the mean.
     mean = moments.mean
     return moments._replace(mean=jnp.zeros_like(mean), m2=moments.m2 + moments.count * jnp.square(mean))
 

@@ -165,8 +165,8 @@ class UpdateFn(Protocol[StateT]):
 
         Args:
             state: The state of the layer.
-            moments: Of all values that this step is to average.
-            samples: The number of examples that they come from; needed by `jaxbn.horizon` alone.
+            moments: The moments of all values that enter this step.
+            samples: The number of examples behind the moments; only `jaxbn.horizon` needs it.
 
         Returns:
             The state after the step.
@@ -180,9 +180,9 @@ class BackwardFn(Protocol[ParamsIn, StateT]):
         """Updates the state with the gradient of the params; call it once after each gradient.
 
         Args:
-            params: Those that the gradient was taken at, before the step of the optimizer.
+            params: The params at which the gradient was taken, before the step of the optimizer.
             state: What the training call returned.
-            grads: The gradient of the params, of the loss without its scale.
+            grads: The gradient of the loss with respect to the params, without the loss scale.
             loss_scale: The factor by which the loss of the next step will be multiplied.
 
         Returns:
@@ -226,7 +226,7 @@ class NormTransform(NamedTuple, Generic[ParamsT, StateT]):
 
 
 def on_meshes(transform: NormTransform[ParamsT, StateT], axis: _axes.Axis) -> NormTransform[ParamsT, StateT]:
-    """Makes a transform work for params and a state that lie on an Explicit mesh otherwise than the channels of x.
+    """Makes a transform accept params and a state with any sharding on an Explicit mesh.
 
     Params and state are moved to the devices that hold the channels of x, and each leaf of the new state goes back to
     where the old one was. Gradients follow by themselves. Programs without an Explicit mesh stay as they are.
@@ -266,5 +266,6 @@ def on_meshes(transform: NormTransform[ParamsT, StateT], axis: _axes.Axis) -> No
         assert transform.update is not None
         return _explicit_meshes.as_before(transform.update(as_moments(moments, state), moments, samples), state)
 
+    # `init` and `measure` take neither params nor state. A `backward` must place its operands itself.
     updating = None if transform.update is None else update
     return transform._replace(train=train, eval=evaluate, postproc=postproc, update=updating)

@@ -92,6 +92,7 @@ def shapes_of(described: Any) -> Any:
         return {"list": list, "tuple": tuple}[tag](shapes_of(value) for value in content)
     if tag == "items":
         items = {_checked(key, int): shapes_of(value) for key, value in content}
+        # If a key is repeated, the dict has fewer items, and a leaf of the file would be lost.
         return _checked(items, dict, len(items) == len(content))
     if tag == "frozen":
         return FrozenDict(_checked(shapes_of(content), dict))
@@ -103,9 +104,11 @@ def shapes_of(described: Any) -> Any:
 def _describe(path: Any, node: Any) -> Any:
     if node is None:
         return None
+    # Exact types only: loading would restore a subclass, such as a NamedTuple, as its base class.
     if type(node) is dict and all(type(key) is str for key in node):
         return {key: _describe((*path, jax.tree_util.DictKey(key)), value) for key, value in node.items()}
     if type(node) is dict and all(type(key) is int for key in node):
+        # The keys of a JSON object are strings, so integer keys need a list of pairs.
         return ["items", [[key, _describe((*path, jax.tree_util.DictKey(key)), node[key])] for key in node]]
     if type(node) is FrozenDict:
         return ["frozen", _describe(path, node.unfreeze())]
@@ -133,6 +136,7 @@ def size_of(leaf: Any) -> int:
 
 def pack(arrays: Iterable[np.ndarray]) -> list[memoryview]:
     """Returns the bytes of each array."""
+    # View as uint8 first: the buffer protocol does not support the dtypes of ml_dtypes, such as bfloat16.
     return [array.reshape(-1).view(np.uint8).data for array in arrays]
 
 

@@ -50,6 +50,7 @@ def read(path: str | os.PathLike[str], kind: Kind) -> tuple[dict[str, Any], byte
     with open(path, "rb") as file:
         header = _read_header(path, kind, file.readline(_LONGEST_HEADER))
         body = file.read()
+    # The checksum covers the header without the checksum itself.
     if header.pop("sha256", None) != _digest(header, body):
         raise ValueError(f"{path} {DAMAGED}")
     return header, body
@@ -61,6 +62,7 @@ def parsing(path: str | os.PathLike[str], kind: Kind) -> Iterator[None]:
     try:
         yield
     except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+        # The message has its own article. A ValueError has a clear text, but a KeyError needs its type.
         noun, told = kind.noun.partition(" ")[2], "" if type(error) is ValueError else f"{type(error).__name__}, "
         raise ValueError(f"{path} is not a {noun} written by jaxbn: {told}{error}") from error
 
@@ -91,6 +93,7 @@ def _digest(header: dict[str, Any], *parts: Bytes) -> str:
 def _read_header(path: str | os.PathLike[str], kind: Kind, line: bytes) -> dict[str, Any]:
     try:
         header = json.loads(line)
+        # The checksum covers the header as parsed, so another spelling of the same JSON is rejected here.
         known = isinstance(header, dict) and header["format"] == kind.format and _line(header) == line
     except (ValueError, KeyError, RecursionError):  # not text, not JSON, or another kind of JSON
         known = False
@@ -106,18 +109,22 @@ def _read_header(path: str | os.PathLike[str], kind: Kind, line: bytes) -> dict[
 
 def _replace(path: Path, kind: Kind, line: bytes, *parts: Bytes) -> None:
     """Writes a temporary file, flushes it to the disk, reads its header back, and renames it to the path."""
+    # os.replace would replace a symbolic link, and not its target.
     path = Path(os.path.realpath(path))
     if not path.parent.is_dir():
         raise FileNotFoundError(f"There is no folder {path.parent} to save {path.name} in.")
+    # In the same folder, because a rename is atomic only within a file system.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.unfinished")
     try:
         with open(temporary, "xb", opener=_opener_like(path)) as file:
             file.writelines((line, *parts))
+            # Without fsync before the rename, a power failure could leave an incomplete file at the path.
             file.flush()
             os.fsync(file.fileno())
         _read_back(temporary, kind, line, sum(map(len, parts)))
         os.replace(temporary, path)
     except BaseException:
+        # KeyboardInterrupt too must not leave the temporary file.
         temporary.unlink(missing_ok=True)
         raise
     fsync(path.parent)  # which holds the new name
@@ -129,6 +136,7 @@ def _opener_like(path: Path) -> Any:
     def opener(name: str, flags: int) -> int:
         if not path.is_file():
             return os.open(name, flags, 0o666)  # restricted by the umask
+        # Nobody else may open the new file before it has the permissions of the old one.
         opened = os.open(name, flags, 0o600)
         if os.name == "posix":
             os.fchmod(opened, stat.S_IMODE(path.stat().st_mode))

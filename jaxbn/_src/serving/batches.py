@@ -20,6 +20,7 @@ def leave_open(example: Any) -> Any:
     if len(firsts) != 1:
         raise ValueError(f"The arrays of the example must have one number of examples; got {text(example)}.")
     named = any(not isinstance(size, int) for _, shape in shapes for size in shape)
+    # A program looks up its number of examples by name, so an expression such as 2*b is not enough.
     if named and not firsts.pop().isidentifier():
         raise ValueError(
             f"Axes of the example have names, but the first, the axis of examples, has none: {text(example)}. Name it "
@@ -57,6 +58,7 @@ def check_batch(batch: Any, wanted: Any) -> dict[str, int]:
         raise ValueError(f"The program takes {text(wanted)}; got {text(batch)}.")
     sizes: dict[str, int] = {}
     for (path, given), like in zip(jax.tree.leaves_with_path(batch), jax.tree.leaves(wanted), strict=True):
+        # An expression such as 2*h is not checked here: JAX checks it when the program runs.
         fixed = zip(given.shape, like.shape, strict=False)
         fits = given.ndim == len(like.shape) and all(a == b for a, b in fixed if isinstance(b, int))
         if not fits or given.dtype != like.dtype:

@@ -50,6 +50,7 @@ def restore(step: Path, named: Sequence[tuple[Any, Any]], shardings: Sequence[An
         array = _from_bytes(stored[str(i)], leaf) if leaf.size else np.zeros(leaf.shape, leaf.dtype)
         if (array.shape, array.dtype) != (leaf.shape, leaf.dtype):
             raise ValueError(f"{step / _FOLDER / str(i)} holds {array.dtype}{array.shape} instead of {leaf}.")
+        # Empty arrays are not on the disk, so orbax did not give them their sharding.
         if sharding is not None and not leaf.size:
             array = jax.make_array_from_callback(leaf.shape, sharding, array.__getitem__)
         arrays.append(array if isinstance(array, jax.Array) else to_device(path, array))
@@ -78,17 +79,21 @@ def _files_of(step: Path, name: str, leaf: Any, sizes: Mapping[str, int]) -> dic
     path, stored = step / name / ".zarray", np.dtype(_stored(leaf))
     found = _read(step, f"{name}/.zarray", sizes)
     chunks = found["chunks"]
+    # Compressed chunks are rejected: they could take more memory than they take on the disk.
     known = {"zarr_format": 2, "order": "C", "compressor": None, "filters": None, "fill_value": None}
+    # Zarr writes the dtypes of NumPy as codes, such as "<f4", and those of ml_dtypes by name.
     known |= {"dimension_separator": ".", "dtype": stored.str if stored.isbuiltin == 1 else stored.name}
     known |= {"shape": list(leaf.shape), "chunks": chunks}
     whole = len(chunks) == leaf.ndim and all(
         type(chunk) is int and 0 < chunk <= size for chunk, size in zip(chunks, leaf.shape, strict=True)
     )
     grid = [-(-size // chunk) for size, chunk in zip(leaf.shape, chunks, strict=True)] if whole else []
+    # Forged metadata can describe billions of chunks, so compare their number before listing them.
     if found != known or not whole or math.prod(grid) > len(sizes):
         raise ValueError(f"{path} is not the metadata of {leaf}.")
     length = math.prod(chunks) * stored.itemsize
     names = [f"{name}/{'.'.join(map(str, index)) or '0'}" for index in np.ndindex(*grid)]
+    # `restore` does not check the values of booleans. Files of a wrong size are errors in `check`.
     if leaf.dtype == bool:
         for part in names:
             if sizes.get(part) == length:
@@ -104,6 +109,7 @@ def _read(step: Path, name: str, sizes: Mapping[str, int]) -> Any:
 
 def _check_tree(found: Any, names: Sequence[str]) -> None:
     """Raises a ValueError if orbax would read other arrays, or another format."""
+    # In the other formats orbax reads files whose sizes were not checked.
     of_zarr = found["use_ocdbt"] is False and found["use_zarr3"] is False
     keys = [[key["key"] for key in entry["key_metadata"]] for entry in found["tree_metadata"].values()]
     if not of_zarr or sorted(keys) != sorted([name] for name in names):
@@ -123,6 +129,7 @@ def _to_bytes(leaf: Any) -> Any:
         return leaf
     if not isinstance(leaf, jax.Array):
         return np.asarray(leaf).view(np.uint8)
+    # A bitcast of 2-bit or 4-bit values to bytes would merge values and change the shape, so cast them.
     return leaf.astype(np.uint8) if "uint" in leaf.dtype.name else jax.lax.bitcast_convert_type(leaf, np.uint8)
 
 

@@ -12,6 +12,7 @@ ALLOWED = frozenset(
     "Sharding shape_assertion stablehlo.dynamic_approx_top_k stablehlo.dynamic_reduce_window "
     "stablehlo.dynamic_rng_bit_generator stablehlo.dynamic_top_k".split()
 )
+# In MLIR's generic form the name does not follow the operation. The group is then None, and the call is rejected.
 _CALL = re.compile(r'\.custom_call\b"?(?:\s+@([\w.$]+)\()?')
 _OUTSIDE = re.compile(r"\.(?:infeed|outfeed|send|recv)\b")
 

@@ -113,6 +113,7 @@ def export(path: str | os.PathLike[str], call: Callable[..., Any], network: Any,
     run, variables = _as_function(call, network)
     check_unstacked(variables)
     given, structure = jax.tree.flatten(jax.tree.map_with_path(to_host, variables))
+    # NumPy arrays may have 64 bits in a JAX that is configured for 32.
     arrays = [array.astype(jax.dtypes.canonicalize_dtype(array.dtype), copy=False) for array in given]
     exported = _exported(lambda leaves, batch: run(jax.tree.unflatten(structure, leaves), batch), arrays, example)
     check_module(exported.mlir_module())
@@ -185,6 +186,7 @@ def _exported(function: Callable[..., Any], arrays: list[Any], example: Any) -> 
     except Exception as error:
         unknown = isinstance(error, TypeError) and "_DimExpr" in str(error)  # raised by len(x)
         unknown |= isinstance(error, _internals.UnknownDimension)
+        # After an error about a symbolic size, a model that also accepts the example itself has its axis of examples.
         if lacks_examples(lambda batch: function(arrays, batch), example, alone=unknown):
             raise ValueError(_NO_EXAMPLES.format(text(example))) from error
         if unknown:
@@ -245,6 +247,7 @@ def _check_linen(frozen: Frozen) -> None:
 def _as_function(call: Callable[..., Any], network: Any) -> tuple[_Run, Any]:
     """Returns a pure function of arrays and a batch, which raises an error if a layer trains, and the arrays."""
     if isinstance(network, nnx.Module):
+        # Random states and intermediate values become constants of the program; a frozen network does not hold them.
         graph, variables, *others = nnx.split(network, SAVED, ...)
         return lambda arrays, batch: _run_nnx(call, nnx.merge(graph, arrays, *others, copy=True), batch), variables
     if not isinstance(network, Frozen):
@@ -252,6 +255,7 @@ def _as_function(call: Callable[..., Any], network: Any) -> tuple[_Run, Any]:
     _check_linen(network)
 
     def run(arrays: Any, batch: Any) -> Any:
+        # apply_frozen also compares the methods and epsilons of the layers with those of the frozen network.
         return _run_linen(apply_frozen, call, dataclasses.replace(network, variables=arrays), batch)
 
     return run, network.variables
@@ -265,6 +269,7 @@ def _run_linen(call: Callable[..., Any], *arguments: Any) -> Any:
 def _refuse_training(next_call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
     module = context.module
     if is_call_of_layer(context):
+        # Layers in `freeze_layers` evaluate, whatever their flags say.
         trains = not module.has_variable(STATISTICS, FROZEN) and evaluates(module, args, kwargs) is False
         outputs = None if trains else next_call(*args, **kwargs)
     else:  # an unknown layer trains if it replaces its statistics
@@ -285,6 +290,7 @@ def _run_nnx(call: Callable[..., Any], model: Any, batch: Any) -> Any:
     before = _statistics(model)
     outputs = call(model, batch)
     after = _statistics(model)  # a bridge to linen may replace the variables
+    # An update makes a new array, so a layer that trains no longer holds the same object.
     for path, leaf in before.items():
         if after.get(path) is not leaf:
             raise ValueError(_TRAINS.format("/".join(map(str, path[:-1]))) + " For NNX that is model.eval().")

@@ -65,9 +65,11 @@ def save_sharded(folder: str | os.PathLike[str], frozen: Frozen) -> None:
         _together(lambda: _check_seen(step))
         _together(lambda: _store(step, jax.tree.leaves(frozen.variables)))
     except BaseException:
+        # The folder is shared, so one process removes it.
         if jax.process_index() == 0:
             shutil.rmtree(step, ignore_errors=True)
         raise
+    # Not in the `try`: once the manifest names the step, the step must stay.
     _together(lambda: _publish(folder, step, frozen))
 
 
@@ -109,6 +111,7 @@ def load_sharded(folder: str | os.PathLike[str], *, like: Any = None) -> Frozen:
         4.50
     """
     folder = Path(folder).absolute()
+    # One process reads the manifest, so that all load the same step even if another program is saving.
     header = _together(lambda: _read_manifest(folder) if jax.process_index() == 0 else None)[0]
     frozen = Frozen(shapes_of(header["arrays"]), info_of(header))
     step = folder / str(header["step"])
@@ -147,7 +150,7 @@ def _check_network(folder: Path, frozen: Frozen) -> None:
 
 
 def _begin(folder: Path) -> str:
-    """Returns a name for the step. The name of process 0 is used, which creates the folder."""
+    """Returns a name for the step; all processes use the name from process 0, which creates the folder."""
     name = f"step-{secrets.token_hex(8)}"
     if jax.process_index() == 0:
         (folder / name).mkdir(parents=True)
@@ -175,11 +178,13 @@ def _publish(folder: Path, step: Path, frozen: Frozen) -> None:
         last = {"step": None, "before": None}
     arrays, sizes = describe_tree(frozen.variables), _files_in(step)
     files = {name: [size, _digest(step / name)] for name, size in sizes.items()}
+    # All files must be on the disk before a manifest names them.
     for path in (step, *step.rglob("*")):
         atomic_files.fsync(path)
     chunks.check(step, jax.tree.leaves(shapes_of(arrays)), sizes)
     header = {"step": step.name, "before": last["step"], "arrays": arrays, "files": files}
     atomic_files.write(folder / MANIFEST, KIND, describe(frozen.info) | header)
+    # Keep the last step: another program may have read the old manifest and be loading it.
     if last["before"] is not None:
         shutil.rmtree(folder / last["before"], ignore_errors=True)
 
@@ -200,6 +205,7 @@ def _files_in(step: Path) -> dict[str, int]:
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
+    # If there is no folder, `read` raises a FileNotFoundError.
     if folder.is_dir() and (path.is_symlink() or not path.is_file()):
         raise ValueError(f"{folder} does not hold a network: there is no {MANIFEST} in it.")
     header, _ = atomic_files.read(path, KIND)
@@ -207,6 +213,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         for name in (header["step"], header["before"]):
             if name is not None and not re.fullmatch("step-[0-9a-f]{16}", name):  # the folder may be deleted
                 raise ValueError(f"it names {name!r}, which is not a step of a network.")
+        # Parse all parts here, so that errors name the manifest.
         jax.tree.leaves(shapes_of(header["arrays"]))
         info_of(header)
         for size, digest in header["files"].values():
@@ -251,6 +258,7 @@ def _restore(step: Path, wanted: Any, like: Any) -> Any:
 def _values(like: Any) -> list[Any]:
     """Returns the leaves of a model, arrays or shapes, in the order of the leaves of a network that fits it."""
     if isinstance(like, nnx.Module):
+        # The same dict as that of a frozen network, because the order of its leaves depends on the keys.
         flat = nnx.to_flat_state(nnx.state(like, SAVED))
         like = traverse_util.unflatten_dict({tuple(map(str, path)): leaf.get_value() for path, leaf in flat})
     return jax.tree.leaves(flax.core.meta.unbox(flax.core.unfreeze(like)))
