@@ -16,6 +16,7 @@ def check_batch(batch: Any, number: int) -> None:
         if hasattr(leaf, "__jax_array__"):
             continue
         kind = type(leaf)
+        # JAX takes NumPy arrays as they are, unless it does not know their dtype, such as that of text.
         of = f" of dtype {leaf.dtype}" if isinstance(leaf, np.ndarray) else ""
         what = f"{kind.__module__.split('.')[0]}.{kind.__name__}" if hasattr(leaf, "dtype") else kind.__name__
         fix = (

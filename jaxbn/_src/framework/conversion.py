@@ -69,6 +69,7 @@ def convert(given: Iterable[Variable], wanted: Iterable[Variable], model: str) -
             raise ValueError(f"{new.path!r} of `like` has no counterpart in {model}.")
         if old is not None and (not new.is_statistic or takes_over(new.name, old.statistics, new.statistics)):
             converted[new.place] = _fitting(new.path, old.value, new.value, copies=bool(new.statistics))
+    # Statistics that only some methods have may be dropped; any other variable left over is a mistake.
     unused = [old.path for old in sources.values() if not (old.is_statistic and old.is_optional)]
     if unused:
         raise ValueError(f"{', '.join(map(repr, unused))} of {model} have no counterpart in `like`.")
@@ -91,5 +92,6 @@ def takes_over(name: str, old: Container[str], new: Container[str]) -> bool:
 
     Counters of the batches in a window start together with the window.
     """
+    # Batch renorm has a `step` too, but it counts batches that are not in the new windows.
     starts = "square_window" in new and "square_window" not in old
     return name in POPULATION or name == "count" or not starts

@@ -78,6 +78,6 @@ def adapt(
     rule: str | None,
     weights: Weights | None,
 ) -> Call:
-    """A call whose layers mix their stored statistics with those of their input; see `jaxbn.linen.adapt`."""
+    """A call whose layers mix their running statistics with those of their input; see `jaxbn.linen.adapt`."""
     captured = framework.capture(call, mode=make_mixture(prior_count, example_weight, rule), weights=weights)
     return lambda model, batch: captured(model, batch)[0]

@@ -71,6 +71,7 @@ class LayerPath(str):
         return contents_of(self.method)
 
     def __eq__(self, other: object) -> bool:
+        # For other types `str.__eq__` returns NotImplemented, which is truthy.
         same = str.__eq__(self, other) is True
         return same and not (isinstance(other, LayerPath) and self._contents != other._contents)
 
@@ -78,12 +79,15 @@ class LayerPath(str):
         return not self == other
 
     def __hash__(self) -> int:
+        # The hash of the plain path, because the two are equal and dicts must find one by the other.
         return str.__hash__(self)
 
+    # `copy.deepcopy` would otherwise use `__reduce__`, which drops the arguments of the method.
     def __deepcopy__(self, memo: Any) -> "LayerPath":
         return self
 
     def __reduce__(self) -> tuple[Callable[[str, str], str], tuple[str, str]]:
+        # The arguments of a method may be functions, such as a lambda, that pickle cannot store.
         return by_name, (str(self), name_of(self.method))
 
 
@@ -93,6 +97,7 @@ def contents_of(value: Any, *, depth: int = 8) -> Any:
     Functions are compared by their code and their closures. `depth` bounds functions that refer to themselves.
     """
     inside = functools.partial(contents_of, depth=depth - 1)
+    # The truth value of a comparison of tracers is not known during tracing.
     if depth == 0 or _internals.is_tracer(value):
         return type(value)
     if isinstance(value, np.ndarray | jax.Array):
@@ -107,6 +112,7 @@ def contents_of(value: Any, *, depth: int = 8) -> Any:
     if isinstance(value, tuple | list):
         return type(value), *map(inside, value)
     if inspect.isfunction(value):
+        # A `def` or lambda that runs again gives a function with the same code object, but with new cells.
         cells = tuple(cell.cell_contents for cell in value.__closure__ or ())
         return value.__code__, inside(value.__defaults__), inside(value.__kwdefaults__), inside(cells)
     return value
@@ -117,6 +123,7 @@ def as_key(path: str, method: Method | None) -> str:
     if method is None:
         return path
     if any(map(_internals.is_tracer, jax.tree.leaves(method.keywords))):
+        # Keys are static: they outlive the trace, and must not hold its tracers.
         return by_name(path, name_of(method))
     return LayerPath(path, method)
 
@@ -182,6 +189,7 @@ _BY_STATE: Mapping[Any, Factory] = {
 @functools.cache
 def method_with(names: frozenset[str]) -> NormTransform[Any, Any] | None:
     """The method of jaxbn whose state has statistics with these names, with its default arguments; None if none has."""
+    # A leaf that is None is not a variable of the model, so a layer may have fewer names than the state has fields.
     return next((factory() for state, factory in _BY_STATE.items() if names <= set(state._fields)), None)
 
 
@@ -221,7 +229,9 @@ def averaging_method(path: str, names: Iterable[str], momentum: Any) -> NormTran
                 f"or use the keys of the moments that capture_moments gives."
             )
         return known
+    # The class of the state is all that is needed, so no arrays are created.
     _, state = jax.eval_shape(lambda: known.init(1))
+    # A method of the user may have a state of one of our classes, so its name is checked too.
     own = name_of(path.method) if isinstance(path, LayerPath) and name_of(path.method) not in _OURS else None
     if own or type(state) not in (BatchNormState, GhostBatchNormState, DomainBatchNormState):
         raise ValueError(

@@ -60,7 +60,8 @@ class Layer:
     mode: str | Mixture
     # Number of examples in a batch, for moments of the means of the examples; else None.
     examples: int | None = None
-    # Set when the layer runs, and harvested with the moments; not part of the comparison.
+    # Set when the layer runs, and harvested with the moments. Not part of the comparison, because the harvested tag
+    # must equal the one that was made before the run.
     method: Method | None = dataclasses.field(default=None, compare=False)
     # Likewise: whether the model runs the layer in evaluation; None: not known.
     asked_stored: bool | None = dataclasses.field(default=None, compare=False)
@@ -109,6 +110,7 @@ def measured(records: Sequence[_records.Record], whole: Mapping[Layer, jax.Array
         ValueError: If modules with running statistics ran, and none of them is a known layer.
     """
     records = all_served(records)
+    # A layer sows two kinds of moments, see `marked`: those of the values have `examples=None` in their tag.
     values = {dataclasses.replace(layer, examples=None): index for layer, index in whole.items()}
     collected = _records.collect(records, {**whole, **values})
     by_layer = _records.by_layer(record for record in records if cast(Layer, record.layer).examples is None)
@@ -139,6 +141,7 @@ def marked(
     y = _sow.sow(y, index, moments, layer=dataclasses.replace(layer, examples=None))
     if layer.examples is None or x.shape[:1] != (layer.examples,) or 0 in _axes.split(x.ndim, axis).features:
         return y
+    # Statistics of domains have one axis more than the features of the input.
     if index.shape != _axes.feature_shape(x.shape, axis):
         return y
     return _sow.sow(y, index, _moments.example_moments(x, axis=axis, mask=mask), layer=layer)
@@ -165,6 +168,7 @@ def carry_weights(weights: jax.Array, layer: Layer) -> jax.Array:
 
 def weigh(mask: Any, carried: jax.Array, x: jax.Array, path: str, axis: Any) -> jax.Array:
     """The weights of the examples, times the mask that the model passes to the layer, if any."""
+    # `carry_weights` repeated the same weights for each statistic, so any of the copies will do.
     weights = carried.reshape(-1, carried.shape[-1])[0]
     if x.shape[:1] != weights.shape or 0 in _axes.split(x.ndim, axis).features:
         raise ValueError(

@@ -33,8 +33,10 @@ def fields_of(factory: Factory) -> Mapping[str, Any]:
 
 def inherited_defaults(bases: Iterable[type]) -> dict[str, Any]:
     """The defaults of the arguments of classes of layers; the first class has precedence."""
+    # The constructor of a class may name its own arguments only, as in NNX, so those of its bases are read too.
     made = [vars(base)["__init__"] for base in bases if inspect.isfunction(vars(base).get("__init__"))]
     signatures = [inspect.signature(function).parameters for function in reversed(made)]
+    # The last value of a key stays in the dict, so the order above is from the last base to the first.
     return {name: parameter.default for parameters in signatures for name, parameter in parameters.items()}
 
 
@@ -77,6 +79,7 @@ def check_leaves(
                 f"variable or an attribute of that name, which they hold side by side. Rename it."
             )
     for field, given in initializers.items():
+        # `scale_init` and `scale_metadata` configure the param `scale`.
         if field.split("_")[0] not in learned and given != defaults_of(cast(Hashable, type(layer)))[field]:
             raise ValueError(
                 f"{type(layer).__name__} was given {field}={given!r}, and its method {name_of(factory)} learns "
@@ -93,6 +96,7 @@ def name_of(factory: Factory) -> str:
 
 def _fields_of_methods(cls: type) -> set[str]:
     """The fields of a class of layers that are arguments of batch norm or of a method of its bases."""
+    # The dict of a class holds staticmethod objects; their `__func__` is the factory.
     made = [vars(base)["factory"] for base in cls.__mro__ if "factory" in vars(base)]
     return set().union(*(fields_of(getattr(factory, "__func__", factory)) for factory in (batch_norm, *made)))
 
@@ -107,6 +111,7 @@ def arguments_of(factory: Factory, layer: Any) -> dict[str, Any]:
     for name in _fields_of_methods(type(layer)) - taken.keys():
         default = defaults.get(name)
         value = getattr(layer, name, default)
+        # `==` of arrays gives an array, so only plain values are compared by it.
         if value is not default and not (isinstance(value, str | int | float | tuple) and value == default):
             raise ValueError(
                 f"{type(layer).__name__} was given {name}={value!r}, and its method {name_of(factory)} does not take "
@@ -150,6 +155,7 @@ def loaded(
     transform: NormTransform[Any, Any], params: Mapping[str, Any], statistics: Mapping[str, Any]
 ) -> tuple[Any, State]:
     """The params and the state of a method from the variables of a layer by name; None for missing variables."""
+    # Only the classes of the two NamedTuples are needed, so no arrays are created.
     shapes = jax.eval_shape(lambda: transform.init(statistics["mean"].shape))
     held = zip(shapes, (params, statistics), strict=True)
     params, state = (type(tree)(**{name: leaves.get(name) for name in tree._fields}) for tree, leaves in held)

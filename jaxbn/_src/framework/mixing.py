@@ -106,6 +106,7 @@ def mix(state: State, moments: Moments, weight: ArrayLike, *, rule: str = "linea
     _check_rule(rule)
     dtype = moments.m2.dtype
     b = (moments.count > 0).astype(dtype) * jnp.asarray(weight, dtype)
+    # On a mesh with Explicit axes, JAX combines arrays of equal sharding only.
     stored = _explicit_meshes.on_channels((state.mean, state.var), moments.m2, range(moments.m2.ndim))
     stored_mean, stored_var = stored[0].astype(moments.mean.dtype), stored[1].astype(dtype)
 
@@ -138,7 +139,9 @@ def normalize_mixed(
     if mixture.prior_count is not None:
         if norm.axis_name is not None and _collectives.is_bound(norm.axis_name):
             moments = merge_over(moments, norm.axis_name, norm.axis_index_groups)
+        # The count is that of the values per channel; the weight is defined by the number of examples.
         n = moments.count / space
+        # Without examples the share is 0; the 1 avoids 0 / 0 if `prior_count` is 0 too.
         share = n / jnp.where(n > 0, n + mixture.prior_count, 1)
         state = _state(norm, moments, share, mixture.rule)
         with statistics_of_input(True):
@@ -148,6 +151,7 @@ def normalize_mixed(
     weight = mixture.example_weight
 
     def of_example(x: jax.Array, mask: Any, residual: Any, where: dict[str, Any]) -> jax.Array:
+        # vmap removes the leading axis, but the functions of the method expect it: a batch of one example.
         x, mask, residual, where = jax.tree.map(lambda leaf: leaf[None], (x, mask, residual, where))
         own = norm.transform.measure(x, mask=mask, **where)
         state = _state(norm, own, weight, mixture.rule)
@@ -155,6 +159,7 @@ def normalize_mixed(
             return norm.normalize(state, x, mask=mask, residual=residual, **where)[0]
 
     weights = _axes.weights_like(mask, x)
+    # vmap maps over the leading axis of the weights, so they need all examples there.
     weights = None if weights is None else jnp.broadcast_to(weights, x.shape)
     along = jax.tree.map(lambda leaf: _explicit_meshes.on_values(jnp.asarray(leaf), x), (weights, residual, where))
     return jax.vmap(of_example)(x, *along)
@@ -175,6 +180,7 @@ def _check_input(mixture: Mixture, norm: CalledNorm, x: jax.Array) -> int:
     bound = norm.axis_name is not None and _collectives.is_bound(norm.axis_name)
     rows = x.shape[0] * (_collectives.group_size(norm.axis_name, norm.axis_index_groups) if bound else 1)
     alone = mixture.example_weight is not None
+    # If the input has weight 0, its variance of 0 does not matter.
     nothing_new = mixture.example_weight == 0 or mixture.prior_count == math.inf
     if space * (1 if alone else rows) == 1 and not nothing_new:
         raise ValueError(

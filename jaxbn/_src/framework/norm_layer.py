@@ -46,6 +46,7 @@ class ForeignLayer:
         self, module: Any, fields: Any, registered: Registered, bridged: bool, args: Any, kwargs: Mapping[str, Any]
     ):
         self.module, self.fields, self.registered, self.bridged = module, fields, registered, bridged
+        # Partial, because `as_norm` also describes layers that are not being called.
         self.bound = registered.signature.bind_partial(*args, **kwargs)
         self.axis, self.epsilon, self.momentum = (registered.field(fields, name) for name in FIELDS)
         self.axis_name = getattr(fields, "axis_name", None)
@@ -53,7 +54,8 @@ class ForeignLayer:
         self.use_fast_variance = getattr(fields, "use_fast_variance", True)
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("registered", "fields"):  # of a copy that is not made yet
+        # `copy` and `pickle` ask a new object for attributes before it has any: looking up `fields` here would recurse.
+        if name in ("registered", "fields"):
             raise AttributeError(name)
         return getattr(self.fields, name)  # such as a dtype, if it has one
 
@@ -75,6 +77,7 @@ class ForeignLayer:
         taken = {name for name in given if given[name] is not None} & self.registered.signature.parameters.keys()
         bound.arguments = self.bound.arguments | {name: given[name] for name in taken}
         bound.arguments[self.registered.input_name] = x
+        # A flag that is set as a field is left out of the call: many layers refuse a flag that is given twice.
         bound.arguments = {name: value for name, value in bound.arguments.items() if name not in fields} | dict(flags)
         return bound
 
@@ -112,6 +115,7 @@ def evaluating_method(layer: Any) -> Method:
 
 def keeps_averages(layer: Any) -> bool:
     """Whether training updates running averages of this layer."""
+    # In a registered class, None means that the momentum is not known, not that there are no averages.
     momentum: Any = layer.momentum
     return momentum is not None or not isinstance(layer, NormLayer)
 

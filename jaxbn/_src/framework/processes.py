@@ -43,6 +43,7 @@ def agree(attempt: Callable[[], tuple[_Result, Any]]) -> tuple[_Result, list[Any
     except Exception as raised:  # the other processes must be told of any error
         error = raised
     failed = None if error is None else f"{type(error).__name__}: {error}"
+    # Also after an error: the other processes wait until every process has called this.
     everything = [json.loads(message) for message in exchange(json.dumps([failed, told]).encode())]
     if error is not None:
         raise error
@@ -56,6 +57,7 @@ def agree(attempt: Callable[[], tuple[_Result, Any]]) -> tuple[_Result, list[Any
 
 def exchange(message: bytes) -> list[bytes]:
     """The messages of all processes by index. Every process must call it equally often."""
+    # `process_allgather` needs arrays of one shape, so all messages are padded to the longest.
     lengths = process_allgather(np.int32(len(message)))
     padded = np.zeros(max(int(lengths.max()), 1), np.uint8)
     padded[: len(message)] = np.frombuffer(message, np.uint8)
@@ -82,6 +84,7 @@ def here(tree: Any) -> Any:
     def gathered(leaf: Any) -> Any:
         if is_here(leaf):
             return leaf
+        # NumPy reads a replicated array from one device, without communication.
         return jnp.asarray(np.asarray(leaf) if leaf.is_fully_replicated else process_allgather(leaf, tiled=True))
 
     return jax.tree.map(gathered, tree)
@@ -116,6 +119,7 @@ def as_it_was(new: Any, used: Any, given: Any) -> Any:
             return new
         if not is_here(given):
             return jax.device_put(new, given.sharding)
+        # `device_put` with a sharding commits the array to its devices, so an uncommitted array needs another way.
         value = np.asarray(here(new))
         return jax.device_put(value, given.sharding) if given.committed else jnp.asarray(value)
 
@@ -195,7 +199,9 @@ def _copies(leaf: Any, stacked: bool) -> list[tuple[str, Any, np.ndarray]]:
     if not isinstance(leaf, jax.Array):
         return [("", "the host", np.asarray(leaf))]
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        # NumPy has no dtype for keys.
         leaf = jax.random.key_data(leaf)
+    # Shards of the same name must be equal. The index is part of the name unless all shards are copies of one array.
     whole = stacked or leaf.is_fully_replicated
     shards = leaf.addressable_shards
     return [("" if whole else f" {shard.index}", shard.device, np.asarray(shard.data)) for shard in shards]

@@ -49,11 +49,13 @@ def compiled(
     Returns:
         The compiled function. Keep a reference to the recipe while you call it.
     """
+    # Python reuses the id of a function that was freed; `_forget` has removed its programs by then.
     key = (wrap, static, recipe.make, recipe.static, tuple(map(_identity, recipe.functions)))
     try:
         references = tuple(_reference(function, functools.partial(_forget, key)) for function in recipe.functions)
         found = _kept.get(key)
     except TypeError:
+        # Not hashable, or without weak references: this program is not cached, and may hold its functions.
         return _jitted(wrap, static, recipe.make, tuple(map(_strongly, recipe.functions)), recipe.static)
     if found is None:
         found = _kept[key] = _jitted(wrap, static, recipe.make, references, recipe.static)

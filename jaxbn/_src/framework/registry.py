@@ -48,6 +48,7 @@ class Registered:
         """Whether a call normalizes with the running statistics; None: not known."""
         bound = self.bind(args, kwargs)
         bound.apply_defaults()
+        # None in the call, or no such argument, means that the field decides, as for the flag of Flax's layer.
         given = {name: bound.arguments.get(name) for name in self.evaluation}
         found = {name: getattr(layer, name, None) if value is None else value for name, value in given.items()}
         if any(value is None or _internals.is_tracer(value) for value in found.values()):
@@ -69,6 +70,7 @@ class Registered:
         fields: dict[str, Any] = {}
         arguments: dict[str, Any] = {}
         for name, value in self.evaluation.items():
+            # A required argument must be part of the call, even if there is a field of that name.
             parameter = self.signature.parameters.get(name)
             required = parameter is not None and parameter.default is parameter.empty
             (fields if is_field(name) and not required else arguments)[name] = value
@@ -103,6 +105,7 @@ class Registry:
     def names_of(self, statistics: Collection[str], params: Collection[str]) -> Mapping[str, str]:
         """The names of mean, var, scale and bias of a layer with these variables; empty if it is not a known layer."""
         for one in self._known.values():
+            # A module that learns anything besides scale and bias is not a layer of this class.
             if {one.names["mean"], one.names["var"]} <= set(statistics) and set(params) <= set(one.names.values()):
                 return one.names
         return {}
@@ -141,6 +144,7 @@ def register(
             f"evaluation= must say how a call of {cls.__name__} evaluates, such as {{'use_running_average': True}} or "
             f"{{'training': False}}: arguments of its call, or fields."
         )
+    # If the fields of the class are not known, any name may be an attribute of its instances.
     both = {*registered.signature.parameters, *(known or evaluation)}
     for name in evaluation.keys() - both:
         raise ValueError(f"evaluation= names {name!r}; {cls.__name__} and its call have {sorted(both)}.")

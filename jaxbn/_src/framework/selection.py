@@ -14,6 +14,7 @@ def select(paths: str | Sequence[str], known: Iterable[str]) -> list[str]:
                 f"No normalization layer is at {path!r} or below it; there are {', '.join(map(repr, known))}."
             )
         chosen += found
+    # Paths may overlap; a dict drops repeated layers and keeps their order.
     return list(dict.fromkeys(chosen))
 
 

@@ -29,6 +29,7 @@ class Touched:
         leaves, structure = jax.tree.flatten(outputs)
         for position, leaf in enumerate(leaves):
             if _internals.is_array_of_jax(leaf):
+                # The tag alone tells that the module ran; there is nothing to measure.
                 empty = Moments(*(jnp.zeros((), jnp.float32) for _ in Moments._fields))
                 leaves[position] = _sow.sow(jnp.asarray(leaf), index, empty, layer=self)
                 break

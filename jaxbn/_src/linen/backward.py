@@ -58,6 +58,7 @@ def learn(variables: Any, grads: Any, known: Iterable[str], loss_scale: ArrayLik
     """As `update_backward`, and for layers of other methods if their path carries the method."""
     held = statistics_by_layer(variables)
     transforms = {path: method_with(frozenset(statistics)) for path, statistics in held.items()}
+    # A LayerPath equals the plain path, so it replaces the method that the names of the statistics suggest.
     transforms |= {path: path.method() for path in known if isinstance(path, LayerPath)}
     states = {}
     for path, transform in transforms.items():

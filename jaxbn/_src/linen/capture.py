@@ -113,6 +113,7 @@ def capture(
         count = count_examples(batch) if examples else None
         held = {path: Layer(path, shape, mode, count) for path, shape in shapes.items()}
         layers = [held[path] for path in states]
+        # Modules of unknown classes get a slot too: `_pass` tags their output, so that the report can name them.
         slots = {path: Slot(layer.positions(), layer) for path, layer in held.items()}
         whole = {layer: slots[layer.path].index for layer in layers}
 
@@ -128,6 +129,7 @@ def capture(
         found = measured(records, whole, calls=examples)
         if not states:  # only modules of unknown classes have statistics, and none of them ran
             find_states(variables)  # which raises
+        # The call may return variables, as with `mutable=`, and with them the slots.
         return without(_SLOT, outputs), found
 
     return captured
@@ -201,6 +203,7 @@ def meets_layer(context: nn.module.InterceptorContext) -> bool:
 
 def successor_of(layer: Any) -> Callable[[], Any] | None:
     """Makes the layer that replaces this one in its call; None if there is none."""
+    # The replaced model may be a part of another one, and its paths start at the replaced model.
     successor, depth = layer.scope.flags.get(REPLACED, (None, 0))
     path = "/".join(layer.path[depth:])
     return functools.partial(successor.make, layer, path) if successor is not None and successor.covers(path) else None

@@ -59,6 +59,7 @@ def convert_norms(variables: Any, like: Any) -> dict[str, Any]:
     values = convert(given, _variables(like), "the variables")
     flat = flax.traverse_util.flatten_dict(flax.core.unfreeze(like))
     converted = dict(flat)
+    # `_variables` flattens the same dict, so both are in the same order.
     for path, variable in zip(flat, _variables(like), strict=True):
         if variable.place in values:
             converted[path] = meta.replace_boxed(flat[path], values[variable.place])
@@ -74,6 +75,7 @@ def _variables(variables: Any) -> Iterator[Variable]:
         collection, *module, name = path
         beside = held[tuple(module)]
         statistics = beside.get(STATISTICS, [])
+        # Variables do not tell the class of their module, so the names in it must.
         own = {theirs: ours for ours, theirs in REGISTRY.names_of(statistics, beside.get("params", ())).items()}
         in_flax = [_SBX.get(one, one) for one in (own.get(one, one) for one in statistics)]
         name = own.get(name, name)

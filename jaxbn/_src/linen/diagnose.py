@@ -39,7 +39,7 @@ def diagnose(
         d_max: The same for |mu_B - mu| / sigma; not negative.
         weights: `batch -> [N]`, booleans or real weights of the examples, such as 0 for padding. They multiply the mask
             that the model passes to a layer.
-        progress: Show a progress bar. None: if this is a terminal.
+        progress: Show a progress bar. None: only in a terminal.
 
     Returns:
         A `Diagnosis`: print it. Calls of one layer inside a while loop or a shard_map count as one call.

@@ -136,10 +136,12 @@ def _follow(call: Call, variables: dict[str, Any], example: Any) -> _Found:
         module: Any = context.module
         is_norm = is_call_of_layer(context)
         if is_norm and isinstance(module, nnx.bridge.ToLinen) and not _is_marked_bridge(module):
-            return next_call(*args, **kwargs)  # the call inside, where a bridge runs without the marks
+            # `run_bridge` calls the bridge again, without the marks; the call around it has the tags already.
+            return next_call(*args, **kwargs)
         if not is_norm and not _is_call_of_linear(context):
             run = functools.partial(_called, next_call, args, kwargs, module)
             return watch.run("/".join(module.path), type(module), run, lambda: holds(module), class_inside(module))
+        # A layer without a mark has other variables than those given, as in a teacher network.
         mark = module.get_variable(_MARKS, _MARK)
         path = "/".join(module.path) if mark is None else mark.path
         name = "inputs" if (registered := known(module)) is None else registered.input_name
@@ -170,7 +172,8 @@ def _follow(call: Call, variables: dict[str, Any], example: Any) -> _Found:
     flow = _dataflow.follow(jax.make_jaxpr(run)(inputs, over_arrays(example)))
     values: dict[str, list[_dataflow.Value]] = {}
     leaves, _ = jax.tree.flatten_with_path(inputs)
-    # The inputs of the program are the leaves of the variables, in tree order, and then the example.
+    # The inputs of the program are the leaves of the variables, in tree order, and then the example. Marks are static,
+    # so they have no leaves.
     for (names, _), value in zip(leaves, flow.inputs, strict=False):
         values.setdefault("/".join(name.key for name in names[1:-1]), []).append(value)
     return _Found(flow, norms, layers, values)

@@ -17,6 +17,7 @@ from jaxbn._src.methods.protocol import NormTransform, State
 
 
 def _split(variables: Any) -> tuple[None, Any]:
+    # There is no static part: the module of linen is known only to the call.
     return None, variables
 
 
@@ -44,6 +45,7 @@ def with_states(variables: Any, states: Mapping[str, State]) -> dict[str, Any]:
     for *place, name in flat:
         names.setdefault(tuple(place), []).append(name)
     for path, state in states.items():
+        # A registered class may have other names for the mean and the variance than the state.
         own = REGISTRY.names_in(names[keys(path)])
         for name, leaf in state._asdict().items():
             if leaf is not None:

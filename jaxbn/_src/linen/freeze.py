@@ -82,8 +82,7 @@ def freeze_layers(call: Callable[..., Any], paths: str | Sequence[str]) -> Calla
     Use it to fine-tune with small batches or on little data. The flags that the model passes do not matter. Scale and
     bias still learn, unless you mask them with :func:`affine_mask`. No gradient flows into the statistics (in Flax's
     layers, that of evaluation does). A statistics pass on the call skips these layers. To freeze from step t on, inside
-    jit:
-    `jax.lax.cond(step >= t, frozen_call, call, variables, batch)`.
+    jit: `jax.lax.cond(step >= t, frozen_call, call, variables, batch)`.
 
     Args:
         call: Runs the model: `net.apply`, or any function whose first argument is all variables.
@@ -184,6 +183,7 @@ def _hold(
     if not slots_of(module, FROZEN) or module.is_initializing():
         return next_call(*args, **kwargs)
     path = "/".join(module.path)
+    # Modules of unknown classes have a mark too: the watch reports those that ran, because they are not frozen.
     if not is_call_of_layer(context):
         return watch.run(
             path, type(module), lambda: called(next_call, args, kwargs, module), lambda: True, class_inside(module)

@@ -34,4 +34,5 @@ def map_kernel(function: Callable[[jax.Array], jax.Array]) -> Callable[..., Any]
 
 
 def _promote(arrays: Any, **options: Any) -> Any:
+    # In linen it takes the arrays one by one, and `MapKernel` passes a tuple.
     return promote_dtype(*arrays, **options)

@@ -64,11 +64,15 @@ class Norm(NormLayer, nn.Module):
         differing = defaults_that_differ(cls.factory, cls) if "factory" in vars(cls) else {}
         for name, default in differing.items():
             if name not in declared:
+                # A field of the base keeps its position. Others are keyword-only, so that the positional arguments stay
+                # those of Flax.
                 new = {} if name in inherited else {"kw_only": True}
                 setattr(cls, name, dataclasses.field(**new | ({} if default is REQUIRED else {"default": default})))
                 declared = declared | {name: Any}
         if differing:
+            # A dataclass has a field for each annotation.
             cls.__annotations__ = declared
+        # Flax makes the class a dataclass here, so its fields must be complete.
         super().__init_subclass__(**options)
 
     @nn.compact
@@ -112,9 +116,11 @@ class Norm(NormLayer, nn.Module):
         check_leaves(self, Norm, self.factory, shapes[0], shapes[1], given)
         params = self._load_params(shapes[0], init, initializers)
         operands = {"mask": mask, "residual": residual, "domain": domain}
+        # `init` accepts an empty batch, which has no statistics.
         if use_running_average or starting and not x.size:
             return evaluate(transform, params, state, x, **operands)
         y, new_state = transform.train(params, state, x, **operands_for(transform.train, **operands))
+        # As in Flax, `init` does not update the running averages with its example.
         for name, variable in variables.items() if not starting else ():
             leaf = getattr(new_state, name)
             if leaf is not getattr(state, name):  # equal without a running average: the collection may be immutable
@@ -131,6 +137,7 @@ class Norm(NormLayer, nn.Module):
             if leaf is not None
         }
         values = {name: variable.value for name, variable in variables.items()}
+        # Flax checks the shapes of params, but not those of other variables.
         if values["mean"].shape != shapes.mean.shape:
             _axes.check_features(x.shape, self.axis, values["mean"].shape)
         return variables, shapes._replace(**values)

@@ -33,7 +33,7 @@ class BatchRenorm(Norm):
         scale_init: Initializer of the scale.
         axis_name: Axis of a `shard_map`, `pmap` or `vmap` over which the batch is sharded; not used in evaluation.
         axis_index_groups: Groups of devices that share statistics.
-        use_fast_variance: True sums about a shift, False centres first; both are numerically safe.
+        use_fast_variance: True sums about a shift, False centers first; both are numerically safe.
         force_float32_reductions: Accepted; statistics are float32 anyway.
         activation: Applied to the output; `jax.nn.relu` and `jax.nn.leaky_relu` cost no memory traffic here.
         allow_single_value: Do not warn about one value per channel in training.
@@ -68,7 +68,7 @@ class GhostBatchNorm(Norm):
     Attributes:
         use_running_average: See the call.
         axis: Feature axis, or several.
-        momentum: Weight of the OLD running value, in [0, 1); None keeps none; or a
+        momentum: Weight of the OLD running value, in [0, 1); None keeps no running average; or a
             :class:`jaxbn.Averaging`.
         epsilon: Added to the variance.
         dtype: Dtype of the output; None: the promoted dtype of input and parameters.
@@ -79,7 +79,7 @@ class GhostBatchNorm(Norm):
         scale_init: Initializer of the scale.
         axis_name: Axis of a `shard_map`, `pmap` or `vmap` over which the batch is sharded; not used in evaluation.
         axis_index_groups: Must be None.
-        use_fast_variance: True sums about a shift, False centres first; both are numerically safe.
+        use_fast_variance: True sums about a shift, False centers first; both are numerically safe.
         force_float32_reductions: Accepted; statistics are float32 anyway.
         activation: Applied to the output; `jax.nn.relu` and `jax.nn.leaky_relu` cost no memory traffic here.
         allow_single_value: Accept groups of one value per channel in training.
@@ -126,7 +126,7 @@ class MovingAverageBatchNorm(Norm):
         scale_init: Initializer of the scale.
         axis_name: Axis of a `shard_map`, `pmap` or `vmap` over which the batch is sharded; not used in evaluation.
         axis_index_groups: Groups of devices that share statistics.
-        use_fast_variance: True sums about a shift, False centres first; both are numerically safe.
+        use_fast_variance: True sums about a shift, False centers first; both are numerically safe.
         force_float32_reductions: Accepted; statistics are float32 anyway.
         activation: Applied to the output.
         allow_single_value: Accepted; one value per channel is fine here.
@@ -174,7 +174,7 @@ class DomainBatchNorm(Norm):
         scale_init: Initializer of the scale.
         axis_name: Axis of a `shard_map`, `pmap` or `vmap` over which the batch is sharded; not used in evaluation.
         axis_index_groups: Groups of devices that share statistics.
-        use_fast_variance: Accepted; domains are always centred first.
+        use_fast_variance: Accepted; domains are always centered first.
         force_float32_reductions: Accepted; statistics are float32 anyway.
         activation: Applied to the output; `jax.nn.relu` and `jax.nn.leaky_relu` cost no memory traffic here.
         allow_single_value: Accept one value per channel in training.

@@ -148,6 +148,7 @@ class Adapted(ForeignLayer):
 
     def _learns(self, name: str) -> bool:
         said = getattr(self.fields, f"use_{name}", None)
+        # Without a field for it, the variables tell. In `init` they may not exist yet.
         found = self.module.is_initializing() or self.module.has_variable("params", self.registered.names[name])
         return bool(found if said is None else said)
 
@@ -168,6 +169,7 @@ class Adapted(ForeignLayer):
     def _detached(self, fields: Mapping[str, Any]) -> nn.Module:
         if self.bridged:
             return self.module.clone(parent=None)
+        # Not the class of the module: a subclass may call this layer from a call of its own, which must not run again.
         cls: Any = self.registered.cls
         names = {f.name for f in dataclasses.fields(cls) if f.init} - {"parent", "name"}
         return cls(**{name: getattr(self.module, name) for name in names} | dict(fields), parent=None)
@@ -186,6 +188,7 @@ def _inside(module: Any) -> Any:
     """The NNX layer in a bridge, as shapes."""
 
     def make() -> Any:
+        # Only shapes are computed, so the seed does not matter.
         rngs = {} if module.skip_rng else {"rngs": nnx.Rngs(0)}
         return module.nnx_class(*module.args, **module.kwargs, **rngs)
 

@@ -70,6 +70,7 @@ def replace(net: Net, layer: Callable[..., nn.Module], paths: str | Sequence[str
     bound = as_partial(layer, (Norm, nn.BatchNorm))
     fields = {field.name: getattr(net, field.name) for field in dataclasses.fields(net) if field.init}
     earlier = getattr(net, _SUCCESSOR, None)
+    # A second replacement starts from the class of the user again, and applies the first one by `earlier`.
     cls = type(net) if earlier is None else type(net).__bases__[0]
     made: Net = _class_with(_Successor(bound, paths, earlier), cls)(**fields | {"parent": None})
     return made
@@ -130,6 +131,7 @@ def _class_with(successor: _Successor, cls: Any) -> Any:
     fields = {field.name for field in dataclasses.fields(cls)}
     own = {name for name in dir(cls) if not hasattr(nn.Module, name) or name == "__call__"} - fields
     methods = [name for name in own if inspect.isfunction(inspect.getattr_static(cls, name))]
+    # Of Flax's own methods, `apply` and `init_with_output` are enough: `init` calls the latter.
     members = {name: _intercepted(successor, getattr(cls, name)) for name in (*methods, "apply", "init_with_output")}
     members |= {"__post_init__": bound, _SUCCESSOR: successor, "__module__": cls.__module__}
     return type(cls.__name__, (cls,), members)
@@ -143,6 +145,7 @@ def _intercepted(successor: _Successor, method: Any) -> Any:
         with successor.watch, nn.intercept_methods(functools.partial(_intercept, successor.watch)):
             return method(self, *args, **kwargs)
 
+    # `make_steps` looks for `train` in the signature of the call.
     run.__signature__ = inspect.signature(method)  # type: ignore[attr-defined]  # of functions mypy does not know it
     run.__doc__ = method.__doc__
     return run
@@ -165,5 +168,6 @@ def _intercept(watch: Watch, next_call: Callable[..., Any], args: Any, kwargs: A
     watch.serve(path)
     new, old = make(), as_norm(module, args, kwargs)
     if new is not module and isinstance(old, Adapted):
+        # The model calls the layer as its registered class defines it; the new layer takes the arguments of Flax.
         args, kwargs = old.registered.translated(old.bound, evaluates(module, args, kwargs))
     return new(*args, **kwargs)

@@ -109,6 +109,7 @@ def make_steps(
         kinds = jax.eval_shape(steps.measure, variables, batch).kinds
         params, stats = variables.get("params", {}), variables[STATISTICS]
         state = TrainState.create(apply_fn=model.apply, params=params, tx=optimizer, batch_stats=stats, kinds=kinds)
+        # Flax starts with a Python number, but all leaves of the state are to be arrays.
         return state.replace(step=jnp.zeros((), jnp.int32))
 
     def train_step(state: TrainState, batch: Any, rng: jax.Array | None = None) -> tuple[TrainState, dict[str, Any]]:

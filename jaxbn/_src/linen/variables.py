@@ -67,6 +67,7 @@ def find_shapes(variables: Mapping[str, Any], states: Mapping[str, State] | None
     shapes = {}
     for place, leaves in _holders(variables).items():
         path = "/".join(map(str, place))
+        # Of an unknown class any statistic will do: only the axes that transformations slice matter.
         first = states[path].mean if path in states else flax.core.meta.unbox(leaves[sorted(leaves)[0]])
         shapes[path] = jnp.shape(first)
     return {**{path: shapes[path] for path in states}, **shapes}

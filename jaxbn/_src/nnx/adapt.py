@@ -23,7 +23,7 @@ def adapt(
     Use it if the test data differ from the training data and there are no labels: corrupted images, another camera,
     another site. If you have a data set of the new domain, run `postproc` on it instead (AdaBN). The examples of a
     batch must share the shift and be mixed otherwise, for example in class; a single image is enough for layers with
-    spatial axes. Choose `prior_count` or `example_weight` on labelled data. Published mean corruption error of
+    spatial axes. Choose `prior_count` or `example_weight` on labeled data. Published mean corruption error of
     ResNet-50 on ImageNet-C: 76.7 with the running statistics, 65.0 with partial and 62.2 with full adaptation; trained
     with AugMix 65.3, 55.4 and 51.0 (Schneider 2020).
 
@@ -46,9 +46,9 @@ def adapt(
     Returns:
         A pure function `(model, batch) -> outputs` that you can jit. Each number compiles separately.
 
+    Raises:
         ValueError: If not exactly one of the two numbers is given, or one is out of range. The returned function raises
             if there is one value per channel, which has no variance to mix.
-            value per channel has no variance to mix.
 
     Example:
         >>> model = jaxbn.nnx.BatchNorm(1, rngs=nnx.Rngs(0))  # mean 0, variance 1

@@ -46,6 +46,7 @@ def update_backward(model: Any, grads: Any, *, loss_scale: ArrayLike = 1.0) -> N
         if isinstance(layer, Norm) and not is_frozen(layer) and layer.transform.backward is not None:
             name, given = "/".join(map(str, path)), _at(found, path)
             learnt[layer] = learned(layer.transform, name, layer.params, layer.state, given, loss_scale)
+    # All gradients were checked above, so an error leaves the model as it was.
     for layer, state in learnt.items():
         for name, leaf in state._asdict().items():
             if leaf is not None:

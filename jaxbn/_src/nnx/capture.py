@@ -98,6 +98,7 @@ def capture(
             per_example = example_weights(weights, batch)
             for layer in (layer for layer in whole if not is_frozen(modules[layer.path])):
                 modules[layer.path].jaxbn_weights = Slot(carry_weights(per_example, layer))
+        # `harvest` traces functions of arrays; the graphdef, with the tags of the layers, is static.
         graphdef, state = nnx.split(copy)
         outputs, records = _harvest.harvest(lambda state, batch: call(nnx.merge(graphdef, state), batch))(state, batch)
         return _without_hooks(outputs), measured(records, whole, calls=examples)
@@ -166,6 +167,7 @@ def is_frozen(layer: Any) -> bool:
 def _hook(path: str, module: Any, mode: str | Mixture, examples: int | None) -> tuple[Layer, jax.Array]:
     layer = Layer(path, state_of(module).mean.shape, mode, examples, method_of(as_norm(module)))
     positions = layer.positions()
+    # A frozen layer has no hook, so that its count stays 0 and a statistics pass skips it.
     if not is_frozen(module):
         set_call(module, _measured)
         module.jaxbn_slot = Slot(positions)
@@ -176,6 +178,7 @@ def _hook(path: str, module: Any, mode: str | Mixture, examples: int | None) -> 
 def _watch(path: str, module: Any) -> None:
     """Makes a module of an unknown class tag its output."""
     cls: Any = type(module)
+    # Any statistic will do: only the axes that transformations slice matter.
     first, *_ = statistics_of(module)
     layer = Touched(path, first[...].size, class_of(module), REGISTER)
     set_class(module, with_touch(cls))
@@ -191,9 +194,11 @@ def _without_hooks(outputs: Any) -> Any:
 
     for _, module in nnx.iter_modules(outputs):
         if hasattr(module, "jaxbn_layer"):
+            # The first base of a class with a hook is the class without it.
             set_class(module, type(module).__bases__[0])
             for name in {"jaxbn_slot", "jaxbn_layer", "jaxbn_weights"} & vars(module).keys():
                 delattr(module, name)
+    # A state has variables without their modules, so the slots in it are found by type.
     filtered = nnx.Not(Slot)
     return jax.tree.map(lambda n: nnx.filter_state(n, filtered) if is_state(n) else n, outputs, is_leaf=is_state)
 

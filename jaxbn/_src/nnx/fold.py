@@ -203,6 +203,7 @@ def _tagged_linear(cls: Any) -> type:
 def _norm(module: Any, y: jax.Array, *args: Any, **kwargs: Any) -> _fold_plan.Norm:
     layer, registered = as_norm(module, args, kwargs), known(module)
     assert registered is not None
+    # A frozen layer has a call of ours; what counts is the class that it had before.
     cls: Any = type(module).__bases__[0] if is_frozen(module) else type(module)
     refusal = None
     if not (is_frozen(module) or registered.evaluates(module, args, kwargs)):

@@ -33,6 +33,7 @@ def _installing(model: Any, paths: Iterable[str]) -> dict[str, tuple[NormTransfo
 
 def _averaging(model: Any, paths: Iterable[str], momentum: None) -> dict[str, tuple[NormTransform[Any, Any], State]]:
     layers = find_layers(model)
+    # Layers of NNX know their momentum, so none is passed.
     return {path: (method_of(as_norm(layers[path]))(), state_of(layers[path])) for path in paths}
 
 

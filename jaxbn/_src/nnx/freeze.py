@@ -79,6 +79,7 @@ def install_frozen(model: Any, frozen: Frozen) -> Any:
         value: Any = frozen.variables
         for key in path:
             value = value[str(key)]
+        # A copy, because a later training step of this model may donate its arrays.
         variable.set_value(copied(value))
     for _, variable in nnx.to_flat_state(nnx.state(copy, nnx.RngState)):
         if isinstance(variable.get_value(), jax.ShapeDtypeStruct):  # of an abstract model, so that it can be jitted
@@ -178,6 +179,7 @@ def summary(model: Any) -> str:
     if isinstance(model, Frozen):
         check_unstacked(model.variables)
         flat = traverse_util.flatten_dict(model.variables, sep="/")
+        # A `Frozen` has no modules, so the layers are those that its `info` lists.
         paths = {path: f"{path}/" if path else "" for path, _ in model.info.layers}
         if missing := [path for path, start in paths.items() if f"{start}mean" not in flat]:
             raise TypeError(

@@ -39,6 +39,7 @@ def _with_defaults_of_method(init: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(init)
     def __init__(self: Any, num_features: int | Sequence[int], **given: Any) -> None:
         defaults = fields_of(self.factory).items()
+        # A subclass may set further arguments as attributes before it calls this; their defaults are not needed then.
         unset = {n: value for n, value in defaults if value is not REQUIRED and n not in vars(self)}
         init(self, num_features, **unset | given)
 
@@ -122,6 +123,7 @@ class Norm(nnx.Module, NormLayer):  # in this order the layout of objects stays 
         for name, leaf in state._asdict().items():
             if leaf is not None:
                 setattr(self, name, nnx.BatchStat(leaf))
+        # As in Flax's layer, an absent variable is data that is None.
         self.scale: nnx.Param[jax.Array] | None = nnx.data(None)
         self.bias: nnx.Param[jax.Array] | None = nnx.data(None)
         for name, leaf in params._asdict().items():
@@ -195,6 +197,7 @@ class Norm(nnx.Module, NormLayer):  # in this order the layout of objects stays 
 
 def load(layer: Norm, transform: NormTransform[Any, Any]) -> tuple[Any, State]:
     """The params and the state of a layer, as the functions of its method take them."""
+    # The shapes tell which leaves the method has; the values are those of the variables.
     shapes = jax.eval_shape(functools.partial(_initialize, layer, transform))
     params, state = (
         tree._replace(**{n: getattr(layer, n)[...] for n, leaf in tree._asdict().items() if leaf is not None})

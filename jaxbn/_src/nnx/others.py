@@ -21,7 +21,9 @@ def find_others(model: Any) -> dict[str, Any]:
 
 def statistics_of(module: Any) -> list[nnx.Variable[Any]]:
     """The running statistics that a module itself holds, or the linen module inside it."""
+    # Names with an underscore include those of NNX itself, such as `_pytree__state`.
     held = [value for name, value in sorted(vars(module).items()) if not name.startswith("_")]
+    # Child modules are leaves here: `iter_modules` visits them on their own.
     leaves = jax.tree.leaves(held, is_leaf=lambda node: isinstance(node, nnx.Variable | nnx.Module))
     return [leaf for leaf in leaves if isinstance(leaf, nnx.BatchStat)]
 

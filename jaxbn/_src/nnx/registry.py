@@ -91,6 +91,7 @@ def known(module: Any) -> Registered | None:
     registered = REGISTRY.of(inside)
     # A subclass with a call of its own is not the layer: its code would be skipped.
     is_plain = registered is not None and inspect.unwrap(inside.__call__) is inspect.unwrap(_class(registered).__call__)
+    # A bridge has no variables before `lazy_init`.
     return registered if is_plain and registered is not None and hasattr(module, registered.names["mean"]) else None
 
 
@@ -152,6 +153,7 @@ class Adapted(ForeignLayer):
         """Its statistics."""
         if self.method is None:
             return BatchNormState(self.mean[...], self.var[...])
+        # A layer of jaxbn in a bridge may have more statistics than mean and variance.
         held = {name: value[...] for name, value in vars(self.module).items() if isinstance(value, nnx.BatchStat)}
         return state_of(self.method(), held)
 
@@ -264,6 +266,7 @@ def has_plain_call(module: Any, cls: Any = None) -> bool:
     """Whether the call of a layer, or of the class given, is the call of the registered class itself."""
     cls = type(module) if cls is None else cls
     base: Any = nnx.bridge.ToNNX if isinstance(module, nnx.bridge.ToNNX) else cast(Registered, known(module)).cls
+    # The class of a layer that `replace` made has another call, which only translates arguments.
     return cls.__call__ is base.__call__ or hasattr(cls, "jaxbn_translates")
 
 

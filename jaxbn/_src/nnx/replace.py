@@ -71,9 +71,11 @@ def _make(path: str, old: Any, layer: functools.partial[Any]) -> Any:
     shared = Norm if issubclass(cls, Norm) else nnx.BatchNorm
     names = set(inspect.signature(shared.__init__).parameters)
     if isinstance(as_norm(old), Adapted) and as_norm(old).momentum is None:
+        # The momentum of the old layer is not known, so the new layer uses its default.
         names -= {"momentum"}
     metadata = {f"{name}_metadata": _metadata(getattr(as_norm(old), name)) for name in ("scale", "bias")}
     arguments = {**metadata, **carried(path, as_norm(old), names, layer.keywords)}
+    # The seed does not matter: `convert_norms` copies scale and bias from the old layer.
     return _stacked(cls(**arguments, rngs=nnx.Rngs(0)), old)
 
 
@@ -82,6 +84,7 @@ def _class_for(old: Any, new: Any) -> Any:
     cls, registered = cast(Any, type(old)), cast(Registered, known(old))
     translates, input_name = (getattr(cls, name, None) for name in ("jaxbn_translates", "jaxbn_input"))
     if isinstance(as_norm(old), Adapted):
+        # The model still calls the layer with the arguments of the registered class.
         inner: Any = registered.cls
         translates, input_name = translation(inner, isinstance(old, nnx.bridge.ToNNX)), registered.input_name
     if translates is None:

@@ -87,6 +87,7 @@ def make_steps(
     check_estimator(estimator)
     check_model(model)
     start_from = nnx.clone(model)
+    # Values that an earlier call sowed are not part of the state.
     nnx.pop(start_from, nnx.Intermediate)
     training, evaluating = _mode_of(start_from, "train"), _mode_of(start_from, "eval")
     for path, layer in find_layers(model).items():
@@ -97,8 +98,10 @@ def make_steps(
         del batch  # linen needs it for the shapes of the parameters
         copy = nnx.clone(start_from)
         _reseed(copy, rng)
+        # Copies, because `train_step` may donate them, and the model of the user must stay valid.
         params, others = jax.tree.map(jnp.copy, (nnx.state(copy, nnx.Param), nnx.state(copy, _OTHERS)))
         state = TrainState.create(apply_fn=training.apply, params=params, tx=optimizer, others=others)
+        # Flax starts with a Python number, but all leaves of the state are to be arrays.
         return state.replace(step=jnp.zeros((), jnp.int32))
 
     def train_step(state: TrainState, batch: Any, rng: jax.Array | None = None) -> tuple[TrainState, dict[str, Any]]:
