@@ -57,6 +57,19 @@ def test_groups_of_a_convolution(bias):
     np.testing.assert_allclose(folded.bias, given * scale + shift, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize(
+    ("padding", "pads"),
+    [
+        ("VALID", ()), ("CIRCULAR", ()), ("REFLECT", ()), ("SAME", (3,)), ("SAME_LOWER", (3,)), ("CAUSAL", (3,)),
+        (0, ()), (1, (1, 3)), (((0, 0),), ()), (((0, 1),), (1, 3)),
+    ],
+)  # fmt: skip
+def test_a_shift_does_not_enter_padding_with_zeros(padding, pads, size):
+    """Padding by numbers is added for kernels of size 1 too."""
+    assert (of_conv(3, size, padding=padding).uneven is not None) == (size in pads)
+
+
 def test_axes_of_an_einsum_in_any_order():
     """The axes of the kernel, the bias and the output are in different orders."""
     layer = of_einsum(3, "...nc,hcd->...dnh")

@@ -115,8 +115,7 @@ def of_conv(
     """Returns the axes of `Conv`: the kernel is `[*kernel_size, in / groups, out]`."""
     sizes = (kernel_size,) if isinstance(kernel_size, int) else tuple(kernel_size)
     space, uneven = len(sizes), None
-    # Circular and reflected padding repeat the input. With kernels of size 1, SAME and CAUSAL add no padding.
-    if padding not in ("VALID", "CIRCULAR", "REFLECT") and not _is_zero(padding) and any(k > 1 for k in sizes):
+    if _adds_zeros(padding, sizes):
         uneven = "pads its input with zeros, to which the shift does not apply"
     elif input_dilation is not None and any(d != 1 for d in np.ravel(input_dilation)):
         uneven = "dilates its input with zeros, to which the shift does not apply"
@@ -178,8 +177,12 @@ def of_flax(kind: str, layer: Any, ndim: int, equation: str | None) -> Linear:
 _UNUSED = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
-def _is_zero(padding: Any) -> bool:
-    return not isinstance(padding, str) and not any(np.ravel(np.asarray(padding)))
+def _adds_zeros(padding: Any, sizes: Sequence[int]) -> bool:
+    """Whether a convolution with a kernel of these sizes pads its input with zeros."""
+    if isinstance(padding, str):
+        # Circular and reflected padding repeat the input; with kernels of size 1, SAME and CAUSAL add no padding.
+        return padding not in ("VALID", "CIRCULAR", "REFLECT") and any(k > 1 for k in sizes)
+    return any(np.ravel(np.asarray(padding)))
 
 
 def _widened(weights: Weights, layer: Linear) -> tuple[jax.Array, jax.Array]:

@@ -21,9 +21,6 @@ _LONGEST_HEADER = 2**26
 DAMAGED = "is damaged or incomplete: its content does not have the recorded checksum."
 
 
-DAMAGED = "is damaged or incomplete: its content does not have the recorded checksum."
-
-
 class Kind(NamedTuple):
     """The format of a file."""
 
