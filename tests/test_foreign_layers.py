@@ -537,6 +537,24 @@ def test_nnx_a_whole_network_in_a_bridge_is_the_clear_error(data):
         jaxbn.nnx.postproc(model, data, call=lambda m, x: m(x, train=False))
 
 
+class WithoutCall(nnx.Module):
+    """Keeps statistics, and its user calls a method with another name."""
+
+    def __init__(self):
+        self.mean = nnx.BatchStat(jnp.zeros(3))
+
+    def center(self, x):
+        return x - self.mean[...]
+
+
+@pytest.mark.parametrize("cls", [WithoutCall, lambda: UnknownNNX(3, rngs=nnx.Rngs(0))], ids=["no call", "call"])
+def test_nnx_modules_among_the_outputs_keep_their_class(cls, data):
+    model = nnx.List([nnx.BatchNorm(4, use_running_average=True, rngs=nnx.Rngs(0)), cls()])
+    (_, other), _ = jaxbn.nnx.capture_moments(lambda model, x: (model[0](x), model[1]))(model, data[0])
+    assert type(other) is type(model[1])
+    assert vars(other).keys() == vars(model[1]).keys()
+
+
 @pytest.mark.parametrize(
     "layer", ["BatchNorm", "BatchRenorm", "GhostBatchNorm", "MovingAverageBatchNorm", "DomainBatchNorm"]
 )

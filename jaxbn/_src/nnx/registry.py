@@ -214,16 +214,16 @@ def with_call(cls: Any, base: Any, call: Callable[..., Any], *members: tuple[str
 
 @functools.cache
 def with_touch(cls: Any) -> Any:
-    """A subclass whose call tags its output; the class itself if it has no call."""
-    if not any("__call__" in vars(base) for base in cls.__mro__):
-        return cls
+    """A subclass whose call, if there is one, tags its output."""
 
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
         bridged = isinstance(self, nnx.bridge.ToNNX)
         y = run_bridge(self, args, kwargs) if bridged else cls.__call__(self, *args, **kwargs)
         return self.jaxbn_layer.on(y, self.jaxbn_slot[...])
 
-    return type(cls.__name__, (cls,), {"__call__": __call__, "__module__": cls.__module__})
+    called = any("__call__" in vars(base) for base in cls.__mro__)
+    # A class without a call is derived too: removing the hooks sets the base class.
+    return type(cls.__name__, (cls,), {"__module__": cls.__module__} | ({"__call__": __call__} if called else {}))
 
 
 def evaluate(module: Any, plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
