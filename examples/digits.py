@@ -204,7 +204,7 @@ def without_start(frozen: jaxbn.Frozen, left: float) -> jaxbn.Frozen:
 def explain(steps: jaxbn.Steps, scores: list[Scores], state: Any, held_out: Batch, order: str) -> str:
     """Explains in one line where the gap comes from, or why there is no gap."""
     if order == "class":
-        cause = "batches of one digit spoiled the training; better statistics cannot repair it"
+        cause = "batches of one digit spoiled training; new statistics cannot help"
         return f"Why: {cause}: batch {scores[-1][OWN]:.2f}, pooled {scores[-1][POOLED]:.2f}."
     # After t steps the initial value has weight momentum^t in the running average.
     left = MOMENTUM ** int(state.step)

@@ -92,7 +92,7 @@ def test_batches_of_one_digit_are_admitted_to_spoil_the_training(run, tmp_path):
     assert [row[:2] for row in rows(lines)] == [(1, name) for name in METHODS]
     _, *_, why, diagnosis, _, _ = split(lines)
     assert why == (
-        "Why: batches of one digit spoiled the training; better statistics cannot repair it: "
+        "Why: batches of one digit spoiled training; new statistics cannot help: "
         f"batch {batch:.2f}, pooled {pooled:.2f}."
     )
     text = " ".join(map(str.strip, diagnosis))

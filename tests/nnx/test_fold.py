@@ -65,7 +65,6 @@ class Flatten(nnx.Module):
         return x.reshape(x.shape[0], -1, 4)
 
 
-@pytest.mark.slow
 def test_every_kind_of_layer_takes_what_is_behind_it():
     model = Pairs(
         conv=[Conv(4, 6, (3, 3), 2, feature_group_count=2, use_bias=False), OURS(6)],
@@ -86,7 +85,6 @@ def test_every_kind_of_layer_takes_what_is_behind_it():
     assert not primitives(folded, x)["rsqrt"]
 
 
-@pytest.mark.slow
 def test_layers_take_what_is_before_them_unless_they_pad():
     model = Pairs(
         valid=[OURS(4), Conv(4, 3, (3, 3), padding="VALID")],
@@ -237,7 +235,6 @@ REASONS = {
 }
 
 
-@pytest.mark.slow
 def test_what_would_change_the_result_stays_and_the_report_says_why():
     model = Stays()
     folded, report = fold(model, images(4, 4))

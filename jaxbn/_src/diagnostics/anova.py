@@ -61,9 +61,9 @@ def observer(in_mode: Callable[[str], Capture]) -> Observe:
         (outputs, trained), (eval_outputs, evaluated) = in_mode("batch")(model, batch), in_mode("eval")(model, batch)
         if trained.is_mixed:
             outputs, trained = in_mode(HEEDED)(model, batch)
-        rows = count_examples(batch)
-        rows = jnp.float32(np.nan if rows is None else rows)
-        return Observation(trained, evaluated, rows, _gap(outputs, eval_outputs))
+        count = count_examples(batch)
+        examples = jnp.float32(np.nan if count is None else count)
+        return Observation(trained, evaluated, examples, _gap(outputs, eval_outputs))
 
     return observe_batch
 
