@@ -26,6 +26,8 @@ def pytest_configure(config):
     """Sends all tests of a file to one process of `-n`, where they share compiled programs and module fixtures."""
     if config.getoption("dist", None) == "load":
         config.option.dist = "loadfile"
+        # Files with many tests first, the order of xdist, would leave a long file with few tests to one process.
+        config.option.loadscopereorder = False
 
 
 @pytest.hookimpl(tryfirst=True)  # before those that `-m` leaves out are left out

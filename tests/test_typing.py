@@ -5,9 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 TYPED = Path(__file__).parent / "typed"
 
 
+@pytest.mark.slow
 def test_mypy_finds_each_mistake_and_accepts_correct_uses():
     """Takes about ten seconds without mypy's cache, and one with it."""
     command = [sys.executable, "-m", "mypy", "--no-error-summary", "--hide-error-context", str(TYPED)]

@@ -742,6 +742,7 @@ def kill(tmp_path_factory):
         process.stdin.close()
 
 
+@pytest.mark.slow
 def test_kills_at_random_moments_leave_the_old_network_or_the_new_one(kill):
     """At least 20 kills, while a process saves two networks in turns to the same file."""
     rng, left, beside = np.random.default_rng(0), [], []
