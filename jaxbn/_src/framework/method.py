@@ -1,6 +1,6 @@
 """Fields, operands and variables of the layers of a method, in any framework.
 
-A method may have hyperparameters, parameters and statistics of its own: the arguments of its factory, and the leaves of
+A method may add hyperparameters, parameters and statistics: the arguments of its factory, and the leaves of
 the NamedTuples that its `init` returns. The layers derive them. A field or an operand that is given although the method
 does not take it is an error, because it would have no effect.
 """

@@ -47,7 +47,7 @@ _COUNTS = {"count": "num_batches_tracked"}
 
 
 class Layer(NamedTuple):
-    """A part of a model with arrays of its own."""
+    """A part of a model that holds arrays directly, not only in its parts."""
 
     path: str
     kind: str

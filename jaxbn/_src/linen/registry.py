@@ -169,7 +169,7 @@ class Adapted(ForeignLayer):
     def _detached(self, fields: Mapping[str, Any]) -> nn.Module:
         if self.bridged:
             return self.module.clone(parent=None)
-        # Not the class of the module: a subclass may call this layer from a call of its own, which must not run again.
+        # Not the class of the module: a subclass may call this layer from its own call, which must not run again.
         cls: Any = self.registered.cls
         names = {f.name for f in dataclasses.fields(cls) if f.init} - {"parent", "name"}
         return cls(**{name: getattr(self.module, name) for name in names} | dict(fields), parent=None)

@@ -234,7 +234,7 @@ def domain_batch_norm(
         ids = _check_domain(x, domain, num_domains, axis)
         _check_residual(x, residual)
 
-        # Each example is a batch of its own, because `base.eval` takes the statistics of one domain.
+        # Each example is evaluated as a batch of one, because `base.eval` takes the statistics of one domain.
         def normalize_one(
             params: NormParams, state: DomainBatchNormState, x: jax.Array, residual: jax.Array | None
         ) -> jax.Array:

@@ -42,7 +42,7 @@ from jaxbn._src.nnx.registry import REGISTER, as_norm, evaluates, known, run_bri
 from jaxbn._src.numerics import moments as _moments
 from jaxbn._src.tracing import harvest as _harvest
 
-# Attributes that flax.nnx.BatchNorm.__call__ reads in evaluation, besides the variables.
+# Attributes that flax.nnx.BatchNorm.__call__ reads in evaluation, in addition to the variables.
 _STOCK_FIELDS = "axis momentum epsilon dtype axis_name axis_index_groups use_fast_variance promote_dtype".split()
 
 

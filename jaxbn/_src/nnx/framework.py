@@ -21,7 +21,7 @@ from jaxbn._src.nnx.capture import (
 from jaxbn._src.nnx.others import joined
 from jaxbn._src.nnx.registry import as_norm
 
-# What a frozen network holds of a model.
+# The variables of a model that a frozen network keeps.
 SAVED = nnx.Not(nnx.Any(nnx.RngState, nnx.Intermediate))
 
 

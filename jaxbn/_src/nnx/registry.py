@@ -89,7 +89,7 @@ def known(module: Any) -> Registered | None:
         return REGISTRY.of(type(module))
     inside: Any = type(module.to_nnx__module)
     registered = REGISTRY.of(inside)
-    # A subclass with a call of its own is not the layer: its code would be skipped.
+    # A subclass that overrides the call is not the layer: its code would be skipped.
     is_plain = registered is not None and inspect.unwrap(inside.__call__) is inspect.unwrap(_class(registered).__call__)
     # A bridge has no variables before `lazy_init`.
     return registered if is_plain and registered is not None and hasattr(module, registered.names["mean"]) else None
