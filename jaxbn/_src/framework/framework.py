@@ -3,10 +3,15 @@
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
-from jaxbn._src.framework.layer_paths import keyed
+from jax.typing import ArrayLike
+
+from jaxbn._src.framework.layer_paths import averaging_method, is_put_back, keyed, method_at
 from jaxbn._src.framework.layers import LayerKind, Measured, Weights
+from jaxbn._src.framework.method import filled, state_of
 from jaxbn._src.framework.mixing import make_mixture
-from jaxbn._src.methods.protocol import NormTransform, State
+from jaxbn._src.framework.norm_layer import evaluating_method, kind_of, method_of
+from jaxbn._src.methods.batch_norm import BatchNormState
+from jaxbn._src.methods.protocol import State
 from jaxbn._src.numerics.moments import Moments
 
 Call = Callable[[Any, Any], Any]  # (model, batch) -> outputs, written by the user
@@ -14,12 +19,42 @@ Captured = Callable[[Any, Any], tuple[Any, Measured]]  # (model, batch) -> (outp
 Measure = Callable[[Any, Any], Measured]  # (arrays of a model, batch) -> what the layers measured
 
 
+class ModelLayer(NamedTuple):
+    """A normalization layer of a model."""
+
+    statistics: Mapping[str, Any]  # by their names in Flax's layer
+    norm: Any = (
+        None  # the layer with the attributes of Flax's; None where the model does not tell, as variables of linen
+    )
+
+    @property
+    def state(self) -> State:
+        """The statistics as a state of the method, or of batch norm if the method is not known."""
+        if self.norm is None:
+            state: State = filled(BatchNormState, self.statistics)
+            return state
+        return state_of(evaluating_method(self.norm)(), self.statistics)
+
+    def installed(self, path: str, moments: Moments) -> State:
+        """The state with these moments installed; `path` is their key."""
+        by_key = self.norm is None or is_put_back(path)
+        transform = method_at(path, self.statistics) if by_key else evaluating_method(self.norm)()
+        return transform.postproc(state_of(transform, self.statistics), moments)
+
+    def averaged(self, path: str, moments: Moments, momentum: Any, samples: ArrayLike | None) -> State | None:
+        """The state with its running averages updated once; None for a method without running averages."""
+        by_key = self.norm is None
+        transform = averaging_method(path, self.statistics, momentum) if by_key else method_of(self.norm)()
+        state = state_of(transform, self.statistics)
+        return None if transform.update is None else transform.update(state, moments, samples)
+
+
 class Framework(NamedTuple):
     """How jaxbn reads, runs and rebuilds the models of one library.
 
     A model is the value that holds the statistics: all variables in linen, the module itself in NNX. No function
     changes the model that it is given. Each is defined in a module, so that a `Framework` can be hashed and compiled
-    programs can be found again.
+    programs can be found again. The methods below the fields follow from them.
     """
 
     # (model): raises a TypeError for anything that is not a model of this library
@@ -30,20 +65,22 @@ class Framework(NamedTuple):
     merge: Callable[[Any, Any], Any]
     # (call, *, mode, weights=None, examples=False) -> (model, batch) -> (outputs, Measured): the capture hook
     capture: Callable[..., Captured]
-    # (model) -> the state of every normalization layer by path; a ValueError if there is none
-    states: Callable[[Any], dict[str, State]]
-    # (model, paths) -> by path, the functions that install moments in a layer, and the state that they take
-    installing: Callable[[Any, Iterable[str]], dict[str, tuple[NormTransform[Any, Any], State]]]
-    # (model, paths, momentum) -> the same for the functions that update the running averages of a layer
-    averaging: Callable[[Any, Iterable[str], Any], dict[str, tuple[NormTransform[Any, Any], State]]]
+    # (model) -> every normalization layer by path; a ValueError if there is none
+    layers: Callable[[Any], Mapping[str, ModelLayer]]
     # (model, states by path) -> a new model with these statistics
     with_states: Callable[[Any, Mapping[str, State]], Any]
-    # (model) -> the kind of each layer by path; empty where the model does not tell
-    kinds: Callable[[Any], dict[str, LayerKind]]
     # (model) -> the variables that a frozen network holds, as nested dicts of arrays
     variables: Callable[[Any], dict[str, Any]]
     # (model) -> the paths of the learned parameters
     params: Callable[[Any], Iterable[str]]
+
+    def states(self, model: Any) -> dict[str, State]:
+        """The state of every normalization layer by path."""
+        return {path: layer.state for path, layer in self.layers(model).items()}
+
+    def kinds(self, model: Any) -> dict[str, LayerKind]:
+        """The kind of every layer by path; empty where the model does not tell."""
+        return {path: kind_of(layer.norm) for path, layer in self.layers(model).items() if layer.norm is not None}
 
 
 def capture_arrays(

@@ -64,7 +64,7 @@ class Layer:
     # must equal the one that was made before the run.
     method: Method | None = dataclasses.field(default=None, compare=False)
     # Likewise: whether the model runs the layer in evaluation; None: not known.
-    asked_stored: bool | None = dataclasses.field(default=None, compare=False)
+    evaluates: bool | None = dataclasses.field(default=None, compare=False)
 
     @property
     def size(self) -> int:
@@ -127,7 +127,7 @@ def measured(records: Sequence[_records.Record], whole: Mapping[Layer, jax.Array
             for layer, part in apart.items()
             if part is not None
         },
-        held=tuple(path for path, group in reached.items() if all(layer.asked_stored for layer in group)),
+        held=tuple(path for path, group in reached.items() if all(layer.evaluates for layer in group)),
     )
 
 
@@ -220,7 +220,7 @@ def captured_call(
     mask = mask if weights is None else weigh(mask, weights, x, layer.path, norm.axis)
     measure = norm.transform.measure
     moments = measure(x, **operands_for(measure, mask=mask, **where))
-    heeded = "eval" if layer.asked_stored else "batch"
+    heeded = "eval" if layer.evaluates else "batch"
     mode = heeded if layer.mode == HEEDED else layer.mode
     y = plain() if mode == "as_called" else normalize_as(mode, norm, moments, x, mask, residual, where)
     return marked(y, index, layer, moments, x, axis=norm.axis, mask=mask)
@@ -243,10 +243,10 @@ def normalize_as(
     if isinstance(mode, Mixture):
         return normalize_mixed(mode, norm, moments, x, mask, residual, where)
     if mode == "eval":
-        return norm.normalize(norm.stored, x, mask=mask, residual=residual, **where)
+        return norm.normalize(norm.running, x, mask=mask, residual=residual, **where)
     if norm.axis_name is not None and _collectives.is_bound(norm.axis_name):
         moments = _moments.merge_over(moments, norm.axis_name, norm.axis_index_groups)
-    prior = as_prior(norm.stored, moments)
+    prior = as_prior(norm.running, moments)
     # postproc does not install statistics that are not finite, but the output of the layer must show them.
     finite = jnp.isfinite(moments.mean) & jnp.isfinite(moments.m2)
     prior = prior._replace(mean=jnp.where(finite, prior.mean, jnp.nan))

@@ -156,10 +156,13 @@ def loaded(
 ) -> tuple[Any, State]:
     """The params and the state of a method from the variables of a layer by name; None for missing variables."""
     # Only the classes of the two NamedTuples are needed, so no arrays are created.
-    shapes = jax.eval_shape(lambda: transform.init(statistics["mean"].shape))
-    held = zip(shapes, (params, statistics), strict=True)
-    params, state = (type(tree)(**{name: leaves.get(name) for name in tree._fields}) for tree, leaves in held)
-    return params, state
+    of_params, of_state = jax.eval_shape(lambda: transform.init(statistics["mean"].shape))
+    return filled(type(of_params), params), filled(type(of_state), statistics)
+
+
+def filled(cls: type[Any], leaves: Mapping[str, Any]) -> Any:
+    """A NamedTuple of variables by name; None for missing ones."""
+    return cls(**{name: leaves.get(name) for name in cls._fields})
 
 
 def state_of(transform: NormTransform[Any, Any], statistics: Mapping[str, Any]) -> State:

@@ -40,7 +40,7 @@ class CalledNorm(NamedTuple):
 
     path: str
     transform: NormTransform[Any, Any]
-    stored: State
+    running: State
     normalize: Callable[..., jax.Array]  # (state, x, mask=, residual=, **where) -> y
     axis: _axes.Axis
     axis_name: _collectives.AxisName | None
@@ -121,13 +121,13 @@ def mix(state: State, moments: Moments, weight: ArrayLike, *, rule: str = "linea
     return Moments(moments.count, between(stored_mean, moments.mean), moments.count * var)
 
 
-def as_prior(stored: State, moments: Moments) -> State:
+def as_prior(running: State, moments: Moments) -> State:
     """The running statistics as constants, in dtypes that do not round the moments that are installed in them."""
 
     def widened(leaf: jax.Array) -> jax.Array:
         return lax.stop_gradient(leaf.astype(_dtypes.promote(leaf.dtype, moments.m2.dtype)))
 
-    return jax.tree.map(widened, _explicit_meshes.on_channels(stored, moments.m2, range(moments.m2.ndim)))
+    return jax.tree.map(widened, _explicit_meshes.on_channels(running, moments.m2, range(moments.m2.ndim)))
 
 
 def normalize_mixed(
@@ -167,8 +167,8 @@ def normalize_mixed(
 
 def _state(norm: CalledNorm, moments: Moments, weight: ArrayLike, rule: str) -> State:
     """The state with the mixture as its statistics, installed by the method."""
-    stored = as_prior(norm.stored, moments)
-    return norm.transform.postproc(stored, mix(stored, moments, weight, rule=rule))
+    running = as_prior(norm.running, moments)
+    return norm.transform.postproc(running, mix(running, moments, weight, rule=rule))
 
 
 def _check_input(mixture: Mixture, norm: CalledNorm, x: jax.Array) -> int:
@@ -186,7 +186,7 @@ def _check_input(mixture: Mixture, norm: CalledNorm, x: jax.Array) -> int:
         raise ValueError(
             f"The input of {norm.path!r}, {x.shape}, has one value per channel in {'an example' if alone else 'all'}: "
             f"its variance is 0, and no statistics to mix. {'Use prior_count=' if alone else 'Use a larger batch'}, or "
-            f"keep the stored statistics of this layer with freeze_layers."
+            f"keep the running statistics of this layer with freeze_layers."
         )
     return space
 

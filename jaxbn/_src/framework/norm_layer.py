@@ -4,14 +4,16 @@ A layer that is not jaxbn's is a batch_norm, Flax's own and those of registered 
 """
 
 import copy
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from jaxbn._src.framework.layers import LayerKind
-from jaxbn._src.framework.method import Factory, Method, arguments_of
+from jaxbn._src.framework.method import Factory, Method, arguments_of, evaluate, loaded
+from jaxbn._src.framework.mixing import CalledNorm
 from jaxbn._src.framework.registry import FIELDS, Registered
 from jaxbn._src.methods.batch_norm import batch_norm
 from jaxbn._src.methods.protocol import NormTransform, State
@@ -109,8 +111,38 @@ def method_of(layer: Any) -> Method:
 def evaluating_method(layer: Any) -> Method:
     """The method of a layer; without averages for foreign layers, whose momentum may be one that jaxbn refuses."""
     method = method_of(layer)
-    is_ours = isinstance(layer, NormLayer) or (isinstance(layer, ForeignLayer) and layer.method is not None)
-    return method if is_ours else Method(method, momentum=None)
+    return method if is_ours(layer) else Method(method, momentum=None)
+
+
+def is_ours(layer: Any) -> bool:
+    """Whether it is a layer of jaxbn, in a bridge or not."""
+    return isinstance(layer, NormLayer) or (isinstance(layer, ForeignLayer) and layer.method is not None)
+
+
+def called_norm(
+    layer: Any, path: str, params: Mapping[str, Any], statistics: Mapping[str, Any], stock: Callable[..., jax.Array]
+) -> CalledNorm:
+    """A layer in a call, with its running statistics and its functions.
+
+    Args:
+        layer: The layer, with the attributes of Flax's layer.
+        path: Its path.
+        params: Its learned parameters by name.
+        statistics: Its statistics by name.
+        stock: How Flax's own layer normalizes: `(layer, state, x, *, mask, residual) -> y`.
+
+    Returns:
+        The layer for `captured_call`.
+    """
+    transform = evaluating_method(layer)()
+    learned, running = loaded(transform, params, statistics)
+    if isinstance(layer, ForeignLayer):
+        normalize = layer.normalize
+    elif isinstance(layer, NormLayer):
+        normalize = functools.partial(evaluate, transform, learned)
+    else:
+        normalize = functools.partial(stock, layer)
+    return CalledNorm(path, transform, running, normalize, layer.axis, layer.axis_name, layer.axis_index_groups)
 
 
 def keeps_averages(layer: Any) -> bool:

@@ -10,7 +10,7 @@ from jax.typing import ArrayLike
 from jaxbn._src.framework.layer_paths import LayerPath, method_with
 from jaxbn._src.framework.method import learned, loaded
 from jaxbn._src.linen.framework import with_states
-from jaxbn._src.linen.variables import check_variables, keys, statistics_by_layer
+from jaxbn._src.linen.variables import keys, split_by_class
 
 
 def update_backward(variables: Mapping[str, Any], grads: Any, *, loss_scale: ArrayLike = 1.0) -> dict[str, Any]:
@@ -50,13 +50,12 @@ def update_backward(variables: Mapping[str, Any], grads: Any, *, loss_scale: Arr
         >>> variables["batch_stats"]["gradient_window"][-1].round(2)
         Array([1.88], dtype=float32)
     """
-    check_variables(variables)
     return learn(variables, grads, (), loss_scale)
 
 
 def learn(variables: Any, grads: Any, known: Iterable[str], loss_scale: ArrayLike = 1.0) -> dict[str, Any]:
     """As `update_backward`, and for layers of other methods if their path carries the method."""
-    held = statistics_by_layer(variables)
+    held, _ = split_by_class(variables)
     transforms = {path: method_with(frozenset(statistics)) for path, statistics in held.items()}
     # A LayerPath equals the plain path, so it replaces the method that the names of the statistics suggest.
     transforms |= {path: path.method() for path in known if isinstance(path, LayerPath)}

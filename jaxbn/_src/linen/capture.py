@@ -29,13 +29,12 @@ from jaxbn._src.framework.layers import (
     example_weights,
     measured,
 )
-from jaxbn._src.framework.method import evaluate, loaded
 from jaxbn._src.framework.mixing import CalledNorm, Mixture
-from jaxbn._src.framework.norm_layer import ForeignLayer, call_arguments, evaluating_method, method_of
+from jaxbn._src.framework.norm_layer import call_arguments, called_norm, method_of
 from jaxbn._src.framework.unknown_layers import Touched, name_of
-from jaxbn._src.linen.layers import STATISTICS, Norm
+from jaxbn._src.linen.layers import STATISTICS
 from jaxbn._src.linen.registry import OWN_LEAVES, REGISTER, as_norm, class_inside, evaluates, is_call, run_bridge
-from jaxbn._src.linen.variables import Call, find_shapes, find_states, states_in, with_leaves, without
+from jaxbn._src.linen.variables import Call, find_layers, find_shapes, split_by_class, with_leaves, without
 from jaxbn._src.methods.protocol import State
 from jaxbn._src.numerics import moments as _moments
 from jaxbn._src.tracing import harvest as _harvest
@@ -107,12 +106,12 @@ def capture(
 
     def captured(variables: Any, batch: Any) -> tuple[Any, Measured]:
         variables = flax.core.unfreeze(variables)
-        states = states_in(variables)
-        if not (shapes := find_shapes(variables, states)):
-            find_states(variables)  # which raises
+        known, _ = split_by_class(variables)
+        if not (shapes := find_shapes(variables)):
+            find_layers(variables)  # which raises
         count = count_examples(batch) if examples else None
         held = {path: Layer(path, shape, mode, count) for path, shape in shapes.items()}
-        layers = [held[path] for path in states]
+        layers = [held[path] for path in known]
         # Modules of unknown classes get a slot too: `_pass` tags their output, so that the report can name them.
         slots = {path: Slot(layer.positions(), layer) for path, layer in held.items()}
         whole = {layer: slots[layer.path].index for layer in layers}
@@ -127,8 +126,8 @@ def capture(
 
         outputs, records = _harvest.harvest(run)(with_leaves(variables, _SLOT, slots), batch)
         found = measured(records, whole, calls=examples)
-        if not states:  # only modules of unknown classes have statistics, and none of them ran
-            find_states(variables)  # which raises
+        if not known:  # only modules of unknown classes have statistics, and none of them ran
+            find_layers(variables)  # which raises
         # The call may return variables, as with `mutable=`, and with them the slots.
         return without(_SLOT, outputs), found
 
@@ -146,10 +145,10 @@ def _intercept(next_call: Callable[..., Any], args: Any, kwargs: Any, context: n
         return next_call(*args, **kwargs)
     layer = as_norm(module, args, kwargs)
     return captured_call(
-        dataclasses.replace(slot.layer, method=method_of(layer), asked_stored=evaluates(module, args, kwargs)),
+        dataclasses.replace(slot.layer, method=method_of(layer), evaluates=evaluates(module, args, kwargs)),
         slot.index,
         module.get_variable(STATISTICS, _WEIGHTS),
-        called_norm(layer, slot.layer.path),
+        norm_in_call(layer, slot.layer.path),
         call_arguments(layer, args, kwargs),
         lambda: called(next_call, args, kwargs, module),
     )
@@ -217,17 +216,10 @@ def set_flags(module: Any, flags: Mapping[str, Any]) -> None:
             set_flags(part, flags)
 
 
-def called_norm(layer: Any, path: str) -> CalledNorm:
+def norm_in_call(layer: Any, path: str) -> CalledNorm:
     """A bound layer in a call, with its running statistics and its functions."""
-    transform, variables = evaluating_method(layer)(), flax.core.meta.unbox(layer.variables)
-    params, stored = loaded(transform, variables.get("params", {}), variables[STATISTICS])
-    if isinstance(layer, ForeignLayer):
-        normalize = layer.normalize
-    elif isinstance(layer, Norm):
-        normalize = functools.partial(evaluate, transform, params)
-    else:
-        normalize = functools.partial(_normalize_stock, layer)
-    return CalledNorm(path, transform, stored, normalize, layer.axis, layer.axis_name, layer.axis_index_groups)
+    variables = flax.core.meta.unbox(layer.variables)
+    return called_norm(layer, path, variables.get("params", {}), variables[STATISTICS], _normalize_stock)
 
 
 def _normalize_stock(layer: Any, state: State, x: jax.Array, *, mask: Any, residual: Any) -> jax.Array:

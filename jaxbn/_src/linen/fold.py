@@ -27,7 +27,7 @@ from jaxbn._src.inference.frozen import Frozen
 from jaxbn._src.linen.capture import is_call_of_layer, statistics_of
 from jaxbn._src.linen.layers import STATISTICS
 from jaxbn._src.linen.registry import REGISTER, as_norm, class_inside, evaluates, in_flax_names, known, run_bridge
-from jaxbn._src.linen.variables import Call, check_variables, find_shapes, find_states, keys, states_in
+from jaxbn._src.linen.variables import Call, check_variables, find_layers, find_shapes, keys, split_by_class
 from jaxbn._src.tracing import dataflow as _dataflow
 from jaxbn._src.tracing.harvest import over_arrays
 
@@ -110,9 +110,9 @@ def fold(
     check_variables(given)
     given = flax.core.meta.unbox(flax.core.unfreeze(given))
     if not find_shapes(given):
-        find_states(given)  # which raises
+        find_layers(given)  # which raises
     found = _follow(call, given, example)
-    plan = _fold_plan.make_plan(found.flow, found.norms, found.layers, found.values, list(find_states(given)))
+    plan = _fold_plan.make_plan(found.flow, found.norms, found.layers, found.values, list(find_layers(given)))
     folded, new = _folded_call(call, plan, found), _write(given, plan, found.layers)
     before, after = (call, given, example), (folded, new, example)
     report = checked_report(plan, found.norms, found.layers, tolerance, before, after)
@@ -195,7 +195,7 @@ def _marked(variables: dict[str, Any]) -> dict[str, Any]:
     """The variables with a mark for each normalization and each layer with a kernel, in a separate collection."""
     flat, fold = flax.traverse_util.flatten_dict(variables), object()
     kernels = [path for path in flat if path[0] == "params" and path[-1] == "kernel"]
-    means = [(STATISTICS, *keys(path), "mean") for path in states_in(variables)]
+    means = [(STATISTICS, *keys(path), "mean") for path in split_by_class(variables)[0]]
     for path in (*kernels, *means):
         flat[(_MARKS, *path[1:-1], _MARK)] = _Mark("/".join(path[1:-1]), fold)
     return flax.traverse_util.unflatten_dict(flat)

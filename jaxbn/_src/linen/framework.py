@@ -5,15 +5,12 @@ from typing import Any
 
 import flax
 
-from jaxbn._src.framework.framework import Framework
-from jaxbn._src.framework.layer_paths import averaging_method, method_at
-from jaxbn._src.framework.layers import LayerKind
-from jaxbn._src.framework.method import state_of
+from jaxbn._src.framework.framework import Framework, ModelLayer
 from jaxbn._src.framework.registry import REGISTRY
 from jaxbn._src.linen.capture import capture
 from jaxbn._src.linen.layers import STATISTICS
-from jaxbn._src.linen.variables import check_variables, find_states, keys, statistics_by_layer
-from jaxbn._src.methods.protocol import NormTransform, State
+from jaxbn._src.linen.variables import check_variables, find_layers, keys
+from jaxbn._src.methods.protocol import State
 
 
 def _split(variables: Any) -> tuple[None, Any]:
@@ -25,16 +22,8 @@ def _merge(structure: None, variables: Any) -> Any:
     return variables
 
 
-def _installing(variables: Any, paths: Iterable[str]) -> dict[str, tuple[NormTransform[Any, Any], State]]:
-    held = statistics_by_layer(variables)
-    transforms = {path: method_at(path, held[path]) for path in paths}
-    return {path: (transform, state_of(transform, held[path])) for path, transform in transforms.items()}
-
-
-def _averaging(variables: Any, paths: Iterable[str], momentum: Any) -> dict[str, tuple[NormTransform[Any, Any], State]]:
-    held = statistics_by_layer(variables)
-    transforms = {path: averaging_method(path, held[path], momentum) for path in paths}
-    return {path: (transform, state_of(transform, held[path])) for path, transform in transforms.items()}
+def _layers(variables: Any) -> dict[str, ModelLayer]:
+    return {path: ModelLayer(statistics) for path, statistics in find_layers(variables).items()}
 
 
 def with_states(variables: Any, states: Mapping[str, State]) -> dict[str, Any]:
@@ -54,10 +43,6 @@ def with_states(variables: Any, states: Mapping[str, State]) -> dict[str, Any]:
     return variables | {STATISTICS: flax.traverse_util.unflatten_dict(flat)}
 
 
-def _kinds(variables: Any) -> dict[str, LayerKind]:
-    return {}  # variables do not tell
-
-
 def _variables(variables: Any) -> dict[str, Any]:
     unboxed: dict[str, Any] = flax.core.meta.unbox(flax.core.unfreeze(variables))
     return unboxed
@@ -72,11 +57,8 @@ LINEN = Framework(
     split=_split,
     merge=_merge,
     capture=capture,
-    states=find_states,
-    installing=_installing,
-    averaging=_averaging,
+    layers=_layers,
     with_states=with_states,
-    kinds=_kinds,
     variables=_variables,
     params=_params,
 )

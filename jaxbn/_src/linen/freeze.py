@@ -16,17 +16,10 @@ from jaxbn._src.framework.unknown_layers import Watch
 from jaxbn._src.inference import frozen as _frozen
 from jaxbn._src.inference.frozen import Frozen, check_frozen, check_kinds, check_shapes, shapes_by_path
 from jaxbn._src.inference.summary import tabulate
-from jaxbn._src.linen.capture import (
-    FROZEN,
-    called,
-    called_norm,
-    capture,
-    is_call_of_layer,
-    slots_of,
-)
+from jaxbn._src.linen.capture import FROZEN, called, capture, is_call_of_layer, norm_in_call, slots_of
 from jaxbn._src.linen.framework import LINEN
 from jaxbn._src.linen.registry import REGISTER, as_norm, class_inside
-from jaxbn._src.linen.variables import Call, check_variables, find_shapes, find_states, keys, with_leaves, without
+from jaxbn._src.linen.variables import Call, check_variables, find_layers, find_shapes, keys, with_leaves, without
 from jaxbn._src.statistics.pass_report import Report
 
 
@@ -140,7 +133,7 @@ def affine_mask(variables: Any, paths: str | Sequence[str]) -> Any:
         >>> jaxbn.linen.affine_mask(variables, "layers_1")
         {'layers_0': {'kernel': False, 'bias': False}, 'layers_1': {'scale': True, 'bias': True}}
     """
-    layers = {keys(path) for path in select(paths, find_states(variables))}
+    layers = {keys(path) for path in select(paths, find_layers(variables))}
     params = flax.core.unfreeze(variables["params"])
     return flax.traverse_util.path_aware_map(lambda path, _: path[:-1] in layers, params)
 
@@ -173,7 +166,7 @@ def summary(variables: Mapping[str, Any] | Frozen, call: Call | None = None, bat
     check_variables(variables)
     check_unstacked(variables)
     kinds = {} if call is None else dict(jax.eval_shape(capture(call, mode="eval"), variables, batch)[1].kinds)
-    return tabulate(find_states(variables), LINEN.params(variables), info=info, kinds=kinds)
+    return tabulate(LINEN.states(variables), LINEN.params(variables), info=info, kinds=kinds)
 
 
 def _hold(
@@ -191,5 +184,5 @@ def _hold(
     watch.serve(path)
     layer = as_norm(module, args, kwargs)
     x, mask, residual, where = call_arguments(layer, args, kwargs)
-    norm = called_norm(layer, path)
-    return norm.normalize(norm.stored, x, mask=mask, residual=residual, **where)
+    norm = norm_in_call(layer, path)
+    return norm.normalize(norm.running, x, mask=mask, residual=residual, **where)

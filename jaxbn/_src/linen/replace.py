@@ -21,7 +21,7 @@ from jaxbn._src.framework.unknown_layers import Watch
 from jaxbn._src.linen.capture import REPLACED, meets_layer, set_flags, statistics_of, successor_of
 from jaxbn._src.linen.layers import STATISTICS, Norm
 from jaxbn._src.linen.registry import REGISTER, Adapted, as_norm, class_inside, evaluates
-from jaxbn._src.linen.variables import find_states
+from jaxbn._src.linen.variables import find_layers
 
 Net = TypeVar("Net", bound=nn.Module)
 
@@ -92,7 +92,7 @@ class _Successor:
     def check(self, variables: Any) -> None:
         """Raises a ValueError for a path without layers."""
         if self.paths != [""] and STATISTICS in variables:
-            select(self.paths, find_states(variables))
+            select(self.paths, find_layers(variables))
         if self.earlier is not None:
             self.earlier.check(variables)
 

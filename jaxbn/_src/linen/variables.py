@@ -11,23 +11,10 @@ from jaxbn._src.framework.registry import REGISTRY
 from jaxbn._src.framework.selection import natural
 from jaxbn._src.inference.arguments import not_variables
 from jaxbn._src.linen.layers import STATISTICS
-from jaxbn._src.methods.batch_norm import BatchNormState
-from jaxbn._src.methods.protocol import State
 
 # (variables, batch) -> outputs, written by the user. Type checkers reject a module in its place, because the first
 # argument of a module is an array.
 Call = Callable[[dict[str, Any], Any], Any]
-
-
-def find_states(variables: Mapping[str, Any]) -> dict[str, State]:
-    """The state of every normalization layer, by its path."""
-    states = states_in(variables)
-    if not states:
-        raise ValueError(
-            f"There are no statistics of a normalization layer (mean and var) in variables[{STATISTICS!r}]; the "
-            f"collections given are {sorted(variables)}. Pass all the variables of the model, not its params alone."
-        )
-    return states
 
 
 def check_variables(variables: Any) -> None:
@@ -36,41 +23,35 @@ def check_variables(variables: Any) -> None:
         raise not_variables(variables)
 
 
-def states_in(variables: Mapping[str, Any]) -> dict[str, State]:
-    """Like `find_states`, but may be empty."""
+def find_layers(variables: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The statistics of every normalization layer, by path, under their names in Flax's layer."""
+    layers, _ = split_by_class(variables)
+    if not layers:
+        raise ValueError(
+            f"There are no statistics of a normalization layer (mean and var) in variables[{STATISTICS!r}]; the "
+            f"collections given are {sorted(variables)}. Pass all the variables of the model, not its params alone."
+        )
+    return layers
+
+
+def split_by_class(variables: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
+    """The statistics of the known layers, as in `find_layers`, and of the other modules that keep some."""
     check_variables(variables)
-    states = {}
-    for place, leaves in _holders(variables).items():
-        names = REGISTRY.names_in(leaves)
-        if names and all(isinstance(key, str) for key in place):  # other keys are of NNX, inside a bridge
-            held = [flax.core.meta.unbox(leaves.get(names.get(name, name))) for name in BatchNormState._fields]
-            states["/".join(place)] = BatchNormState(*held)
-    return {path: states[path] for path in sorted(states, key=natural)}
-
-
-def statistics_by_layer(variables: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The statistics of every module that keeps some, by its path, under the names of Flax's layer."""
-    found = {}
+    layers: dict[str, dict[str, Any]] = {}
+    others: dict[str, dict[str, Any]] = {}
     for place, leaves in _holders(variables).items():
         names = {own: name for name, own in REGISTRY.names_in(leaves).items()}
+        is_layer = names and all(isinstance(key, str) for key in place)  # other keys are of NNX, inside a bridge
         held = {names.get(own, own): flax.core.meta.unbox(leaf) for own, leaf in leaves.items()}
-        found["/".join(map(str, place))] = held
-    return found
+        (layers if is_layer else others)["/".join(map(str, place))] = held
+    return {path: layers[path] for path in sorted(layers, key=natural)}, others
 
 
-def find_shapes(variables: Mapping[str, Any], states: Mapping[str, State] | None = None) -> dict[str, tuple[int, ...]]:
-    """The shape of the statistics of every module that keeps some, by path: known layers first, then other modules.
-
-    `states` are those of the known layers; None looks them up.
-    """
-    states = states_in(variables) if states is None else states
-    shapes = {}
-    for place, leaves in _holders(variables).items():
-        path = "/".join(map(str, place))
-        # Of an unknown class any statistic will do: only the axes that transformations slice matter.
-        first = states[path].mean if path in states else flax.core.meta.unbox(leaves[sorted(leaves)[0]])
-        shapes[path] = jnp.shape(first)
-    return {**{path: shapes[path] for path in states}, **shapes}
+def find_shapes(variables: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The shape of the statistics of every module that keeps some, by path: known layers first, then other modules."""
+    layers, others = split_by_class(variables)
+    # Of an unknown class any statistic will do: only the axes that transformations slice matter.
+    return {path: jnp.shape(held.get("mean", next(iter(held.values())))) for path, held in (layers | others).items()}
 
 
 def _holders(variables: Mapping[str, Any]) -> dict[tuple[Any, ...], dict[str, Any]]:

@@ -28,17 +28,24 @@ from jaxbn._src.framework.layers import (
     example_weights,
     measured,
 )
-from jaxbn._src.framework.method import evaluate
-from jaxbn._src.framework.mixing import CalledNorm, Mixture
-from jaxbn._src.framework.norm_layer import ForeignLayer, call_arguments, evaluating_method, method_of
+from jaxbn._src.framework.mixing import Mixture
+from jaxbn._src.framework.norm_layer import call_arguments, called_norm, method_of
 from jaxbn._src.framework.selection import is_at_or_below, natural, select
 from jaxbn._src.framework.unknown_layers import Touched, check
 from jaxbn._src.inference.arguments import not_a_model
-from jaxbn._src.methods.batch_norm import BatchNormState
 from jaxbn._src.methods.protocol import State
-from jaxbn._src.nnx.layers import Norm, load
 from jaxbn._src.nnx.others import class_of, find_others, joined, statistics_of
-from jaxbn._src.nnx.registry import REGISTER, as_norm, evaluates, known, run_bridge, set_call, set_class, with_touch
+from jaxbn._src.nnx.registry import (
+    REGISTER,
+    as_norm,
+    evaluates,
+    in_flax_names,
+    known,
+    run_bridge,
+    set_call,
+    set_class,
+    with_touch,
+)
 from jaxbn._src.numerics import moments as _moments
 from jaxbn._src.tracing import harvest as _harvest
 
@@ -139,17 +146,6 @@ def select_layers(model: Any, paths: str | Sequence[str]) -> list[str]:
     return select(paths, layers)
 
 
-def find_states(model: Any) -> dict[str, State]:
-    """The state of every normalization layer by its path."""
-    return {path: state_of(layer) for path, layer in find_layers(model).items()}
-
-
-def state_of(layer: Any) -> State:
-    """The statistics of a layer; a stock one is a batch_norm."""
-    layer = as_norm(layer)
-    return layer.state if isinstance(layer, Norm | ForeignLayer) else BatchNormState(layer.mean[...], layer.var[...])
-
-
 def set_state(layer: Any, state: State) -> None:
     """Writes the statistics of a layer."""
     registered = known(layer)
@@ -165,7 +161,8 @@ def is_frozen(layer: Any) -> bool:
 
 
 def _hook(path: str, module: Any, mode: str | Mixture, examples: int | None) -> tuple[Layer, jax.Array]:
-    layer = Layer(path, state_of(module).mean.shape, mode, examples, method_of(as_norm(module)))
+    norm = as_norm(module)
+    layer = Layer(path, norm.mean.shape, mode, examples, method_of(norm))
     positions = layer.positions()
     # A frozen layer has no hook, so that its count stays 0 and a statistics pass skips it.
     if not is_frozen(module):
@@ -205,8 +202,8 @@ def _without_hooks(outputs: Any) -> Any:
 
 def _measured(module: Any, plain: Callable[..., jax.Array], *args: Any, **kwargs: Any) -> jax.Array:
     """The call of a hooked layer."""
-    layer: Layer = dataclasses.replace(module.jaxbn_layer, asked_stored=evaluates(module, args, kwargs))
-    norm = as_norm(module, args, kwargs)
+    layer: Layer = dataclasses.replace(module.jaxbn_layer, evaluates=evaluates(module, args, kwargs))
+    norm, held = as_norm(module, args, kwargs), in_flax_names(module)
 
     def as_called() -> jax.Array:
         bridged = isinstance(module, nnx.bridge.ToNNX)
@@ -217,23 +214,10 @@ def _measured(module: Any, plain: Callable[..., jax.Array], *args: Any, **kwargs
         layer,
         module.jaxbn_slot[...],
         module.jaxbn_weights[...] if hasattr(module, "jaxbn_weights") else None,
-        _called_norm(norm, layer.path),
+        called_norm(norm, layer.path, held, held, _normalize_stock),
         call_arguments(norm, args, kwargs),
         as_called,
     )
-
-
-def _called_norm(layer: Any, path: str) -> CalledNorm:
-    """A layer in a call, with its running statistics and its functions."""
-    transform = evaluating_method(layer)()
-    if isinstance(layer, Norm):
-        params, stored = load(layer, transform)
-        normalize = functools.partial(evaluate, transform, params)
-    elif isinstance(layer, ForeignLayer):
-        stored, normalize = layer.state, layer.normalize
-    else:
-        stored, normalize = state_of(layer), functools.partial(_normalize_stock, layer)
-    return CalledNorm(path, transform, stored, normalize, layer.axis, layer.axis_name, layer.axis_index_groups)
 
 
 def _normalize_stock(module: Any, state: State, x: jax.Array, *, mask: Any, residual: Any) -> jax.Array:

@@ -12,23 +12,16 @@ from flax.nnx.nn.dtypes import promote_dtype
 
 from jaxbn._src.framework.framework import Call
 from jaxbn._src.framework.kernels import MapKernel
-from jaxbn._src.framework.norm_layer import call_arguments, flax_arguments
+from jaxbn._src.framework.method import loaded
+from jaxbn._src.framework.norm_layer import call_arguments, evaluating_method, flax_arguments
 from jaxbn._src.inference import fold_arithmetic as _fold_arithmetic
 from jaxbn._src.inference import fold_plan as _fold_plan
 from jaxbn._src.inference.fold_check import checked_report
 from jaxbn._src.inference.fold_plan import Layer
 from jaxbn._src.inference.fold_report import FoldReport
 from jaxbn._src.inference.fold_tags import called_linear, called_norm, tag_call
-from jaxbn._src.methods.protocol import NormParams
-from jaxbn._src.nnx.capture import (
-    check_model,
-    is_frozen,
-    run_model,
-    select_layers,
-    state_of,
-)
-from jaxbn._src.nnx.layers import Norm
-from jaxbn._src.nnx.registry import Adapted, as_norm, has_plain_call, known, set_call, set_class
+from jaxbn._src.nnx.capture import check_model, is_frozen, run_model, select_layers
+from jaxbn._src.nnx.registry import Adapted, as_norm, has_plain_call, in_flax_names, known, set_call, set_class
 from jaxbn._src.tracing import dataflow as _dataflow
 from jaxbn._src.tracing.harvest import over_arrays
 
@@ -210,8 +203,9 @@ def _norm(module: Any, y: jax.Array, *args: Any, **kwargs: Any) -> _fold_plan.No
         refusal = _fold_plan.MOVES
     elif not has_plain_call(module, cls):
         refusal = f"it is a {cls.__name__}, which overrides __call__"
-    params = layer.params if isinstance(layer, Norm) else NormParams(*(p and p[...] for p in (layer.scale, layer.bias)))
-    return called_norm(layer, params, state_of(module), call_arguments(layer, args, kwargs), y, refusal)
+    held = in_flax_names(module)
+    params, state = loaded(evaluating_method(layer)(), held, held)
+    return called_norm(layer, params, state, call_arguments(layer, args, kwargs), y, refusal)
 
 
 def _layer(module: Any, *args: Any, **kwargs: Any) -> Layer:

@@ -5,36 +5,21 @@ from typing import Any
 
 from flax import nnx, traverse_util
 
-from jaxbn._src.framework.framework import Framework
-from jaxbn._src.framework.layer_paths import AS_THEY_ARE, is_put_back
-from jaxbn._src.framework.layers import LayerKind
-from jaxbn._src.framework.norm_layer import evaluating_method, kind_of, method_of
-from jaxbn._src.methods.protocol import NormTransform, State
-from jaxbn._src.nnx.capture import (
-    capture,
-    check_model,
-    find_layers,
-    find_states,
-    set_state,
-    state_of,
-)
+from jaxbn._src.framework.framework import Framework, ModelLayer
+from jaxbn._src.methods.protocol import State
+from jaxbn._src.nnx.capture import capture, check_model, find_layers, set_state
 from jaxbn._src.nnx.others import joined
-from jaxbn._src.nnx.registry import as_norm
+from jaxbn._src.nnx.registry import as_norm, in_flax_names
 
 # The variables of a model that a frozen network keeps.
 SAVED = nnx.Not(nnx.Any(nnx.RngState, nnx.Intermediate))
 
 
-def _installing(model: Any, paths: Iterable[str]) -> dict[str, tuple[NormTransform[Any, Any], State]]:
-    layers = find_layers(model)
-    methods = {path: AS_THEY_ARE if is_put_back(path) else evaluating_method(as_norm(layers[path])) for path in paths}
-    return {path: (method(), state_of(layers[path])) for path, method in methods.items()}
-
-
-def _averaging(model: Any, paths: Iterable[str], momentum: None) -> dict[str, tuple[NormTransform[Any, Any], State]]:
-    layers = find_layers(model)
-    # Layers of NNX know their momentum, so none is passed.
-    return {path: (method_of(as_norm(layers[path]))(), state_of(layers[path])) for path in paths}
+def _layers(model: Any) -> dict[str, ModelLayer]:
+    return {
+        path: ModelLayer(in_flax_names(layer, nnx.BatchStat), as_norm(layer))
+        for path, layer in find_layers(model).items()
+    }
 
 
 def _with_states(model: Any, states: Mapping[str, State]) -> Any:
@@ -43,11 +28,6 @@ def _with_states(model: Any, states: Mapping[str, State]) -> Any:
     for path, state in states.items():
         set_state(layers[path], state)
     return copy
-
-
-def find_kinds(model: Any) -> dict[str, LayerKind]:
-    """The kind of every normalization layer by its path."""
-    return {path: kind_of(as_norm(layer)) for path, layer in find_layers(model).items()}
 
 
 def to_variables(model: Any) -> dict[str, Any]:
@@ -65,11 +45,8 @@ NNX = Framework(
     split=nnx.split,
     merge=nnx.merge,
     capture=capture,
-    states=find_states,
-    installing=_installing,
-    averaging=_averaging,
+    layers=_layers,
     with_states=_with_states,
-    kinds=find_kinds,
     variables=to_variables,
     params=_params,
 )

@@ -7,14 +7,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx, traverse_util
 
-from jaxbn._src.framework.layers import AFFINE
+from jaxbn._src.framework.framework import ModelLayer
+from jaxbn._src.framework.layers import AFFINE, POPULATION
 from jaxbn._src.framework.processes import check_unstacked
 from jaxbn._src.framework.selection import select
 from jaxbn._src.inference import frozen as _frozen
 from jaxbn._src.inference.frozen import Frozen, check_frozen, check_kinds, check_shapes, copied, shapes_by_path
 from jaxbn._src.inference.summary import tabulate
-from jaxbn._src.methods.batch_norm import BatchNormState
-from jaxbn._src.nnx.capture import find_layers, find_states, is_frozen, select_layers
+from jaxbn._src.nnx.capture import find_layers, is_frozen, select_layers
 from jaxbn._src.nnx.framework import NNX, SAVED, to_variables
 from jaxbn._src.nnx.others import joined
 from jaxbn._src.nnx.registry import evaluate, set_call
@@ -185,10 +185,10 @@ def summary(model: Any) -> str:
             raise TypeError(
                 f"This Frozen has no {missing[0]!r} of an NNX model; of a linen one use jaxbn.linen.summary."
             )
-        held = {path: BatchNormState(flat[f"{start}mean"], flat[f"{start}var"]) for path, start in paths.items()}
+        layers = {path: ModelLayer({n: flat[f"{start}{n}"] for n in POPULATION}) for path, start in paths.items()}
         # The variables of a frozen NNX network have no types, only names.
         params = (name for name in flat if name.rpartition("/")[2] in AFFINE)
-        return tabulate(held, params, info=model.info)
-    states = find_states(model)
+        return tabulate({path: layer.state for path, layer in layers.items()}, params, info=model.info)
+    states = NNX.states(model)
     check_unstacked(nnx.state(model))
     return tabulate(states, NNX.params(model), kinds=NNX.kinds(model))

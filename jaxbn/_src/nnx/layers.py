@@ -16,7 +16,15 @@ from flax.typing import Initializer, PromoteDtypeFn
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxbn._src import internals as _internals
-from jaxbn._src.framework.method import REQUIRED, check_leaves, evaluate, fields_of, for_an_example, operands_for
+from jaxbn._src.framework.method import (
+    REQUIRED,
+    check_leaves,
+    evaluate,
+    fields_of,
+    for_an_example,
+    loaded,
+    operands_for,
+)
 from jaxbn._src.framework.norm_layer import NormLayer
 from jaxbn._src.methods.batch_norm import batch_norm
 from jaxbn._src.methods.protocol import NormTransform, State
@@ -197,13 +205,13 @@ class Norm(nnx.Module, NormLayer):  # in this order the layout of objects stays 
 
 def load(layer: Norm, transform: NormTransform[Any, Any]) -> tuple[Any, State]:
     """The params and the state of a layer, as the functions of its method take them."""
-    # The shapes tell which leaves the method has; the values are those of the variables.
-    shapes = jax.eval_shape(functools.partial(_initialize, layer, transform))
-    params, state = (
-        tree._replace(**{n: getattr(layer, n)[...] for n, leaf in tree._asdict().items() if leaf is not None})
-        for tree in shapes
-    )
-    return params, state
+    held = variables_of(layer)
+    return loaded(transform, held, held)
+
+
+def variables_of(module: Any, kind: type[nnx.Variable[Any]] = nnx.Variable) -> dict[str, Any]:
+    """The values of the variables of a module itself, by name."""
+    return {name: value.get_value() for name, value in vars(module).items() if isinstance(value, kind)}
 
 
 def _initialize(layer: Norm, transform: NormTransform[Any, Any]) -> tuple[Any, State]:

@@ -11,11 +11,10 @@ from flax import nnx
 
 from jaxbn._src.framework import registry as _registry
 from jaxbn._src.framework.method import state_of
-from jaxbn._src.framework.norm_layer import ForeignLayer
+from jaxbn._src.framework.norm_layer import ForeignLayer, evaluating_method, is_ours
 from jaxbn._src.framework.registry import REGISTRY, VARIABLES, Registered
-from jaxbn._src.methods.batch_norm import BatchNormState
 from jaxbn._src.methods.protocol import State
-from jaxbn._src.nnx.layers import Norm
+from jaxbn._src.nnx.layers import Norm, variables_of
 
 Class = TypeVar("Class", bound=type[nnx.Module])
 
@@ -109,6 +108,14 @@ def as_norm(module: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     return Adapted(module, registered, args, kwargs or {})
 
 
+def in_flax_names(module: Any, kind: type[nnx.Variable[Any]] = nnx.Variable) -> dict[str, Any]:
+    """The values of the variables of a known layer, under their names in Flax's layer."""
+    names = {own: name for name, own in cast(Registered, known(module)).names.items()}
+    held = {names.get(own, own): value for own, value in variables_of(module, kind).items()}
+    # Other variables of a class that is not ours have nothing to do with batch norm, whatever their names are.
+    return held if is_ours(as_norm(module)) else {name: held[name] for name in held.keys() & set(VARIABLES)}
+
+
 def evaluates(module: Any, args: Any, kwargs: Any) -> bool | None:
     """Whether this call of a layer normalizes with the running statistics; None: not known."""
     layer = as_norm(module, args, kwargs)
@@ -147,15 +154,6 @@ class Adapted(ForeignLayer):
         """The number of its features, or their shape."""
         shape = self.mean.shape
         return shape if len(shape) > 1 else shape[0]
-
-    @property
-    def state(self) -> State:
-        """Its statistics."""
-        if self.method is None:
-            return BatchNormState(self.mean[...], self.var[...])
-        # A layer of jaxbn in a bridge may have more statistics than mean and variance.
-        held = {name: value[...] for name, value in vars(self.module).items() if isinstance(value, nnx.BatchStat)}
-        return state_of(self.method(), held)
 
     def normalize(self, state: State, x: jax.Array, **arguments: Any) -> jax.Array:
         """Runs its own call in evaluation, on a stand-in that holds these statistics."""
@@ -232,7 +230,8 @@ def evaluate(module: Any, plain: Callable[..., Any], *args: Any, **kwargs: Any) 
     assert registered is not None
     if isinstance(layer, Adapted) and layer.bridged:
         x, mask, residual, where = layer.arguments()
-        return layer.normalize(layer.state, x, mask=mask, residual=residual, **where)
+        state = state_of(evaluating_method(layer)(), in_flax_names(module))
+        return layer.normalize(state, x, mask=mask, residual=residual, **where)
     bound = registered.bind(args, kwargs)
     fields, flags = registered.split_evaluation(lambda name: name not in registered.signature.parameters)
     bound.arguments |= flags

@@ -13,20 +13,19 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from flax.core import meta, unfreeze
 from jax import export as jax_export
 
 from jaxbn._src import internals as _internals
+from jaxbn._src.framework.framework import Framework
 from jaxbn._src.framework.processes import check_unstacked
 from jaxbn._src.inference.frozen import Frozen, Info, make_info, versions
 from jaxbn._src.linen.capture import FROZEN, is_call_of_layer, statistics_of
+from jaxbn._src.linen.framework import LINEN
 from jaxbn._src.linen.freeze import apply_frozen
 from jaxbn._src.linen.layers import STATISTICS
 from jaxbn._src.linen.registry import evaluates
-from jaxbn._src.linen.variables import find_states
 from jaxbn._src.methods.protocol import State
-from jaxbn._src.nnx.capture import find_states as find_states_nnx
-from jaxbn._src.nnx.framework import SAVED
+from jaxbn._src.nnx.framework import NNX, SAVED
 from jaxbn._src.serving import atomic_files
 from jaxbn._src.serving.arrays import describe, describe_tree, info_of, pack, shapes_of, to_device, to_host, unpack
 from jaxbn._src.serving.batches import check_batch, lacks_examples, leave_open, shape_of, text, without_examples
@@ -221,14 +220,14 @@ def _signature(exported: jax_export.Exported, arrays: list[Any]) -> tuple[Any, A
 def _check_estimated(network: Any) -> None:
     """Raises a ValueError for statistics that cannot be frozen; those of a `Frozen` have already been checked."""
     if isinstance(network, nnx.Module):
-        make_info(_states_of(find_states_nnx, network))
+        make_info(_states_of(NNX, network))
     elif isinstance(network, Mapping):
-        make_info(_states_of(find_states, meta.unbox(unfreeze(dict(network)))))
+        make_info(_states_of(LINEN, network))
 
 
-def _states_of(find: Callable[[Any], Mapping[str, State]], network: Any) -> Mapping[str, State]:
+def _states_of(framework: Framework, network: Any) -> Mapping[str, State]:
     try:
-        return find(network)
+        return framework.states(network)
     except ValueError:  # there are no statistics, for example because all layers were folded
         return {}
 
@@ -237,7 +236,7 @@ def _check_linen(frozen: Frozen) -> None:
     """Raises a ValueError for a network of NNX, whose variables are not in collections."""
     layers = {path for path, _ in frozen.info.layers}
     collections = {"params", STATISTICS} & frozen.variables.keys()
-    if not layers <= _states_of(find_states, frozen.variables).keys() or (frozen.variables and not collections):
+    if not layers <= _states_of(LINEN, frozen.variables).keys() or (frozen.variables and not collections):
         raise ValueError(
             "This Frozen is of an NNX model, which a call for linen variables cannot run: export the model, "
             "jaxbn.nnx.install_frozen(model, frozen), with lambda model, x: model(x)."

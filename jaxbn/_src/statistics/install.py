@@ -17,28 +17,20 @@ from jaxbn._src.statistics.estimators import is_single
 
 def install_moments(framework: Framework, model: Any, moments: Mapping[str, Moments]) -> Any:
     """A new model with the moments as the statistics of their layers; see `jaxbn.linen.install_moments`."""
-    states = framework.states(model)
+    layers = framework.layers(model)
     check_unstacked(framework.split(model)[1])
-    given = installable(moments, states)
-    layers = framework.installing(model, given)
-    return framework.with_states(
-        model, {path: transform.postproc(state, given[path]) for path, (transform, state) in layers.items()}
-    )
+    given = installable(moments, {path: layer.state for path, layer in layers.items()})
+    return framework.with_states(model, {path: layers[path].installed(path, found) for path, found in given.items()})
 
 
 def move_averages(
     framework: Framework, model: Any, moments: Mapping[str, Moments], momentum: Any, samples: ArrayLike | None
 ) -> Any:
     """A new model with its running averages updated once; see `jaxbn.linen.move_averages`."""
-    given = checked(moments, framework.states(model))
-    layers = framework.averaging(model, given, momentum)
-    # A method without running averages has no update.
-    updated = {
-        path: transform.update(state, given[path], samples)
-        for path, (transform, state) in layers.items()
-        if transform.update is not None
-    }
-    return framework.with_states(model, updated)
+    layers = framework.layers(model)
+    given = checked(moments, {path: layer.state for path, layer in layers.items()})
+    new = {path: layers[path].averaged(path, found, momentum, samples) for path, found in given.items()}
+    return framework.with_states(model, {path: state for path, state in new.items() if state is not None})
 
 
 def checked(moments: Mapping[str, Moments], states: Mapping[str, State]) -> Mapping[str, Moments]:
