@@ -1,9 +1,10 @@
 """Batch normalization for JAX and Flax as pure functions: train, estimate the population statistics, evaluate.
 
 A method is a factory that returns a `NormTransform` of pure functions: `batch_norm`, `batch_renorm`,
-`moving_average_batch_norm`, `ghost_batch_norm` and `domain_batch_norm`. The layers and everything that runs a model are
-in `jaxbn.linen` and `jaxbn.nnx`, files and export in `jaxbn.serving`, and reference vectors in `jaxbn.testing`.
-These four are imported when they are first used, so `import jaxbn` is enough.
+`moving_average_batch_norm`, `ghost_batch_norm` and `domain_batch_norm`. `postproc`, `diagnose` and `freeze` run models
+of such functions. The layers and everything that runs a Flax model are in `jaxbn.linen` and `jaxbn.nnx`, files and
+export in `jaxbn.serving`, and reference vectors in `jaxbn.testing`. These four are imported when they are first used,
+so `import jaxbn` is enough.
 """
 
 import typing as _typing
@@ -49,6 +50,13 @@ from jaxbn._src.numerics.moments import merge_over as merge_over
 from jaxbn._src.numerics.moments import pool as pool
 from jaxbn._src.numerics.weight_standardization import centralize_kernel as centralize_kernel
 from jaxbn._src.numerics.weight_standardization import standardize_kernel as standardize_kernel
+from jaxbn._src.pytree.capture import capture_moments as capture_moments
+from jaxbn._src.pytree.diagnose import diagnose as diagnose
+from jaxbn._src.pytree.freeze import freeze as freeze
+from jaxbn._src.pytree.freeze import summary as summary
+from jaxbn._src.pytree.postproc import install_moments as install_moments
+from jaxbn._src.pytree.postproc import move_averages as move_averages
+from jaxbn._src.pytree.postproc import postproc as postproc
 from jaxbn._src.statistics.estimators import Estimator as Estimator
 from jaxbn._src.statistics.estimators import mean_of_batches as mean_of_batches
 from jaxbn._src.statistics.estimators import moving_average as moving_average

@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "jaxbn" / "_src"
 FILES = sorted((ROOT / "jaxbn").rglob("*.py"))
 PRIVATE = sorted(SOURCE.rglob("*.py"))
-FRAMEWORKS = ["linen", "nnx"]
+FRAMEWORKS = ["linen", "nnx", "pytree"]
 # The floors, from the bottom up: a room may import from itself and from the rooms of the floors before its own.
 FLOORS = [
     ["internals", "testing", "public"],
@@ -44,6 +44,7 @@ OUTSIDE = {
     "internals": {"jax"}, "public": set(), "testing": {"numpy"}, "numerics": ARRAYS,
     "display": ARRAYS | {"matplotlib", "rich"}, "methods": ARRAYS, "tracing": ARRAYS, "framework": ARRAYS,
     "statistics": TOOLS, "diagnostics": TOOLS, "inference": ARRAYS, "linen": {"jax", "flax"}, "nnx": {"jax", "flax"},
+    "pytree": {"jax"},
     "serving": ARRAYS | {"flax", "orbax"}, "interop": ARRAYS | {"flax"},
 }  # fmt: skip
 TYPES_ONLY = {"optax"}  # imported for type hints only
@@ -200,7 +201,7 @@ assert all(getattr(jaxbn, name) is sys.modules[f"jaxbn.{name}"] for name in pack
     assert "class BatchNormState" in text and "\n    batch_norm(" in text
 
 
-SHARED = {"__init__", "protocol", "batch_renorm_schedules"}  # files of methods/ that are not a method
+SHARED = {"__init__", "captured", "protocol", "batch_renorm_schedules"}  # files of methods/ that are not a method
 METHODS = sorted({file.stem for file in (SOURCE / "methods").glob("*.py")} - SHARED)
 
 

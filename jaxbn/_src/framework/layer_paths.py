@@ -91,7 +91,7 @@ class LayerPath(str):
         return by_name, (str(self), name_of(self.method))
 
 
-def contents_of(value: Any, *, depth: int = 8) -> Any:
+def contents_of(value: Any, *, depth: int = 14) -> Any:
     """A hashable form of a value that is equal for equal values, even if they are created anew for each call.
 
     Functions are compared by their code and their closures. `depth` bounds functions that refer to themselves.

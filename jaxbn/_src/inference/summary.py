@@ -7,16 +7,18 @@ from jaxbn._src.framework.layers import AFFINE, LayerKind
 from jaxbn._src.inference.frozen import AS_GIVEN, Info, LayerInfo, is_initial
 from jaxbn._src.methods.protocol import State
 
+_LEARNS = Column("learns", is_number=False)
 _COLUMNS = [
     Column("channels"),
-    *(Column(head, is_number=False) for head in ("learns", "method", "epsilon", "statistics")),
+    _LEARNS,
+    *(Column(head, is_number=False) for head in ("method", "epsilon", "statistics")),
     Column("rows"),
 ]
 
 
 def tabulate(
     states: Mapping[str, State],
-    params: Iterable[str],
+    params: Iterable[str] | None,
     *,
     info: Info | None = None,
     kinds: Mapping[str, LayerKind] | None = None,
@@ -25,22 +27,23 @@ def tabulate(
 
     Args:
         states: The statistics of each layer, by path.
-        params: The paths of all learned parameters.
+        params: The paths of all learned parameters. None: they do not tell the layers; the table does not show them.
         info: The information in a frozen network.
         kinds: The method and epsilon of the layers, if there is no `info`.
 
     Returns:
         A table with a row for each layer.
     """
-    params, kinds = set(params), kinds or {}
+    params, kinds = None if params is None else set(params), kinds or {}
     known = dict(info.layers) if info else {}
     rows = {}
     for path in in_order(states, known or kinds):
-        learned = ", ".join(_learned(path, params)) or "-"
-        rows[path] = [str(states[path].mean.size), learned, *_cells(states[path], path, known, kinds)]
+        learned = [] if params is None else [", ".join(_learned(path, params)) or "-"]
+        rows[path] = [str(states[path].mean.size), *learned, *_cells(states[path], path, known, kinds)]
     channels = sum(state.mean.size for state in states.values())
     title = f"{len(states)} normalization layer{'s'[: len(states) > 1]}, {channels} channel{'s'[: channels > 1]}"
-    return f"{title}\n{table(_COLUMNS, rows)}"
+    columns = [column for column in _COLUMNS if params is not None or column is not _LEARNS]
+    return f"{title}\n{table(columns, rows)}"
 
 
 def _learned(layer: str, params: Iterable[str]) -> list[str]:

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxbn._src.methods.protocol import NormParams, NormTransform, State, on_meshes
+from jaxbn._src.methods.protocol import NormParams, NormTransform, Settings, State, on_meshes
 from jaxbn._src.numerics import averages as _averages
 from jaxbn._src.numerics import axes as _axes
 from jaxbn._src.numerics import collectives as _collectives
@@ -185,7 +185,9 @@ def batch_norm(
         return state._replace(mean=mean, var=jnp.where(good, found.astype(state.var.dtype), state.var))
 
     update = None if average is None else functools.partial(update_averages, average)
-    return on_meshes(NormTransform(init, train, evaluate, measure, postproc, update=update), axis)
+    settings = Settings(spec.axis, epsilon, axis_name, groups, allow_single_value)
+    made = NormTransform(init, train, evaluate, measure, postproc, update=update, settings=settings)
+    return on_meshes(made, axis)
 
 
 class AveragingStep(NamedTuple):

@@ -141,6 +141,7 @@ def batch_renorm(
     base: NormTransform[NormParams, Any] = batch_norm(  # its `eval`, `measure` and `postproc` serve this state as well
         momentum=average, epsilon=epsilon, axis=axis, dtype=dtype, use_bias=use_bias, use_scale=use_scale,
         axis_name=axis_name, axis_index_groups=groups, use_fast_variance=use_fast_variance, activation=activation,
+        allow_single_value=allow_single_value,
     )  # fmt: skip
     spec = _operands.Spec(_axes.static(axis), epsilon, activation, dtype, axis_name, groups, _correction)
     measure = functools.partial(
@@ -264,5 +265,5 @@ def _check_batch(x: jax.Array, axis: _axes.Axis, values: int, allow_single_value
             f"The input {x.shape} has one value per channel along axis={axis}: its output depends only on "
             f"the averages, and no gradient flows to the layers before. Use a larger batch, synchronize over devices "
             f"with axis_name=, freeze the layer, or pass allow_single_value=True if this is intended.",
-            stacklevel=4,  # the caller of train
+            stacklevel=5,  # the caller of train
         )

@@ -145,6 +145,7 @@ def ghost_batch_norm(
     base: NormTransform[NormParams, Any] = batch_norm(  # its `eval`, `measure` and `postproc` serve this state as well
         momentum=average, epsilon=epsilon, axis=axis, dtype=dtype, use_bias=use_bias, use_scale=use_scale,
         axis_name=axis_name, use_fast_variance=use_fast_variance, activation=activation,
+        allow_single_value=allow_single_value,
     )  # fmt: skip
     spec = _operands.Spec(_axes.static(axis), epsilon, activation, dtype)
     # An unbiased variance needs the factor n / (n - 1) of a group. Unless groups are pooled, `whole` applies it to each

@@ -147,7 +147,7 @@ def moving_average_batch_norm(
     groups = _collectives.check_groups(axis_name, axis_index_groups)
     base: NormTransform[NormParams, Any] = batch_norm(  # its `eval` and `postproc` serve this state as well
         momentum=average, epsilon=epsilon, axis=axis, dtype=dtype, use_bias=use_bias, axis_name=axis_name,
-        axis_index_groups=groups, use_fast_variance=use_fast_variance, activation=activation,
+        axis_index_groups=groups, use_fast_variance=use_fast_variance, activation=activation, allow_single_value=True,
     )  # fmt: skip
     spec = _operands.Spec(_axes.static(axis), epsilon, activation, dtype, axis_name, groups)
     everywhere = functools.partial(
@@ -219,7 +219,7 @@ def moving_average_batch_norm(
             )
         )
 
-    transform = NormTransform(init, train, base.eval, measure, postproc, update, backward)
+    transform = NormTransform(init, train, base.eval, measure, postproc, update, backward, base.settings)
     return MovingAverageNormTransform(*on_meshes(transform, axis))
 
 

@@ -5,15 +5,18 @@ take a state and return a new one. They are pure, and `train`, `postproc` and `e
 layers store the params and the state of a transform as variables, and contain no arithmetic.
 """
 
+import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
+from jaxbn._src.methods.captured import capturable, without_capture
 from jaxbn._src.numerics import axes as _axes
+from jaxbn._src.numerics import collectives as _collectives
 from jaxbn._src.numerics import explicit_meshes as _explicit_meshes
 from jaxbn._src.numerics.moments import Moments
 
@@ -190,7 +193,29 @@ class BackwardFn(Protocol[ParamsIn, StateT]):
         """
 
 
-class NormTransform(NamedTuple, Generic[ParamsT, StateT]):
+@dataclasses.dataclass(frozen=True, eq=False)  # compared by identity, as functions are; epsilon may be traced
+class Settings:
+    """The arguments of a method that a capture of its calls needs."""
+
+    axis: _axes.Axis = -1
+    epsilon: ArrayLike | None = None
+    axis_name: _collectives.AxisName | None = None
+    axis_index_groups: Any = None
+    allow_single_value: bool = True
+
+
+class _Functions(NamedTuple, Generic[ParamsT, StateT]):
+    init: InitFn[ParamsT, StateT]
+    train: TrainFn[ParamsT, StateT]
+    eval: EvalFn[ParamsT, StateT]
+    measure: MeasureFn
+    postproc: PostprocFn[StateT]
+    update: UpdateFn[StateT] | None = None
+    backward: BackwardFn[ParamsT, StateT] | None = None
+    settings: Settings = Settings()
+
+
+class NormTransform(_Functions[ParamsT, StateT]):
     """A normalization method as pure functions; all of them may be jitted, vmapped and scanned.
 
     Attributes:
@@ -203,6 +228,8 @@ class NormTransform(NamedTuple, Generic[ParamsT, StateT]):
         update: `(state, moments, samples=None) -> state`: updates the running averages once. None: there are none.
         backward: `(params, state, grads, *, loss_scale=1.0) -> state`, for methods that keep statistics of gradients.
             None: the state does not depend on gradients.
+        settings: What a capture of plain functions needs to know, such as the axes of the devices. `_replace` keeps
+            it; pass that of another transform to a `NormTransform` that uses its `measure`.
 
     `train`, `eval` and `measure` of `domain_batch_norm` take `domain=` as well.
 
@@ -216,13 +243,16 @@ class NormTransform(NamedTuple, Generic[ParamsT, StateT]):
       statistics, and the gradient must flow through those.
     """
 
-    init: InitFn[ParamsT, StateT]
-    train: TrainFn[ParamsT, StateT]
-    eval: EvalFn[ParamsT, StateT]
-    measure: MeasureFn
-    postproc: PostprocFn[StateT]
-    update: UpdateFn[StateT] | None = None
-    backward: BackwardFn[ParamsT, StateT] | None = None
+    __slots__ = ()
+
+    if not TYPE_CHECKING:  # type checkers see the signature of the NamedTuple
+
+        def __new__(cls, *functions: Any, **named: Any) -> "NormTransform":
+            return capturable(super().__new__(cls, *functions, **named))
+
+        @classmethod
+        def _make(cls, functions: Any) -> "NormTransform":  # `_replace` calls it
+            return cls(*functions)
 
 
 def on_meshes(transform: NormTransform[ParamsT, StateT], axis: _axes.Axis) -> NormTransform[ParamsT, StateT]:
@@ -238,6 +268,7 @@ def on_meshes(transform: NormTransform[ParamsT, StateT], axis: _axes.Axis) -> No
     Returns:
         The same functions for operands that lie anywhere.
     """
+    transform = without_capture(transform)
 
     def as_channels_of(x: ArrayLike, tree: Any) -> Any:
         x = jnp.asarray(x)
