@@ -1,13 +1,13 @@
 """Checks on an example that a folded model has the outputs of the original."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxbn._src.inference.fold_plan import Layer, Norm, Plan
+from jaxbn._src.inference.fold_plan import Plan, Traced
 from jaxbn._src.inference.fold_report import FoldReport
 from jaxbn._src.tracing.harvest import over_arrays
 
@@ -17,19 +17,13 @@ _TOLERANCES = {"float64": 1e-9, "float32": 1e-4, "float16": 2e-2, "bfloat16": 1e
 
 
 def checked_report(
-    plan: Plan,
-    norms: Mapping[str, Norm],
-    layers: Mapping[str, Layer],
-    tolerance: float | None,
-    before: tuple[Any, ...],
-    after: tuple[Any, ...],
+    plan: Plan, traced: Traced, tolerance: float | None, before: tuple[Any, ...], after: tuple[Any, ...]
 ) -> FoldReport:
     """Returns the report if folding did not change the outputs.
 
     Args:
         plan: The plan that was carried out.
-        norms: The normalizations, by path.
-        layers: The linear layers, by path.
+        traced: What it was made for.
         tolerance: Allowed difference of the outputs. None: that of the least precise dtype in the model.
         before: A function, and the arguments with which it runs the original model.
         after: The same for the folded model.
@@ -40,7 +34,7 @@ def checked_report(
     Raises:
         ValueError: If folding changed the outputs.
     """
-    tolerance = _tolerance_of(plan, norms, layers) if tolerance is None else tolerance
+    tolerance = _tolerance_of(plan, traced) if tolerance is None else tolerance
     error = _difference(_run(*before), _run(*after)) if plan.folds else 0.0
     if not error <= tolerance:  # NaN too
         raise ValueError(
@@ -52,11 +46,11 @@ def checked_report(
     return FoldReport(plan.layers, error, tolerance)
 
 
-def _tolerance_of(plan: Plan, norms: Mapping[str, Norm], layers: Mapping[str, Layer]) -> float:
+def _tolerance_of(plan: Plan, traced: Traced) -> float:
     """The tolerance of the least precise dtype in the model."""
     found = [_TOLERANCES["float64"]]
     for one in plan.folds:
-        dtypes = (*norms[one.norm].dtypes, layers[one.layer].weights.kernel.dtype)
+        dtypes = (*traced.norms[one.norm].dtypes, traced.layers[one.layer].weights.kernel.dtype)
         found += [_TOLERANCES[jnp.finfo(dtype).dtype.name] for dtype in dtypes]
     return max(found)
 

@@ -55,6 +55,16 @@ class Layer(NamedTuple):
     map_kernel: Callable[[jax.Array], jax.Array] | None = None  # maps the parameter to the kernel that the layer uses
 
 
+class Traced(NamedTuple):
+    """The traced program of a call, and its layers by path."""
+
+    flow: _dataflow.Flow
+    norms: Mapping[str, Norm]
+    layers: Mapping[str, Layer]
+    # The inputs of the program that are the variables of a layer; None: shared with other layers.
+    values: Mapping[str, Sequence[_dataflow.Value | None]]
+
+
 class Fold(NamedTuple):
     """The decision to fold a normalization into a layer."""
 
@@ -72,27 +82,14 @@ class Plan:
     layers: dict[str, LayerFold]
 
 
-def make_plan(
-    flow: _dataflow.Flow,
-    norms: Mapping[str, Norm],
-    layers: Mapping[str, Layer],
-    values: Mapping[str, Sequence[_dataflow.Value | None]],
-    paths: list[str],
-) -> Plan:
-    """Decides for each normalization.
+def make_plan(traced: Traced, paths: list[str]) -> Plan:
+    """Decides for each normalization of the model, given by its path.
 
-    Args:
-        flow: The program.
-        norms: The normalizations that it calls, by path.
-        layers: The linear layers that it calls, by path.
-        values: By path of a layer, the inputs of the program that are its variables; None: shared with other layers.
-        paths: Paths of all normalizations of the model.
-
-    Returns:
-        The plan; its `layers` are in the order of the program, and those that it does not reach are last.
+    The layers of the plan are in the order of the program, and those that it does not reach are last.
     """
-    planner = _Planner(flow, norms, layers, values)
-    order = {node.tag.path: None for node in flow.nodes if isinstance(node.tag, Tag) and node.tag.path in norms}
+    planner = _Planner(traced)
+    tags = [node.tag for node in traced.flow.nodes if isinstance(node.tag, Tag)]
+    order = {tag.path: None for tag in tags if tag.path in traced.norms}
     said = {path: planner.decide(path) for path in dict.fromkeys([*order, *paths])}
     return Plan(tuple(planner.folds), {path: said[path] for path in said if path in paths})
 
@@ -128,16 +125,10 @@ class _No(Exception):
 class _Planner:
     """Decides normalization by normalization; later decisions depend on earlier ones."""
 
-    def __init__(
-        self,
-        flow: _dataflow.Flow,
-        norms: Mapping[str, Norm],
-        layers: Mapping[str, Layer],
-        values: Mapping[str, Sequence[_dataflow.Value | None]],
-    ) -> None:
-        self.flow, self.norms, self.layers, self.values = flow, norms, layers, values
+    def __init__(self, traced: Traced) -> None:
+        self.flow, self.norms, self.layers, self.values = traced
         self.folds: list[Fold] = []
-        self._hidden = {one.tag.path: one.inside for one in flow.unreadable if isinstance(one.tag, Tag)}
+        self._hidden = {one.tag.path: one.inside for one in self.flow.unreadable if isinstance(one.tag, Tag)}
 
     def decide(self, path: str) -> LayerFold:
         """Plans to fold a normalization if this does not change the result."""

@@ -1,16 +1,21 @@
 """Tags and records the calls of normalizations and linear layers for `fold_plan`, in any framework."""
 
-from collections.abc import Callable, Iterable, Sequence
+import inspect
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 
+from jaxbn._src.framework.kernels import MapKernel
 from jaxbn._src.framework.method import as_affine
 from jaxbn._src.framework.norm_layer import CallArguments, evaluating_method
 from jaxbn._src.inference import fold_arithmetic as _fold_arithmetic
 from jaxbn._src.inference.fold_plan import DOMAINS, Layer, Norm, Tag
 from jaxbn._src.methods.protocol import State
 from jaxbn._src.tracing import dataflow as _dataflow
+
+# Arguments with which a layer of Flax replaces its operations.
+_OWN = "conv_general_dilated conv_general_dilated_cls dot_general dot_general_cls einsum_op promote_dtype".split()
 
 
 def tag_call(
@@ -73,8 +78,6 @@ def called_linear(
     module: Any,
     kind: str | None,
     weights: _fold_arithmetic.Weights,
-    own: Sequence[str],
-    map_kernel: Callable[[jax.Array], jax.Array] | None,
     inputs: Any,
     equation: str | None = None,
     *,
@@ -87,8 +90,6 @@ def called_linear(
         module: The layer.
         kind: Its operation, as in `fold_arithmetic.of_flax`; None: unknown, as for a subclass.
         weights: Its kernel and bias.
-        own: The options that hold functions of the user, such as a `dot_general`.
-        map_kernel: The function that it applies to its kernel, if it has one.
         inputs: The input.
         equation: An argument of the call of `Einsum`.
         einsum_str: Another name of `equation`.
@@ -96,6 +97,11 @@ def called_linear(
     Returns:
         The layer.
     """
+    defaults = inspect.signature(type(module).__init__).parameters
+    own = [name for name in _OWN if name in defaults and getattr(module, name) is not defaults[name].default]
+    map_kernel = module.promote_dtype.function if isinstance(module.promote_dtype, MapKernel) else None
+    if map_kernel is not None:
+        own.remove("promote_dtype")
     refusal = f"uses a custom {own[0]}" if own else None
     if kind is None:
         return Layer(None, weights, refusal or f"is a {type(module).__name__}, which fold does not support", map_kernel)

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import flax
 import flax.linen as nn
@@ -12,7 +12,6 @@ import jax
 from flax import nnx
 from flax.linen.dtypes import promote_dtype
 
-from jaxbn._src.framework.kernels import MapKernel
 from jaxbn._src.framework.method import loaded
 from jaxbn._src.framework.norm_layer import call_arguments, evaluating_method
 from jaxbn._src.framework.registry import Registered
@@ -31,18 +30,16 @@ from jaxbn._src.linen.variables import Call, check_variables, find_layers, find_
 from jaxbn._src.tracing import dataflow as _dataflow
 from jaxbn._src.tracing.harvest import over_arrays
 
-_MARKS, _MARK = "jaxbn_fold", "mark"
+_TAGS, _TAG = "jaxbn_fold", "tag"  # a collection, and the variable in it
 _LINEAR: dict[Any, str] = {
     cls: cls.__name__ for cls in (nn.Conv, nn.ConvTranspose, nn.Dense, nn.DenseGeneral, nn.Einsum)
 }
 _LINEAR_CALLS = {inspect.unwrap(cls.__call__) for cls in _LINEAR}
-# Fields with which a layer replaces the operations of Flax.
-_OWN = "conv_general_dilated conv_general_dilated_cls dot_general dot_general_cls".split()
 
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
-class _Mark:
+class _Tagged:
     """Identifies a layer of the given variables, and makes jit caches distinguish folds.
 
     It has no arrays, so that transformations of variables do not affect it.
@@ -50,15 +47,6 @@ class _Mark:
 
     path: str
     fold: object
-
-
-class _Found(NamedTuple):
-    """The traced program of a call, and its layers."""
-
-    flow: _dataflow.Flow
-    norms: dict[str, _fold_plan.Norm]
-    layers: dict[str, Layer]
-    values: dict[str, list[_dataflow.Value]]  # the variables of each layer in the program
 
 
 def fold(
@@ -111,22 +99,20 @@ def fold(
     given = flax.core.meta.unbox(flax.core.unfreeze(given))
     if not find_shapes(given):
         find_layers(given)  # which raises
-    found = _follow(call, given, example)
-    plan = _fold_plan.make_plan(found.flow, found.norms, found.layers, found.values, list(find_layers(given)))
-    folded, new = _folded_call(call, plan, found), _write(given, plan, found.layers)
-    before, after = (call, given, example), (folded, new, example)
-    report = checked_report(plan, found.norms, found.layers, tolerance, before, after)
+    traced = _follow(call, given, example)
+    plan = _fold_plan.make_plan(traced, list(find_layers(given)))
+    folded, new = _folded_call(call, plan, traced.norms), _write(given, plan, traced.layers)
+    report = checked_report(plan, traced, tolerance, (call, given, example), (folded, new, example))
     if not isinstance(variables, Frozen):
         return folded, new, report
     left = tuple((path, layer) for path, layer in variables.info.layers if path not in report.folded)
     return folded, Frozen(new, variables.info._replace(layers=left)), report
 
 
-def _follow(call: Call, variables: dict[str, Any], example: Any) -> _Found:
+def _follow(call: Call, variables: dict[str, Any], example: Any) -> _fold_plan.Traced:
     """Traces the model with tags."""
     norms: dict[str, _fold_plan.Norm] = {}
     layers: dict[str, Layer] = {}
-
     shapes, watch = find_shapes(variables), Watch(REGISTER)
 
     def holds(module: Any) -> bool:
@@ -135,15 +121,15 @@ def _follow(call: Call, variables: dict[str, Any], example: Any) -> _Found:
     def intercept(next_call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
         module: Any = context.module
         is_norm = is_call_of_layer(context)
-        if is_norm and isinstance(module, nnx.bridge.ToLinen) and not _is_marked_bridge(module):
-            # `run_bridge` calls the bridge again, without the marks; the call around it has the tags already.
+        if is_norm and isinstance(module, nnx.bridge.ToLinen) and not _is_tagged_bridge(module):
+            # `run_bridge` calls the bridge again, without the tags; the call around it has the tags already.
             return next_call(*args, **kwargs)
         if not is_norm and not _is_call_of_linear(context):
             run = functools.partial(_called, next_call, args, kwargs, module)
             return watch.run("/".join(module.path), type(module), run, lambda: holds(module), class_inside(module))
-        # A layer without a mark has other variables than those given, as in a teacher network.
-        mark = module.get_variable(_MARKS, _MARK)
-        path = "/".join(module.path) if mark is None else mark.path
+        # A layer without a tag has other variables than those given, as in a teacher network.
+        tagged = module.get_variable(_TAGS, _TAG)
+        path = "/".join(module.path) if tagged is None else tagged.path
         name = "inputs" if (registered := known(module)) is None else registered.input_name
 
         def record(y: jax.Array, *args: Any, **kwargs: Any) -> None:
@@ -161,43 +147,43 @@ def _follow(call: Call, variables: dict[str, Any], example: Any) -> _Found:
             input_name=name,
             variables=jax.tree.leaves([module.variables.get(part, {}) for part in ("params", STATISTICS)]),
             record=record,
-            own=mark is not None,
+            own=tagged is not None,
         )
 
     def run(variables: Any, inputs: Any) -> Any:
         with watch, nn.intercept_methods(intercept):
             return over_arrays(call(variables, inputs()))
 
-    inputs = _marked(variables)
+    inputs = _with_tags(variables)
     flow = _dataflow.follow(jax.make_jaxpr(run)(inputs, over_arrays(example)))
     values: dict[str, list[_dataflow.Value]] = {}
     leaves, _ = jax.tree.flatten_with_path(inputs)
-    # The inputs of the program are the leaves of the variables, in tree order, and then the example. Marks are static,
+    # The inputs of the program are the leaves of the variables, in tree order, and then the example. Tags are static,
     # so they have no leaves.
     for (names, _), value in zip(leaves, flow.inputs, strict=False):
         values.setdefault("/".join(name.key for name in names[1:-1]), []).append(value)
-    return _Found(flow, norms, layers, values)
+    return _fold_plan.Traced(flow, norms, layers, values)
 
 
 def _called(next_call: Callable[..., Any], args: Any, kwargs: Any, module: Any) -> Any:
-    return run_bridge(module, args, kwargs) if _is_marked_bridge(module) else next_call(*args, **kwargs)
+    return run_bridge(module, args, kwargs) if _is_tagged_bridge(module) else next_call(*args, **kwargs)
 
 
-def _is_marked_bridge(module: Any) -> bool:
-    return isinstance(module, nnx.bridge.ToLinen) and _MARKS in module.variables
+def _is_tagged_bridge(module: Any) -> bool:
+    return isinstance(module, nnx.bridge.ToLinen) and _TAGS in module.variables
 
 
 def _is_call_of_linear(context: nn.module.InterceptorContext) -> bool:
     return getattr(context.orig_method, "func", None) in _LINEAR_CALLS and not context.module.is_initializing()
 
 
-def _marked(variables: dict[str, Any]) -> dict[str, Any]:
-    """The variables with a mark for each normalization and each layer with a kernel, in a separate collection."""
+def _with_tags(variables: dict[str, Any]) -> dict[str, Any]:
+    """The variables with a tag for each normalization and each layer with a kernel, in a separate collection."""
     flat, fold = flax.traverse_util.flatten_dict(variables), object()
     kernels = [path for path in flat if path[0] == "params" and path[-1] == "kernel"]
     means = [(STATISTICS, *keys(path), "mean") for path in split_by_class(variables)[0]]
     for path in (*kernels, *means):
-        flat[(_MARKS, *path[1:-1], _MARK)] = _Mark("/".join(path[1:-1]), fold)
+        flat[(_TAGS, *path[1:-1], _TAG)] = _Tagged("/".join(path[1:-1]), fold)
     return flax.traverse_util.unflatten_dict(flat)
 
 
@@ -221,12 +207,8 @@ def _norm(
 
 
 def _layer(module: Any, variables: dict[str, dict[str, Any]], *args: Any, **kwargs: Any) -> Layer:
-    params, own = variables["params"], [name for name in _OWN if getattr(module, name, None) is not None]
-    map_kernel = module.promote_dtype.function if isinstance(module.promote_dtype, MapKernel) else None
-    if map_kernel is None and module.promote_dtype is not promote_dtype:
-        own.append("promote_dtype")
-    weights = _fold_arithmetic.Weights(params["kernel"], params.get("bias"))
-    return called_linear(module, _LINEAR.get(type(module)), weights, own, map_kernel, *args, **kwargs)
+    weights = _fold_arithmetic.Weights(variables["params"]["kernel"], variables["params"].get("bias"))
+    return called_linear(module, _LINEAR.get(type(module)), weights, *args, **kwargs)
 
 
 def _write(variables: dict[str, Any], plan: _fold_plan.Plan, layers: Mapping[str, Layer]) -> dict[str, Any]:
@@ -241,9 +223,9 @@ def _write(variables: dict[str, Any], plan: _fold_plan.Plan, layers: Mapping[str
     return flax.traverse_util.unflatten_dict(kept)
 
 
-def _folded_call(call: Call, plan: _fold_plan.Plan, found: _Found) -> Callable[[Any, Any], Any]:
+def _folded_call(call: Call, plan: _fold_plan.Plan, norms: Mapping[str, _fold_plan.Norm]) -> Callable[[Any, Any], Any]:
     """The call in which folded normalizations return their input, and linear layers have their new biases."""
-    gone = {one.norm: found.norms[one.norm].dtypes[1] for one in plan.folds}
+    gone = {one.norm: norms[one.norm].dtypes[1] for one in plan.folds}
     changed = {one.layer for one in plan.folds}
 
     def intercept(next_call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:

@@ -1,7 +1,6 @@
 """Folding for NNX: a copy of the model is traced with tags, and another copy is edited."""
 
 import functools
-import inspect
 import weakref
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -21,6 +20,7 @@ from jaxbn._src.inference.fold_plan import Layer
 from jaxbn._src.inference.fold_report import FoldReport
 from jaxbn._src.inference.fold_tags import called_linear, called_norm, tag_call
 from jaxbn._src.nnx.capture import check_model, is_frozen, run_model, select_layers
+from jaxbn._src.nnx.others import joined
 from jaxbn._src.nnx.registry import Adapted, as_norm, has_plain_call, in_flax_names, known, set_call, set_class
 from jaxbn._src.tracing import dataflow as _dataflow
 from jaxbn._src.tracing.harvest import over_arrays
@@ -34,8 +34,6 @@ _LINEAR: dict[Any, str] = {
     nnx.LinearGeneral: "DenseGeneral",
     nnx.Einsum: "Einsum",
 }
-# Arguments with which a layer replaces the operations of Flax.
-_OWN = "conv_general_dilated dot_general dot_general_cls einsum_op promote_dtype".split()
 
 
 def fold(
@@ -77,11 +75,11 @@ def fold(
     given, folded = nnx.clone(model), nnx.clone(model)
     for copy in (given, folded):
         copy.eval()  # type: ignore[attr-defined]  # as all models have
-    found = _follow(call, given, example)
-    plan = _fold_plan.make_plan(found.flow, found.norms, found.layers, found.values, paths)
-    _edit(folded, plan, found)
+    traced = _follow(call, given, example)
+    plan = _fold_plan.make_plan(traced, paths)
+    _edit(folded, plan, traced)
     before, after = (_as_function(call, copy, example) for copy in (given, folded))
-    return folded, checked_report(plan, found.norms, found.layers, tolerance, before, after)
+    return folded, checked_report(plan, traced, tolerance, before, after)
 
 
 class Folded(nnx.Module):
@@ -99,11 +97,8 @@ class Folded(nnx.Module):
         return _fold_arithmetic.finish(x, residual, self.dtype, self.activation)
 
 
-class _Found:
-    """The traced program of a call, and its layers; the tagged copy fills it in. Compared by identity."""
-
-    flow: _dataflow.Flow
-    values: dict[str, list[_dataflow.Value | None]]  # the variables of each layer in the program
+class _Recorder:
+    """The layers of a traced call; the tagged copy of the model fills it in. Compared by identity."""
 
     def __init__(self, model: Any) -> None:
         self.modules = _modules_of(model)
@@ -120,7 +115,7 @@ class _Found:
 
 def _modules_of(model: Any) -> dict[str, Any]:
     """The normalizations and linear layers by path."""
-    return {_joined(path): module for path, module in nnx.iter_modules(model) if _is_followed(module)}
+    return {joined(path): module for path, module in nnx.iter_modules(model) if _is_followed(module)}
 
 
 def _is_followed(module: Any) -> bool:
@@ -128,36 +123,32 @@ def _is_followed(module: Any) -> bool:
     return is_norm or isinstance(module, tuple(_LINEAR))
 
 
-def _joined(path: Any) -> str:
-    return "/".join(map(str, path))
-
-
-def _follow(call: Call, model: Any, example: Any) -> _Found:
+def _follow(call: Call, model: Any, example: Any) -> _fold_plan.Traced:
     """Traces a copy of the model with tags."""
-    found, copy = _Found(model), nnx.clone(model)
+    recorder, copy = _Recorder(model), nnx.clone(model)
     for path, module in _modules_of(copy).items():
         if isinstance(module, tuple(_LINEAR)):
             cls: Any = type(module)
             set_class(module, _tagged_linear(cls))
         else:
             set_call(module, _tagged_norm)
-        module.jaxbn_fold = nnx.static((path, weakref.ref(found)))  # caches keep it, but not the arrays
+        module.jaxbn_fold = nnx.static((path, weakref.ref(recorder)))  # caches keep it, but not the arrays
     graphdef, state = nnx.split(copy)
 
     def run(state: Any, inputs: Any) -> Any:
         return over_arrays(call(nnx.merge(graphdef, state), inputs()))
 
-    found.flow = _dataflow.follow(jax.make_jaxpr(run)(state, over_arrays(example)))
+    flow = _dataflow.follow(jax.make_jaxpr(run)(state, over_arrays(example)))
     # The inputs of the program are the variables, in the order of the state, and then the example.
-    places = (_joined(path) for path, _ in nnx.to_flat_state(state))
-    found.values = _values_of(model, dict(zip(places, found.flow.inputs, strict=False)))
-    return found
+    places = (joined(path) for path, _ in nnx.to_flat_state(state))
+    values = _values_of(model, dict(zip(places, flow.inputs, strict=False)))
+    return _fold_plan.Traced(flow, recorder.norms, recorder.layers, values)
 
 
 def _values_of(model: Any, by_place: dict[str, _dataflow.Value]) -> dict[str, list[_dataflow.Value | None]]:
     """The variables of each module in the program; a shared one is in the state only at its first place."""
     held = [
-        (_joined(path), _joined((*path, name)), variable)
+        (joined(path), joined((*path, name)), variable)
         for path, module in nnx.iter_modules(model)
         for name, variable in vars(module).items()
         if isinstance(variable, nnx.Variable)
@@ -171,9 +162,9 @@ def _values_of(model: Any, by_place: dict[str, _dataflow.Value]) -> dict[str, li
 
 def _tagged(module: Any, call: Callable[..., Any], name: str, *args: Any, **kwargs: Any) -> Any:
     """The call of a module of the tagged copy."""
-    path, found = module.jaxbn_fold[0], module.jaxbn_fold[1]()
+    path, recorder = module.jaxbn_fold[0], module.jaxbn_fold[1]()
     variables = [variable[...] for variable in vars(module).values() if isinstance(variable, nnx.Variable)]
-    record = functools.partial(found.record, path)
+    record = functools.partial(recorder.record, path)
     return tag_call(path, call, args, kwargs, input_name=name, variables=variables, record=record)
 
 
@@ -209,16 +200,11 @@ def _norm(module: Any, y: jax.Array, *args: Any, **kwargs: Any) -> _fold_plan.No
 
 
 def _layer(module: Any, *args: Any, **kwargs: Any) -> Layer:
-    defaults = inspect.signature(type(module).__init__).parameters
-    own = [n for n in _OWN if n in defaults and getattr(module, n) is not defaults[n].default]
-    map_kernel = module.promote_dtype.function if isinstance(module.promote_dtype, MapKernel) else None
-    if map_kernel is not None:
-        own.remove("promote_dtype")
     weights = _fold_arithmetic.Weights(module.kernel[...], None if module.bias is None else module.bias[...])
-    return called_linear(module, _LINEAR.get(type(module)), weights, own, map_kernel, *args, **kwargs)
+    return called_linear(module, _LINEAR.get(type(module)), weights, *args, **kwargs)
 
 
-def _edit(model: Any, plan: _fold_plan.Plan, found: _Found) -> None:
+def _edit(model: Any, plan: _fold_plan.Plan, traced: _fold_plan.Traced) -> None:
     """Folds in place, so that all references to a layer see the folded one."""
     modules = _modules_of(model)
     for one in plan.folds:
@@ -226,12 +212,12 @@ def _edit(model: Any, plan: _fold_plan.Plan, found: _Found) -> None:
         layer = as_norm(norm)
         of_old = getattr(type(norm), "jaxbn_input", None)  # of the layer before `replace`
         input_name = layer.registered.input_name if isinstance(layer, Adapted) else of_old
-        left = Folded(found.norms[one.norm].dtypes[1], getattr(norm, "activation", None), input_name)
+        left = Folded(traced.norms[one.norm].dtypes[1], getattr(norm, "activation", None), input_name)
         # The object itself changes its class, since several parents may hold references to it.
         set_class(norm, Folded)
         vars(norm).clear()
         vars(norm).update(vars(left))
-    for path, weights in _fold_plan.fold_weights(plan, found.layers).items():
+    for path, weights in _fold_plan.fold_weights(plan, traced.layers).items():
         layer = modules[path]
         layer.kernel = layer.kernel.replace(weights.kernel)
         layer.bias = nnx.Param(weights.bias) if layer.bias is None else layer.bias.replace(weights.bias)
