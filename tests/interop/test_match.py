@@ -273,7 +273,7 @@ def test_what_does_not_fit_is_named(file):
     for checkpoint in ({"model": file.before}, {"model": file.before, "epoch": 3}):
         with pytest.raises(TypeError, match="pass the state dict alone"):
             match(checkpoint, init())
-    with pytest.raises(TypeError, match="Net is no model that can be matched"):
+    with pytest.raises(TypeError, match="Net is not a model that jaxbn can match"):
         match(file.before, Net())
     jitted = jax.jit(lambda: nn.Dense(1).init(KEY, jnp.ones((1, 1))))
     jax.eval_shape(jitted)

@@ -1,4 +1,4 @@
-"""Layers of a linen model that stand still in training, against stock Flax whose layers are built to stand still."""
+"""Frozen layers of a linen model in training, against layers of stock Flax that the model runs in evaluation."""
 
 import functools
 import operator
@@ -25,7 +25,7 @@ AFFINE = ("scale", "bias")
 
 
 class Block(nn.Module):
-    """Two normalizations around a residual connection; those that are `held` are told to stand still by the model."""
+    """Two normalizations around a residual connection; the model runs those in `held` in evaluation."""
 
     norm: Any
     train: bool
@@ -115,7 +115,7 @@ def moved(before, after):
     return {path.rsplit("/", 1)[0] for path in before if not np.array_equal(before[path], after[path])}
 
 
-# --- What a layer that stands still does ------------------------------------------------------------------------------
+# --- What a frozen layer does -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.sample(every=3)

@@ -1,4 +1,4 @@
-"""Layers of an NNX model that stand still in training, against stock Flax told so; and frozen networks, installed."""
+"""Frozen layers of an NNX model in training, against stock Flax in evaluation; and frozen networks, installed."""
 
 import functools
 import operator
@@ -22,7 +22,7 @@ AFFINE = ("scale", "bias")
 
 
 class Block(nnx.Module):
-    """Two normalizations around a residual connection; those that are `held` are told to stand still by the model."""
+    """Two normalizations around a residual connection; the model runs those in `held` in evaluation."""
 
     def __init__(self, norm, held, rngs):
         self.first_map, self.second_map = (nnx.Linear(4, 4, rngs=rngs) for _ in range(2))
@@ -123,7 +123,7 @@ def with_gradients(model, x):
     return y, of_model, of_x
 
 
-# --- What a layer that stands still does ------------------------------------------------------------------------------
+# --- What a frozen layer does -----------------------------------------------------------------------------------------
 
 
 @functools.cache

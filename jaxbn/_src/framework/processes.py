@@ -52,7 +52,7 @@ def agree(attempt: Callable[[], tuple[_Result, Any]]) -> tuple[_Result, list[Any
             raise RuntimeError(
                 f"Process {process} failed: {failed.rstrip('.')}. All processes stop, and no model was changed."
             )
-    return result, [told for _, told in everything]  # type: ignore[return-value]  # the attempt succeeded
+    return result, [told for _, told in everything]  # type: ignore[return-value]  # not None: the error was raised above
 
 
 def exchange(message: bytes) -> list[bytes]:

@@ -136,7 +136,7 @@ def register(
     if only its instances have them.
     """
     if not (isinstance(cls, type) and issubclass(cls, base)):
-        raise TypeError(f"{cls!r} is no class of layers: give a subclass of {base.__module__}.{base.__name__}.")
+        raise TypeError(f"{cls!r} is not a class of layers: pass a subclass of {base.__module__}.{base.__name__}.")
     named, held = dict(zip(VARIABLES, names, strict=True)), dict(zip(FIELDS, fields, strict=True))
     registered = Registered(cls, dict(evaluation), named, held)
     if not evaluation:

@@ -119,8 +119,8 @@ def layout(model: Any) -> Model:
     if callable(model) and not isinstance(model, nn.Module) and not hasattr(model, "state_dict"):
         return _of_linen(model)
     raise TypeError(
-        f"{type(model).__name__} is no model that can be matched: pass lambda: net.init(key, x) for linen, a model for "
-        f"NNX, model.state_dict() for PyTorch."
+        f"{type(model).__name__} is not a model that jaxbn can match: pass lambda: net.init(key, x) for linen, a "
+        f"model for NNX, model.state_dict() for PyTorch."
     )
 
 

@@ -229,7 +229,7 @@ def _normalize_stock(module: Any, state: State, x: jax.Array, *, mask: Any, resi
     )  # fmt: skip
     if module.jaxbn_layer.mode != "eval":  # Flax rounds running statistics, but not those of the batch
         stand_in.promote_dtype = functools.partial(_promote_all_but_statistics, module.promote_dtype)
-    y: jax.Array = nnx.BatchNorm.__call__(stand_in, x)  # type: ignore[arg-type]  # reads no more than these
+    y: jax.Array = nnx.BatchNorm.__call__(stand_in, x)  # type: ignore[arg-type]  # the call reads only the attributes above
     return y
 
 

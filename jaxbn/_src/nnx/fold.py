@@ -74,7 +74,7 @@ def fold(
     paths = select_layers(model, "")
     given, folded = nnx.clone(model), nnx.clone(model)
     for copy in (given, folded):
-        copy.eval()  # type: ignore[attr-defined]  # as all models have
+        copy.eval()  # type: ignore[attr-defined]  # a method of nnx.Module, which `Model` is
     traced = _follow(call, given, example)
     plan = _fold_plan.make_plan(traced, paths)
     _edit(folded, plan, traced)

@@ -37,7 +37,7 @@ def write(path: str | os.PathLike[str], kind: Kind, header: dict[str, Any], *par
 
     A file that is replaced keeps its permissions. If the path is a symbolic link, its target is replaced.
     """
-    header = {"format": kind.format, "format_version": kind.version} | header | {"bytes": sum(map(len, parts))}
+    header = {"format": kind.format, "format_version": kind.version} | header
     header["sha256"] = _digest(header, *parts)
     _replace(Path(path), kind, _line(header), *parts)
 

@@ -110,6 +110,24 @@ class _Means(NamedTuple):
     var: Accumulator
     spread: Spread  # of the batches, each with weight 1
 
+    @classmethod
+    def empty(cls, like: Moments) -> "_Means":
+        values, value = _compensated.empty(like), _compensated.empty(like._replace(mean=like.m2))
+        return cls(values, values, value, _standard_errors.empty(like))
+
+    def merge(self, other: "_Means") -> "_Means":
+        values, mean, var = (_compensated.merge(*pair) for pair in zip(self[:3], other[:3], strict=True))
+        return _Means(values, mean, var, _standard_errors.merge(self.spread, other.spread, between=False))
+
+    def total(self) -> Moments:
+        count = _compensated.total(self.values).count
+        return Moments(count, _compensated.total(self.mean).mean, count * _compensated.total(self.var).mean)
+
+    def single(self) -> jax.Array:
+        count, var = _compensated.total(self.values).count, _compensated.total(self.var)
+        # As many values as batches means one value in each of them.
+        return (count > 0) & (count <= var.count) & (var.mean == 0)
+
 
 @functools.cache
 def mean_of_batches(*, unbiased: bool = True) -> Estimator:
@@ -147,10 +165,6 @@ def mean_of_batches(*, unbiased: bool = True) -> Estimator:
         var = moments.var * (bessel(moments.count) if unbiased else 1)
         return Moments(one, moments.mean, one * var)
 
-    def init(like: Moments) -> _Means:
-        values, value = _compensated.empty(like), _compensated.empty(like._replace(mean=like.m2))
-        return _Means(values, values, value, _standard_errors.empty(like))
-
     def update(acc: _Means, moments: Moments) -> _Means:
         batch, zero = as_one_value(moments), jnp.zeros_like(moments.m2)
         return _Means(
@@ -160,28 +174,18 @@ def mean_of_batches(*, unbiased: bool = True) -> Estimator:
             _standard_errors.add(acc.spread, batch, between=False),
         )
 
-    def merge(a: _Means, b: _Means) -> _Means:
-        values, mean, var = (_compensated.merge(*pair) for pair in zip(a[:3], b[:3], strict=True))
-        return _Means(values, mean, var, _standard_errors.merge(a.spread, b.spread, between=False))
-
-    def finalize(acc: _Means) -> Moments:
-        count = _compensated.total(acc.values).count
-        return Moments(count, _compensated.total(acc.mean).mean, count * _compensated.total(acc.var).mean)
-
-    def single(acc: _Means) -> jax.Array:
-        count, var = _compensated.total(acc.values).count, _compensated.total(acc.var)
-        # As many values as batches means one value in each of them.
-        return (count > 0) & (count <= var.count) & (var.mean == 0)
-
     return _per_layer(
         f"mean_of_batches{'' if unbiased else '(biased)'}",
-        init=init,
+        init=_Means.empty,
         update=update,
-        merge=merge,
-        finalize=finalize,
+        merge=_Means.merge,
+        finalize=_Means.total,
         errors=lambda acc: _standard_errors.errors(acc.spread, between=False),
-        single=single,
+        single=_Means.single,
     )
+
+
+_INITIAL_STD = INITIAL_VAR**0.5
 
 
 class _Moving(NamedTuple):
@@ -191,6 +195,24 @@ class _Moving(NamedTuple):
     kept: jax.Array  # decay^batches: the remaining weight of the initial values
     mean: jax.Array
     std: jax.Array
+
+    @classmethod
+    def empty(cls, like: Moments) -> "_Moving":
+        real = jnp.zeros_like(like.m2)
+        return cls(real, real, real + 1, jnp.full_like(like.mean, INITIAL_MEAN), real + _INITIAL_STD)
+
+    def merge(self, later: "_Moving") -> "_Moving":
+        # The later batches shrink the deviation of these from the initial values by `later.kept`.
+        return _Moving(
+            self.count + later.count,
+            jnp.maximum(self.most, later.most),
+            self.kept * later.kept,
+            later.kept * (self.mean - INITIAL_MEAN) + later.mean,
+            later.kept * (self.std - _INITIAL_STD) + later.std,
+        )
+
+    def single(self) -> jax.Array:
+        return (self.count > 0) & (self.most <= 1)
 
 
 @functools.cache
@@ -220,11 +242,6 @@ def moving_average(decay: float = 0.9, *, debias: bool = False) -> Estimator:
     """
     if not 0 <= decay < 1:
         raise ValueError(f"decay={decay} is outside [0, 1): it is the weight of the old value, 0.9 by default.")
-    start_mean, start_std = INITIAL_MEAN, INITIAL_VAR**0.5
-
-    def init(like: Moments) -> _Moving:
-        real = jnp.zeros_like(like.m2)
-        return _Moving(real, real, real + 1, jnp.full_like(like.mean, start_mean), real + start_std)
 
     def update(acc: _Moving, moments: Moments) -> _Moving:
         # A layer without values in this batch keeps its averages.
@@ -238,26 +255,17 @@ def moving_average(decay: float = 0.9, *, debias: bool = False) -> Estimator:
             a * acc.std + (1 - a) * std,
         )
 
-    def merge(a: _Moving, b: _Moving) -> _Moving:
-        # The batches of b follow those of a: they shrink a's deviation from the initial values by b.kept.
-        return _Moving(
-            a.count + b.count,
-            jnp.maximum(a.most, b.most),
-            a.kept * b.kept,
-            b.kept * (a.mean - start_mean) + b.mean,
-            b.kept * (a.std - start_std) + b.std,
-        )
-
     def finalize(acc: _Moving) -> Moments:
         mean, std = acc.mean, acc.std
         if debias:
             seen = jnp.where(acc.kept < 1, 1 - acc.kept, 1)
-            mean, std = (mean - acc.kept * start_mean) / seen, (std - acc.kept * start_std) / seen
+            mean, std = (mean - acc.kept * INITIAL_MEAN) / seen, (std - acc.kept * _INITIAL_STD) / seen
         return Moments(acc.count, mean, acc.count * jnp.square(std))
 
     name = f"moving_average({decay:g}{', debias' if debias else ''})"
-    single = lambda acc: (acc.count > 0) & (acc.most <= 1)  # noqa: E731  a function of one line
-    return _per_layer(name, init=init, update=update, merge=merge, finalize=finalize, single=single)
+    return _per_layer(
+        name, init=_Moving.empty, update=update, merge=_Moving.merge, finalize=finalize, single=_Moving.single
+    )
 
 
 def is_single(moments: Moments) -> jax.Array:
