@@ -1,4 +1,4 @@
-"""Every entry point of both frameworks against the functions of the method itself, for all methods and a custom one."""
+"""Every entry point of all frameworks against the functions of the method itself, for all methods and a custom one."""
 
 import copy
 import dataclasses
@@ -27,6 +27,7 @@ FLOOR = {"floor": 100.0, "share": 0.5}  # the variance of the data is far below
 class Row(NamedTuple):
     """A method, its layers, and what else a call takes."""
 
+    method: str
     transform: jaxbn.NormTransform
     linen: nn.Module
     nnx: nnx.Module
@@ -34,19 +35,28 @@ class Row(NamedTuple):
 
     @property
     def frameworks(self):
-        return [Linen(self), NNX(self)]
+        return [Linen(self), NNX(self), Plain(self)]
 
 
 def row_of(case):
-    return Row(case.factory(**case.arguments), case.linen_module(), case.nnx_module(CHANNELS), case.where)
+    return Row(
+        case.factory.__name__,
+        case.factory(**case.arguments),
+        case.linen_module(),
+        case.nnx_module(CHANNELS),
+        case.where,
+    )
 
 
 ROWS_OF = {case.name: partial(row_of, case) for case in CASES}
-ROWS_OF["own"] = lambda: Row(mixed_norm(**FLOOR), MixedNorm(**FLOOR), NNXMixedNorm(CHANNELS, **FLOOR, rngs=nnx.Rngs(0)))
+ROWS_OF["own"] = lambda: Row(
+    "mixed_norm", mixed_norm(**FLOOR), MixedNorm(**FLOOR), NNXMixedNorm(CHANNELS, **FLOOR, rngs=nnx.Rngs(0))
+)
 
 
 class Linen:
     package = jaxbn.linen
+    path = ""  # of the layer
 
     def __init__(self, row):
         self.row, self.layer = row, row.linen
@@ -132,6 +142,37 @@ class NNX(Linen):
         return self.training_call(jaxbn.nnx.freeze_layers(model, ""), x)
 
 
+class Plain(Linen):
+    """A model of two functions; its tree is (params, state) of the layer."""
+
+    package = jaxbn
+    path = "1"
+
+    def __init__(self, row):
+        self.row, transform = row, row.transform
+        self.model = transform.init(CHANNELS)
+        self.call = lambda model, x: transform.eval(*model, x, **row.where(x))
+        self.training_call = lambda model, x: transform.train(*model, x, **row.where(x))[0]
+
+    def trained(self, model, x):
+        return model[0], self.row.transform.train(*model, x, **self.row.where(x))[1]
+
+    def variables(self, model):
+        return {**model[0]._asdict(), **model[1]._asdict()}
+
+    def postproc(self, model, batches):
+        return jaxbn.postproc(self.call, model, batches)
+
+    def capture(self, mode):
+        return jaxbn.capture_moments(self.training_call if mode == "as_called" else self.call, mode=mode)
+
+    def diagnosed(self, model, batches):
+        return jaxbn.diagnose(self.call, model, batches)
+
+    def summary(self, model):
+        return jaxbn.summary(model, self.call, data()[0])
+
+
 def data():
     x = np.random.default_rng(0).normal(3, 2, (3, ROWS, CHANNELS))
     return [jnp.asarray(rows, jnp.float32) for rows in x]
@@ -157,8 +198,8 @@ def row(request):
     return ROWS_OF[request.param]()
 
 
-@pytest.mark.sample(every=3)
-@pytest.mark.parametrize("which", [0, 1], ids=["linen", "nnx"])
+@pytest.mark.sample(every=4)
+@pytest.mark.parametrize("which", [0, 1, 2], ids=["linen", "nnx", "plain"])
 def test_statistics(row, which):
     """Variables, training, capture, the pass, install_moments, move_averages, and the way back."""
     framework, batches = row.frameworks[which], data()
@@ -181,11 +222,11 @@ def test_statistics(row, which):
 
     _, captured = (
         jax.jit(framework.capture("batch"))(moved, batches[1])
-        if which == 0
+        if which != 1
         else framework.capture("batch")(moved, batches[1])
     )
     one = row.transform.measure(batches[1], **row.where(batches[1]))
-    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), captured[""], one)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), captured[framework.path], one)
     merged = {path: jaxbn.merge(part, part) for path, part in captured.items()}
     twice = jaxbn.merge(one, one)
     installed = framework.package.install_moments(moved, merged)
@@ -196,10 +237,10 @@ def test_statistics(row, which):
     assert_state(framework.variables(averaged), trained if update is None else update(trained, twice, 2 * ROWS))
 
 
-@pytest.mark.sample(every=3)
-@pytest.mark.parametrize("which", [0, 1], ids=["linen", "nnx"])
+@pytest.mark.sample(every=4)
+@pytest.mark.parametrize("which", [0, 1, 2], ids=["linen", "nnx", "plain"])
 def test_evaluation(row, which):
-    """freeze, summary, fold or its refusal, freeze_layers, adapt and diagnose."""
+    """freeze, summary, diagnose; in Flax, fold or its refusal, freeze_layers and adapt too."""
     framework, batches = row.frameworks[which], data()
     params, initial = row.transform.init(CHANNELS)
     model, report = framework.postproc(framework.model, batches)
@@ -208,11 +249,19 @@ def test_evaluation(row, which):
     wanted = row.transform.eval(params, state, x, **row.where(x))
 
     frozen = framework.package.freeze(model, report)
-    method = frozen.info.layer("").method
+    method = frozen.info.layer(framework.path).method
     assert f" {method} " in framework.summary(model) and f" {method} " in framework.package.summary(frozen)
-    assert method == (mixed_norm.__name__ if hasattr(params, "mix") else method)
-    np.testing.assert_allclose(framework.frozen_training(model, x), wanted, rtol=2e-5, atol=2e-6)
+    assert method == row.method
 
+    found = framework.diagnosed(model, batches)
+    assert list(found.layers) == [framework.path] and found.layers[framework.path].channels == state.mean.size
+    counts = [row.transform.measure(x, **row.where(x)).count for x in batches]
+    np.testing.assert_allclose(found.layers[framework.path].values, np.mean(counts))
+    if which == 2:
+        np.testing.assert_allclose(framework.call(frozen.variables, x), wanted, rtol=2e-5, atol=2e-6)
+        return
+
+    np.testing.assert_allclose(framework.frozen_training(model, x), wanted, rtol=2e-5, atol=2e-6)
     outputs, folding = framework.folded(model, x)
     np.testing.assert_allclose(outputs, wanted, rtol=2e-5, atol=2e-6)
     assert not folding.layers[""].folded and folding.layers[""].reason  # there is no layer to fold it into
@@ -222,11 +271,6 @@ def test_evaluation(row, which):
     mixed = row.transform.postproc(state, jaxbn.mix(state, own, own.count / (own.count + 4)))
     wanted = row.transform.eval(params, mixed, x, **row.where(x))
     np.testing.assert_allclose(adapted, wanted, rtol=1e-4, atol=1e-4)
-
-    found = framework.diagnosed(model, batches)
-    assert list(found.layers) == [""] and found.layers[""].channels == state.mean.size
-    counts = [row.transform.measure(x, **row.where(x)).count for x in batches]
-    np.testing.assert_allclose(found.layers[""].values, np.mean(counts))
 
 
 @pytest.mark.parametrize("which", [0, 1], ids=["linen", "nnx"])

@@ -323,6 +323,49 @@ def test_tent_follows_the_gradient_of_tent_by_hand(framework, shared, variables,
         np.testing.assert_allclose(step, np.array(slopes) / 2e-5, rtol=1e-3, atol=1e-5, err_msg=path)
 
 
+@pytest.fixture
+def epoch(shared):
+    """The training batches, in the order of an epoch."""
+    return [np.float64(batch["x"]) for batch in shared.in_batches(shared.load()[0])]
+
+
+def assert_first_layer(state, kernel, bias, epoch):
+    """The statistics of the first layer, over all rows."""
+    rows = np.concatenate(epoch) @ np.float64(kernel) + np.float64(bias)
+    np.testing.assert_allclose(state.mean, rows.mean(0), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(state.var, rows.var(0), rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_plain_functions(run, epoch):
+    (model, accuracy), _ = run("plain_functions", epochs=1)
+    params, states = model
+    assert_first_layer(states["norm_0"], params["kernels"][0], 0, epoch)
+    inputs, (scale, bias) = [], map(np.float64, params["affine"][0])
+    for x in epoch:
+        h = x @ np.float64(params["kernels"][0])
+        h = (h - h.mean(0)) / np.sqrt(h.var(0) + 1e-5) * scale + bias
+        inputs.append(np.maximum(h, 0) @ np.float64(params["kernels"][1]))
+    np.testing.assert_allclose(states["norm_1"].mean, np.concatenate(inputs).mean(0), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(states["norm_1"].var, np.concatenate(inputs).var(0), rtol=1e-4)
+    assert accuracy["statistics pass"] > 0.9
+
+
+def test_equinox_modules(run, epoch):
+    pytest.importorskip("equinox")
+    (net, (stateful, state), accuracy), _ = run("equinox_modules", epochs=1)
+    assert_first_layer(net.norm, net.first.weight.T, net.first.bias, epoch)
+    assert_first_layer(state.get(stateful.norm), stateful.first.weight.T, stateful.first.bias, epoch)
+    assert accuracy["statistics pass"] > 0.9
+
+
+def test_haiku_transforms(run, epoch):
+    pytest.importorskip("haiku")
+    ((params, state), accuracy), _ = run("haiku_transforms", epochs=1)
+    assert_first_layer(state["batch_norm"]["norm"], params["linear"]["w"], 0, epoch)
+    assert accuracy["statistics pass"] > 0.9
+
+
 @pytest.mark.slow
 def test_weight_decay_pulls_scales_to_one_and_leaves_biases_alone(run, variables):
     params, rate, learning_rate = variables["params"], 0.3, 0.5
