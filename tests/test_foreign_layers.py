@@ -368,7 +368,7 @@ def test_a_whole_network_in_a_bridge_is_the_clear_error(data):
 
 def test_what_is_said_of_a_class_is_checked():
     register = jaxbn.linen.register_batch_norm
-    with pytest.raises(TypeError, match="no class of layers"):
+    with pytest.raises(TypeError, match="not a class of layers"):
         register(nnx.BatchNorm, evaluation={"use_running_average": True})
     with pytest.raises(ValueError, match="evaluation= names 'train'"):
         register(UnknownLinen, evaluation={"train": False})

@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxbn._src import internals as _internals
+from jaxbn._src.framework.called import CalledNorm, Operands
 from jaxbn._src.framework.layer_paths import as_key
 from jaxbn._src.framework.method import Method, name_of, operands_for
-from jaxbn._src.framework.mixing import CalledNorm, Mixture, as_prior, normalize_mixed
+from jaxbn._src.framework.mixing import Mixture, as_prior, normalize_mixed
 from jaxbn._src.framework.unknown_layers import all_served
 from jaxbn._src.numerics import axes as _axes
 from jaxbn._src.numerics import collectives as _collectives
@@ -200,7 +201,7 @@ def captured_call(
     index: jax.Array,
     weights: jax.Array | None,
     norm: CalledNorm,
-    arguments: tuple[jax.Array, Any, Any, dict[str, Any]],
+    operands: Operands,
     plain: Callable[[], jax.Array],
 ) -> jax.Array:
     """The call of a layer during a capture: measures the input, normalizes as the mode says, and marks the output.
@@ -210,46 +211,37 @@ def captured_call(
         index: The flat positions of its statistics.
         weights: Of the examples, as `carry_weights` laid them out; None: there are none.
         norm: The functions and statistics of the layer.
-        arguments: The input, the mask, the residual and other operands of the method.
+        operands: The arguments of the call.
         plain: The call as the model makes it.
 
     Returns:
         The output.
     """
-    x, mask, residual, where = arguments
+    x, mask, _, where = operands
     mask = mask if weights is None else weigh(mask, weights, x, layer.path, norm.axis)
     measure = norm.transform.measure
     moments = measure(x, **operands_for(measure, mask=mask, **where))
     heeded = "eval" if layer.evaluates else "batch"
     mode = heeded if layer.mode == HEEDED else layer.mode
-    y = plain() if mode == "as_called" else normalize_as(mode, norm, moments, x, mask, residual, where)
+    y = plain() if mode == "as_called" else normalize_as(mode, norm, moments, operands._replace(mask=mask))
     return marked(y, index, layer, moments, x, axis=norm.axis, mask=mask)
 
 
-def normalize_as(
-    mode: str | Mixture,
-    norm: CalledNorm,
-    moments: Moments,
-    x: jax.Array,
-    mask: Any,
-    residual: Any,
-    where: dict[str, Any],
-) -> jax.Array:
+def normalize_as(mode: str | Mixture, norm: CalledNorm, moments: Moments, operands: Operands) -> jax.Array:
     """Normalizes an input with moments `moments` in a mode other than "as_called".
 
     Mode "batch" uses the statistics that `postproc` makes of the moments of the batch, which is right for every method.
-    Gradients flow through them. A named axis that is not bound is ignored: on one device the batch is complete.
+    Gradients flow through them.
     """
     if isinstance(mode, Mixture):
-        return normalize_mixed(mode, norm, moments, x, mask, residual, where)
+        return normalize_mixed(mode, norm, moments, operands)
     if mode == "eval":
-        return norm.normalize(norm.running, x, mask=mask, residual=residual, **where)
-    if norm.axis_name is not None and _collectives.is_bound(norm.axis_name):
-        moments = _moments.merge_over(moments, norm.axis_name, norm.axis_index_groups)
+        return norm.apply(norm.running, operands)
+    moments = norm.over_devices(moments)
     prior = as_prior(norm.running, moments)
     # postproc does not install statistics that are not finite, but the output of the layer must show them.
     finite = jnp.isfinite(moments.mean) & jnp.isfinite(moments.m2)
     prior = prior._replace(mean=jnp.where(finite, prior.mean, jnp.nan))
     state = norm.transform.postproc(prior, moments)
     with statistics_of_input(True):
-        return norm.normalize(state, without_padding(x, mask), mask=mask, residual=residual, **where)
+        return norm.apply(state, operands._replace(x=without_padding(operands.x, operands.mask)))

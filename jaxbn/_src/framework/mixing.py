@@ -8,20 +8,20 @@ moments, E[x] and E[x^2], are mixed, as in pooling values; it is absent if varia
 """
 
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from jaxbn._src.methods.protocol import NormTransform, State
+from jaxbn._src.framework.called import CalledNorm, Operands
+from jaxbn._src.methods.protocol import State
 from jaxbn._src.numerics import axes as _axes
 from jaxbn._src.numerics import collectives as _collectives
 from jaxbn._src.numerics import dtypes as _dtypes
 from jaxbn._src.numerics import explicit_meshes as _explicit_meshes
-from jaxbn._src.numerics.moments import Moments, merge_over
+from jaxbn._src.numerics.moments import Moments
 from jaxbn._src.numerics.normalize import statistics_of_input, without_padding
 
 RULES = ("linear", "raw")
@@ -33,18 +33,6 @@ class Mixture(NamedTuple):
     prior_count: float | None  # number of examples that the running statistics count for
     example_weight: float | None  # weight of the statistics of each example
     rule: str
-
-
-class CalledNorm(NamedTuple):
-    """A layer in a call, with the functions and fields that it takes to normalize with other statistics."""
-
-    path: str
-    transform: NormTransform[Any, Any]
-    running: State
-    normalize: Callable[..., jax.Array]  # (state, x, mask=, residual=, **where) -> y
-    axis: _axes.Axis
-    axis_name: _collectives.AxisName | None
-    axis_index_groups: Any
 
 
 def make_mixture(prior_count: float | None, example_weight: float | None, rule: str | None) -> Mixture:
@@ -130,45 +118,41 @@ def as_prior(running: State, moments: Moments) -> State:
     return jax.tree.map(widened, _explicit_meshes.on_channels(running, moments.m2, range(moments.m2.ndim)))
 
 
-def normalize_mixed(
-    mixture: Mixture, norm: CalledNorm, moments: Moments, x: jax.Array, mask: Any, residual: Any, where: dict[str, Any]
-) -> jax.Array:
+def normalize_mixed(mixture: Mixture, norm: CalledNorm, moments: Moments, operands: Operands) -> jax.Array:
     """Normalizes an input with the mixture; `moments` are those of the input on this device."""
-    space = _check_input(mixture, norm, x)
-    x = without_padding(x, mask)
+    space = _check_input(mixture, norm, operands.x)
+    operands = operands._replace(x=without_padding(operands.x, operands.mask))
     if mixture.prior_count is not None:
-        if norm.axis_name is not None and _collectives.is_bound(norm.axis_name):
-            moments = merge_over(moments, norm.axis_name, norm.axis_index_groups)
+        moments = norm.over_devices(moments)
         # The count is that of the values per channel; the weight is defined by the number of examples.
         n = moments.count / space
         # Without examples the share is 0; the 1 avoids 0 / 0 if `prior_count` is 0 too.
         share = n / jnp.where(n > 0, n + mixture.prior_count, 1)
-        state = _state(norm, moments, share, mixture.rule)
-        with statistics_of_input(True):
-            return norm.normalize(state, x, mask=mask, residual=residual, **where)
+        return _normalize(norm, moments, share, mixture.rule, operands)
 
     assert mixture.example_weight is not None
     weight = mixture.example_weight
 
-    def of_example(x: jax.Array, mask: Any, residual: Any, where: dict[str, Any]) -> jax.Array:
+    def of_example(operands: Operands) -> jax.Array:
         # vmap removes the leading axis, but the functions of the method expect it: a batch of one example.
-        x, mask, residual, where = jax.tree.map(lambda leaf: leaf[None], (x, mask, residual, where))
-        own = norm.transform.measure(x, mask=mask, **where)
-        state = _state(norm, own, weight, mixture.rule)
-        with statistics_of_input(True):
-            return norm.normalize(state, x, mask=mask, residual=residual, **where)[0]
+        one = jax.tree.map(lambda leaf: leaf[None], operands)
+        own = norm.transform.measure(one.x, mask=one.mask, **one.where)
+        return _normalize(norm, own, weight, mixture.rule, one)[0]
 
+    x, mask, *others = operands
     weights = _axes.weights_like(mask, x)
     # vmap maps over the leading axis of the weights, so they need all examples there.
     weights = None if weights is None else jnp.broadcast_to(weights, x.shape)
-    along = jax.tree.map(lambda leaf: _explicit_meshes.on_values(jnp.asarray(leaf), x), (weights, residual, where))
-    return jax.vmap(of_example)(x, *along)
+    along = jax.tree.map(lambda leaf: _explicit_meshes.on_values(jnp.asarray(leaf), x), (weights, *others))
+    return jax.vmap(of_example)(Operands(x, *along))
 
 
-def _state(norm: CalledNorm, moments: Moments, weight: ArrayLike, rule: str) -> State:
-    """The state with the mixture as its statistics, installed by the method."""
+def _normalize(norm: CalledNorm, moments: Moments, weight: ArrayLike, rule: str, operands: Operands) -> jax.Array:
+    """Normalizes with the mixture as the statistics, installed by the method."""
     running = as_prior(norm.running, moments)
-    return norm.transform.postproc(running, mix(running, moments, weight, rule=rule))
+    state = norm.transform.postproc(running, mix(running, moments, weight, rule=rule))
+    with statistics_of_input(True):
+        return norm.apply(state, operands)
 
 
 def _check_input(mixture: Mixture, norm: CalledNorm, x: jax.Array) -> int:
@@ -177,12 +161,11 @@ def _check_input(mixture: Mixture, norm: CalledNorm, x: jax.Array) -> int:
     if not axes.reduced or axes.reduced[0] != 0:
         raise ValueError(f"The leading axis of the input of {norm.path!r}, {x.shape}, does not hold examples.")
     space = math.prod(x.shape[a] for a in axes.reduced[1:])
-    bound = norm.axis_name is not None and _collectives.is_bound(norm.axis_name)
-    rows = x.shape[0] * (_collectives.group_size(norm.axis_name, norm.axis_index_groups) if bound else 1)
+    devices = _collectives.group_size(norm.bound_axis, norm.axis_index_groups)
     alone = mixture.example_weight is not None
     # If the input has weight 0, its variance of 0 does not matter.
     nothing_new = mixture.example_weight == 0 or mixture.prior_count == math.inf
-    if space * (1 if alone else rows) == 1 and not nothing_new:
+    if space * (1 if alone else x.shape[0] * devices) == 1 and not nothing_new:
         raise ValueError(
             f"The input of {norm.path!r}, {x.shape}, has one value per channel in {'an example' if alone else 'all'}: "
             f"its variance is 0, and no statistics to mix. {'Use prior_count=' if alone else 'Use a larger batch'}, or "

@@ -11,14 +11,12 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
+from jaxbn._src.framework.called import CalledNorm, Operands
 from jaxbn._src.framework.layers import LayerKind
 from jaxbn._src.framework.method import Factory, Method, arguments_of, evaluate, loaded
-from jaxbn._src.framework.mixing import CalledNorm
 from jaxbn._src.framework.registry import FIELDS, Registered
 from jaxbn._src.methods.batch_norm import batch_norm
 from jaxbn._src.methods.protocol import NormTransform, State
-
-CallArguments = tuple[jax.Array, Any, Any, dict[str, Any]]  # x, mask, residual, and the domain if there is one
 
 
 class NormLayer:
@@ -66,12 +64,12 @@ class ForeignLayer:
         """The method of a layer of jaxbn that is in a bridge."""
         return getattr(self.fields, "made_by", None) if self.bridged else None
 
-    def arguments(self) -> CallArguments:
-        """As `call_arguments` gives them."""
+    def operands(self) -> Operands:
+        """As `operands_of` gives them."""
         given = self.bound.arguments
         x = jnp.asarray(given[self.registered.input_name])
         where = {"domain": given["domain"]} if self.method and given.get("domain") is not None else {}
-        return x, given.get("mask"), given.get("residual") if self.method else None, where
+        return Operands(x, given.get("mask"), given.get("residual") if self.method else None, where)
 
     def call_with(self, x: Any, given: Mapping[str, Any], fields: Mapping[str, Any], flags: Mapping[str, Any]) -> Any:
         """The arguments of this call with another input, and with fields and flags with which it evaluates."""
@@ -89,16 +87,16 @@ class ForeignLayer:
         return {self.registered.names.get(name, name): leaf for name, leaf in held if leaf is not None}
 
 
-def flax_arguments(
+def flax_operands(
     x: Any, use_running_average: bool | None = None, *, mask: Any = None, residual: Any = None, domain: Any = None
-) -> CallArguments:
+) -> Operands:
     """The arguments of a call of Flax's layer or jaxbn's; the flag is overruled by the mode of a capture."""
-    return jnp.asarray(x), mask, residual, {} if domain is None else {"domain": domain}
+    return Operands(jnp.asarray(x), mask, residual, {} if domain is None else {"domain": domain})
 
 
-def call_arguments(layer: Any, args: Any, kwargs: Any) -> CallArguments:
+def operands_of(layer: Any, args: Any, kwargs: Any) -> Operands:
     """The arguments of a call of any normalization layer."""
-    return layer.arguments() if isinstance(layer, ForeignLayer) else flax_arguments(*args, **kwargs)
+    return layer.operands() if isinstance(layer, ForeignLayer) else flax_operands(*args, **kwargs)
 
 
 def method_of(layer: Any) -> Method:

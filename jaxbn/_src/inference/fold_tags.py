@@ -6,9 +6,10 @@ from typing import Any
 
 import jax
 
+from jaxbn._src.framework.called import Operands
 from jaxbn._src.framework.kernels import MapKernel
 from jaxbn._src.framework.method import as_affine
-from jaxbn._src.framework.norm_layer import CallArguments, evaluating_method
+from jaxbn._src.framework.norm_layer import evaluating_method
 from jaxbn._src.inference import fold_arithmetic as _fold_arithmetic
 from jaxbn._src.inference.fold_plan import DOMAINS, Layer, Norm, Tag
 from jaxbn._src.methods.protocol import State
@@ -56,11 +57,9 @@ def tag_call(
     return _dataflow.tag(y, Tag(path, "output", own))
 
 
-def called_norm(
-    layer: Any, params: Any, state: State, arguments: CallArguments, y: jax.Array, refusal: str | None
-) -> Norm:
+def called_norm(layer: Any, params: Any, state: State, operands: Operands, y: jax.Array, refusal: str | None) -> Norm:
     """Records a call of a normalization; `refusal` is the reason why it cannot be folded."""
-    x, _, residual, where = arguments
+    x, _, residual, where = operands
     return Norm(
         # `finish` applies the dtype and the activation in the folded model.
         as_affine(evaluating_method(layer)),

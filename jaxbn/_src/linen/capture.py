@@ -17,6 +17,7 @@ import jax
 from flax import nnx
 
 from jaxbn._src import internals as _internals
+from jaxbn._src.framework.called import CalledNorm
 from jaxbn._src.framework.framework import with_moments
 from jaxbn._src.framework.layers import (
     Layer,
@@ -29,8 +30,8 @@ from jaxbn._src.framework.layers import (
     example_weights,
     measured,
 )
-from jaxbn._src.framework.mixing import CalledNorm, Mixture
-from jaxbn._src.framework.norm_layer import call_arguments, called_norm, method_of
+from jaxbn._src.framework.mixing import Mixture
+from jaxbn._src.framework.norm_layer import called_norm, method_of, operands_of
 from jaxbn._src.framework.unknown_layers import Touched, name_of
 from jaxbn._src.linen.layers import STATISTICS
 from jaxbn._src.linen.registry import OWN_LEAVES, REGISTER, as_norm, class_inside, evaluates, is_call, run_bridge
@@ -149,7 +150,7 @@ def _intercept(next_call: Callable[..., Any], args: Any, kwargs: Any, context: n
         slot.index,
         module.get_variable(STATISTICS, _WEIGHTS),
         norm_in_call(layer, slot.layer.path),
-        call_arguments(layer, args, kwargs),
+        operands_of(layer, args, kwargs),
         lambda: called(next_call, args, kwargs, module),
     )
 

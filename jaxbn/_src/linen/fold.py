@@ -13,7 +13,7 @@ from flax import nnx
 from flax.linen.dtypes import promote_dtype
 
 from jaxbn._src.framework.method import loaded
-from jaxbn._src.framework.norm_layer import call_arguments, evaluating_method
+from jaxbn._src.framework.norm_layer import evaluating_method, operands_of
 from jaxbn._src.framework.registry import Registered
 from jaxbn._src.framework.unknown_layers import Watch
 from jaxbn._src.inference import fold_arithmetic as _fold_arithmetic
@@ -203,7 +203,7 @@ def _norm(
     layer, found = as_norm(module, args, kwargs), in_flax_names(cast(Registered, known(module)), variables)
     params, state = loaded(evaluating_method(layer)(), found.get("params", {}), found[STATISTICS])
     refusal = None if evaluates(module, args, kwargs) else _fold_plan.MOVES
-    return called_norm(layer, params, state, call_arguments(layer, args, kwargs), y, refusal)
+    return called_norm(layer, params, state, operands_of(layer, args, kwargs), y, refusal)
 
 
 def _layer(module: Any, variables: dict[str, dict[str, Any]], *args: Any, **kwargs: Any) -> Layer:
@@ -234,8 +234,8 @@ def _folded_call(call: Call, plan: _fold_plan.Plan, norms: Mapping[str, _fold_pl
         path = "/".join(module.path) if is_norm or _is_call_of_linear(context) else None
         if is_norm and path in gone and not statistics_of(module):  # else it belongs to another network
             layer = as_norm(module, args, kwargs)
-            x, _, residual, _ = call_arguments(layer, args, kwargs)
-            return _fold_arithmetic.finish(x, residual, gone[path], getattr(layer, "activation", None))
+            given = operands_of(layer, args, kwargs)
+            return _fold_arithmetic.finish(given.x, given.residual, gone[path], getattr(layer, "activation", None))
         if is_norm or path not in changed:
             return next_call(*args, **kwargs)
         # A detached copy: the folded kernel needs a bias, and its map is already applied.

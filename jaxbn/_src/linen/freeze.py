@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxbn._src.framework.norm_layer import call_arguments, kind_of
+from jaxbn._src.framework.norm_layer import kind_of, operands_of
 from jaxbn._src.framework.processes import check_unstacked
 from jaxbn._src.framework.selection import select
 from jaxbn._src.framework.unknown_layers import Watch
@@ -183,6 +183,5 @@ def _hold(
         )
     watch.serve(path)
     layer = as_norm(module, args, kwargs)
-    x, mask, residual, where = call_arguments(layer, args, kwargs)
     norm = norm_in_call(layer, path)
-    return norm.normalize(norm.running, x, mask=mask, residual=residual, **where)
+    return norm.apply(norm.running, operands_of(layer, args, kwargs))

@@ -29,7 +29,7 @@ from jaxbn._src.framework.layers import (
     measured,
 )
 from jaxbn._src.framework.mixing import Mixture
-from jaxbn._src.framework.norm_layer import call_arguments, called_norm, method_of
+from jaxbn._src.framework.norm_layer import called_norm, method_of, operands_of
 from jaxbn._src.framework.selection import is_at_or_below, natural, select
 from jaxbn._src.framework.unknown_layers import Touched, check
 from jaxbn._src.inference.arguments import not_a_model
@@ -215,7 +215,7 @@ def _measured(module: Any, plain: Callable[..., jax.Array], *args: Any, **kwargs
         module.jaxbn_slot[...],
         module.jaxbn_weights[...] if hasattr(module, "jaxbn_weights") else None,
         called_norm(norm, layer.path, held, held, _normalize_stock),
-        call_arguments(norm, args, kwargs),
+        operands_of(norm, args, kwargs),
         as_called,
     )
 

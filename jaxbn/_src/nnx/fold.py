@@ -12,7 +12,7 @@ from flax.nnx.nn.dtypes import promote_dtype
 from jaxbn._src.framework.framework import Call
 from jaxbn._src.framework.kernels import MapKernel
 from jaxbn._src.framework.method import loaded
-from jaxbn._src.framework.norm_layer import call_arguments, evaluating_method, flax_arguments
+from jaxbn._src.framework.norm_layer import evaluating_method, flax_operands, operands_of
 from jaxbn._src.inference import fold_arithmetic as _fold_arithmetic
 from jaxbn._src.inference import fold_plan as _fold_plan
 from jaxbn._src.inference.fold_check import checked_report
@@ -93,8 +93,8 @@ class Folded(nnx.Module):
     def __call__(self, *args: Any, **kwargs: Any) -> jax.Array:
         if self.input_name is not None:
             args, kwargs = (args[0] if args else kwargs[self.input_name],), {}
-        x, _, residual, _ = flax_arguments(*args, **kwargs)
-        return _fold_arithmetic.finish(x, residual, self.dtype, self.activation)
+        given = flax_operands(*args, **kwargs)
+        return _fold_arithmetic.finish(given.x, given.residual, self.dtype, self.activation)
 
 
 class _Recorder:
@@ -196,7 +196,7 @@ def _norm(module: Any, y: jax.Array, *args: Any, **kwargs: Any) -> _fold_plan.No
         refusal = f"it is a {cls.__name__}, which overrides __call__"
     held = in_flax_names(module)
     params, state = loaded(evaluating_method(layer)(), held, held)
-    return called_norm(layer, params, state, call_arguments(layer, args, kwargs), y, refusal)
+    return called_norm(layer, params, state, operands_of(layer, args, kwargs), y, refusal)
 
 
 def _layer(module: Any, *args: Any, **kwargs: Any) -> Layer:

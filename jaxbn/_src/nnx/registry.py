@@ -229,7 +229,7 @@ def evaluate(module: Any, plain: Callable[..., Any], *args: Any, **kwargs: Any) 
     layer, registered = as_norm(module, args, kwargs), known(module)
     assert registered is not None
     if isinstance(layer, Adapted) and layer.bridged:
-        x, mask, residual, where = layer.arguments()
+        x, mask, residual, where = layer.operands()
         state = state_of(evaluating_method(layer)(), in_flax_names(module))
         return layer.normalize(state, x, mask=mask, residual=residual, **where)
     bound = registered.bind(args, kwargs)

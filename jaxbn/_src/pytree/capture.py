@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 
+from jaxbn._src.framework.called import CalledNorm, Operands
 from jaxbn._src.framework.framework import Call, with_moments
 from jaxbn._src.framework.layers import (
     Layer,
@@ -28,7 +29,7 @@ from jaxbn._src.framework.layers import (
     measured,
 )
 from jaxbn._src.framework.method import Method, evaluate
-from jaxbn._src.framework.mixing import CalledNorm, Mixture
+from jaxbn._src.framework.mixing import Mixture
 from jaxbn._src.methods.captured import CapturedState
 from jaxbn._src.methods.protocol import NormTransform, State
 from jaxbn._src.numerics import moments as _moments
@@ -137,7 +138,7 @@ class _Captured(CapturedState):
             self.index,
             self.weights,
             _called_norm(transform, self.layer.path, params, self.plain),
-            (jax.numpy.asarray(x), *_split(transform, operands)),
+            _operands(x, operands),
             as_called,
         )
         return y if name == "eval" else (y, self._with(after[0]))
@@ -166,10 +167,10 @@ def _called_norm(transform: NormTransform[Any, Any], path: str, params: Any, sta
     return CalledNorm(path, transform, state, normalize, settings.axis, settings.axis_name, settings.axis_index_groups)
 
 
-def _split(transform: Any, operands: Mapping[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
-    """Mask, residual, and the operands that say which statistics a value belongs to."""
-    others = {name: value for name, value in operands.items() if name not in ("mask", "residual")}
-    return operands.get("mask"), operands.get("residual"), others
+def _operands(x: Any, given: Mapping[str, Any]) -> Operands:
+    # All others say which statistics a value belongs to.
+    where = {name: value for name, value in given.items() if name not in ("mask", "residual")}
+    return Operands(jax.numpy.asarray(x), given.get("mask"), given.get("residual"), where)
 
 
 def method_of(transform: NormTransform[Any, Any]) -> Method:
