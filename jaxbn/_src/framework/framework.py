@@ -71,8 +71,8 @@ class Framework(NamedTuple):
     with_states: Callable[[Any, Mapping[str, State]], Any]
     # (model) -> the variables that a frozen network holds, as nested dicts of arrays
     variables: Callable[[Any], dict[str, Any]]
-    # (model) -> the paths of the learned parameters
-    params: Callable[[Any], Iterable[str]]
+    # (model) -> the paths of the learned parameters; None where they do not tell the layer
+    params: Callable[[Any], Iterable[str] | None]
 
     def states(self, model: Any) -> dict[str, State]:
         """The state of every normalization layer by path."""

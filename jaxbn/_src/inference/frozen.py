@@ -154,18 +154,20 @@ def check_kinds(frozen: Frozen, kinds: Mapping[str, LayerKind]) -> None:
                 )
 
 
-def shapes_by_path(tree: Any) -> dict[str, tuple[int, ...]]:
+def check_fits(framework: Framework, frozen: Frozen, model: Any) -> None:
+    """Raises a ValueError that names the first variable in which a frozen network differs from a model."""
+    check_frozen(frozen)
+    given, wanted = (_shapes_by_path(tree) for tree in (frozen.variables, framework.variables(model)))
+    for path in sorted(given.keys() | wanted.keys()):
+        in_frozen, in_model = given.get(path, "missing"), wanted.get(path, "missing")
+        if in_frozen != in_model:
+            raise ValueError(f"{path!r} is {in_frozen} in the frozen network and {in_model} in the model; {_HINT}")
+
+
+def _shapes_by_path(tree: Any) -> dict[str, tuple[int, ...]]:
     """Returns the shape of each array by path; the tree may hold lists and tuples."""
     leaves = jax.tree.leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape for path, leaf in leaves}
-
-
-def check_shapes(given: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> None:
-    """Raises a ValueError that names the first leaf of a frozen network that does not fit a model."""
-    for path in sorted(given.keys() | wanted.keys()):
-        frozen, model = given.get(path, "missing"), wanted.get(path, "missing")
-        if frozen != model:
-            raise ValueError(f"{path!r} is {frozen} in the frozen network and {model} in the model; {_HINT}")
 
 
 def _sizes(tree: Any) -> str:

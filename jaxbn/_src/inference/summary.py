@@ -1,10 +1,15 @@
 """A table of the normalization layers of a model: methods, parameters, and origin of the statistics."""
 
 from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
 
 from jaxbn._src.display.tables import Column, in_order, table
+from jaxbn._src.framework.framework import Call, Framework, capture_arrays
 from jaxbn._src.framework.layers import AFFINE, LayerKind
-from jaxbn._src.inference.frozen import AS_GIVEN, Info, LayerInfo, is_initial
+from jaxbn._src.framework.processes import check_unstacked
+from jaxbn._src.inference.frozen import AS_GIVEN, Frozen, Info, LayerInfo, is_initial
 from jaxbn._src.methods.protocol import State
 
 _LEARNS = Column("learns", is_number=False)
@@ -14,6 +19,20 @@ _COLUMNS = [
     *(Column(head, is_number=False) for head in ("method", "epsilon", "statistics")),
     Column("rows"),
 ]
+
+
+def summary(framework: Framework, model: Any, call: Call | None = None, batch: Any = None) -> str:
+    """The table of a model, or of a `Frozen` whose variables are a model; see `jaxbn.linen.summary`."""
+    model, info = (model.variables, model.info) if isinstance(model, Frozen) else (model, None)
+    framework.check(model)
+    structure, arrays = framework.split(model)
+    check_unstacked(arrays)
+    if call is None:
+        kinds = framework.kinds(model)
+    else:
+        run = capture_arrays(framework, structure, call, "eval", None)
+        kinds = dict(jax.eval_shape(run, arrays, batch)[1].kinds)
+    return tabulate(framework.states(model), framework.params(model), info=info, kinds=kinds)
 
 
 def tabulate(

@@ -32,7 +32,7 @@ from jaxbn._src.framework.layers import (
 )
 from jaxbn._src.framework.mixing import Mixture
 from jaxbn._src.framework.norm_layer import called_norm, method_of, operands_of
-from jaxbn._src.framework.unknown_layers import Touched, name_of
+from jaxbn._src.framework.unknown_layers import Touched, Watch, name_of
 from jaxbn._src.linen.layers import STATISTICS
 from jaxbn._src.linen.registry import OWN_LEAVES, REGISTER, as_norm, class_inside, evaluates, is_call, run_bridge
 from jaxbn._src.linen.variables import Call, find_layers, find_shapes, split_by_class, with_leaves, without
@@ -188,6 +188,11 @@ def called(next_call: Callable[..., Any], args: Any, kwargs: Any, module: Any) -
     if any(str(name).startswith(OWN_LEAVES) for name in added):
         return run_bridge(module, args, kwargs)
     return next_call(*args, **kwargs)
+
+
+def watched(watch: Watch, module: Any, run: Callable[[], Any], keeps: Callable[[], bool]) -> Any:
+    """Runs a module that is not a known layer; `keeps` tells afterwards whether it has running statistics."""
+    return watch.run("/".join(module.path), type(module), run, keeps, class_inside(module))
 
 
 def is_call_of_layer(context: nn.module.InterceptorContext) -> bool:

@@ -23,9 +23,9 @@ from jaxbn._src.inference.fold_plan import Layer
 from jaxbn._src.inference.fold_report import FoldReport
 from jaxbn._src.inference.fold_tags import called_linear, called_norm, tag_call
 from jaxbn._src.inference.frozen import Frozen
-from jaxbn._src.linen.capture import is_call_of_layer, statistics_of
+from jaxbn._src.linen.capture import is_call_of_layer, statistics_of, watched
 from jaxbn._src.linen.layers import STATISTICS
-from jaxbn._src.linen.registry import REGISTER, as_norm, class_inside, evaluates, in_flax_names, known, run_bridge
+from jaxbn._src.linen.registry import REGISTER, as_norm, evaluates, in_flax_names, known, run_bridge
 from jaxbn._src.linen.variables import Call, check_variables, find_layers, find_shapes, keys, split_by_class
 from jaxbn._src.tracing import dataflow as _dataflow
 from jaxbn._src.tracing.harvest import over_arrays
@@ -126,7 +126,7 @@ def _follow(call: Call, variables: dict[str, Any], example: Any) -> _fold_plan.T
             return next_call(*args, **kwargs)
         if not is_norm and not _is_call_of_linear(context):
             run = functools.partial(_called, next_call, args, kwargs, module)
-            return watch.run("/".join(module.path), type(module), run, lambda: holds(module), class_inside(module))
+            return watched(watch, module, run, lambda: holds(module))
         # A layer without a tag has other variables than those given, as in a teacher network.
         tagged = module.get_variable(_TAGS, _TAG)
         path = "/".join(module.path) if tagged is None else tagged.path

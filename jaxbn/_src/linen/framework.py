@@ -15,7 +15,7 @@ from jaxbn._src.methods.protocol import State
 
 def _split(variables: Any) -> tuple[None, Any]:
     # There is no static part: the module of linen is known only to the call.
-    return None, variables
+    return None, flax.core.unfreeze(variables)
 
 
 def _merge(structure: None, variables: Any) -> Any:

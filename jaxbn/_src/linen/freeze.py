@@ -6,20 +6,18 @@ from typing import Any
 
 import flax
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
 from jaxbn._src.framework.norm_layer import kind_of, operands_of
-from jaxbn._src.framework.processes import check_unstacked
 from jaxbn._src.framework.selection import select
 from jaxbn._src.framework.unknown_layers import Watch
 from jaxbn._src.inference import frozen as _frozen
-from jaxbn._src.inference.frozen import Frozen, check_frozen, check_kinds, check_shapes, shapes_by_path
-from jaxbn._src.inference.summary import tabulate
-from jaxbn._src.linen.capture import FROZEN, called, capture, is_call_of_layer, norm_in_call, slots_of
+from jaxbn._src.inference import summary as _summary
+from jaxbn._src.inference.frozen import Frozen, check_frozen, check_kinds
+from jaxbn._src.linen.capture import FROZEN, called, is_call_of_layer, norm_in_call, slots_of, watched
 from jaxbn._src.linen.framework import LINEN
-from jaxbn._src.linen.registry import REGISTER, as_norm, class_inside
-from jaxbn._src.linen.variables import Call, check_variables, find_layers, find_shapes, keys, with_leaves, without
+from jaxbn._src.linen.registry import REGISTER, as_norm
+from jaxbn._src.linen.variables import Call, find_layers, find_shapes, keys, with_leaves, without
 from jaxbn._src.statistics.pass_report import Report
 
 
@@ -62,11 +60,6 @@ def apply_frozen(apply: Callable[..., Any], frozen: Frozen, *args: Any, **kwargs
 
     with nn.intercept_methods(check):
         return apply(frozen.variables, *args, **kwargs)
-
-
-def check_fits(frozen: Frozen, variables: Any) -> None:
-    """Raises a ValueError that names the first variable in which the frozen network differs from the variables."""
-    check_shapes(*(shapes_by_path(LINEN.variables(tree)) for tree in (frozen.variables, variables)))
 
 
 def freeze_layers(call: Callable[..., Any], paths: str | Sequence[str]) -> Callable[..., Any]:
@@ -161,12 +154,7 @@ def summary(variables: Mapping[str, Any] | Frozen, call: Call | None = None, bat
         layer     channels  learns       method      epsilon  statistics      rows
         layers_1         8  scale, bias  batch_norm  1e-05    initial values     -
     """
-    info = variables.info if isinstance(variables, Frozen) else None
-    variables = variables.variables if isinstance(variables, Frozen) else variables
-    check_variables(variables)
-    check_unstacked(variables)
-    kinds = {} if call is None else dict(jax.eval_shape(capture(call, mode="eval"), variables, batch)[1].kinds)
-    return tabulate(LINEN.states(variables), LINEN.params(variables), info=info, kinds=kinds)
+    return _summary.summary(LINEN, variables, call, batch)
 
 
 def _hold(
@@ -178,9 +166,7 @@ def _hold(
     path = "/".join(module.path)
     # Modules of unknown classes have a mark too: the watch reports those that ran, because they are not frozen.
     if not is_call_of_layer(context):
-        return watch.run(
-            path, type(module), lambda: called(next_call, args, kwargs, module), lambda: True, class_inside(module)
-        )
+        return watched(watch, module, lambda: called(next_call, args, kwargs, module), lambda: True)
     watch.serve(path)
     layer = as_norm(module, args, kwargs)
     norm = norm_in_call(layer, path)

@@ -3,13 +3,12 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-import flax
 from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
 from jaxbn._src.framework.layers import Weights
 from jaxbn._src.linen.framework import LINEN
-from jaxbn._src.linen.variables import Call, check_variables
+from jaxbn._src.linen.variables import Call
 from jaxbn._src.methods.protocol import NormTransform
 from jaxbn._src.numerics.averages import Averaging
 from jaxbn._src.numerics.moments import Moments
@@ -101,10 +100,8 @@ def postproc(
         Ioffe & Szegedy, `Batch Normalization <https://arxiv.org/abs/1502.03167>`_, 2015, Algorithm 2, steps 7-12;
         Wu & Johnson, `Rethinking "Batch" in BatchNorm <https://arxiv.org/abs/2105.07576>`_, 2021, section 3.
     """
-    check_variables(variables)
     options = Options(estimator, consistent, tolerance, max_sweeps, stop_when, skip_nonfinite, mesh, progress)
-    given: Any = variables  # unfreeze leaves other mappings as they are
-    return run_pass(LINEN, call, flax.core.unfreeze(given), batches, weights, options)
+    return run_pass(LINEN, call, variables, batches, weights, options)
 
 
 def install_moments(variables: Mapping[str, Any], moments: Mapping[str, Moments]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import types
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,7 @@ from jaxbn._src.framework.layers import (
 )
 from jaxbn._src.framework.mixing import Mixture
 from jaxbn._src.framework.norm_layer import called_norm, method_of, operands_of
+from jaxbn._src.framework.registry import Registered
 from jaxbn._src.framework.selection import is_at_or_below, natural, select
 from jaxbn._src.framework.unknown_layers import Touched, check
 from jaxbn._src.inference.arguments import not_a_model
@@ -148,8 +149,7 @@ def select_layers(model: Any, paths: str | Sequence[str]) -> list[str]:
 
 def set_state(layer: Any, state: State) -> None:
     """Writes the statistics of a layer."""
-    registered = known(layer)
-    assert registered is not None
+    registered = cast(Registered, known(layer))
     for name, leaf in state._asdict().items():
         if leaf is not None:
             getattr(layer, registered.names.get(name, name))[...] = leaf

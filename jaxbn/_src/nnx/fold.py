@@ -3,7 +3,7 @@
 import functools
 import weakref
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import jax
 from flax import nnx
@@ -13,6 +13,7 @@ from jaxbn._src.framework.framework import Call
 from jaxbn._src.framework.kernels import MapKernel
 from jaxbn._src.framework.method import loaded
 from jaxbn._src.framework.norm_layer import evaluating_method, flax_operands, operands_of
+from jaxbn._src.framework.registry import Registered
 from jaxbn._src.inference import fold_arithmetic as _fold_arithmetic
 from jaxbn._src.inference import fold_plan as _fold_plan
 from jaxbn._src.inference.fold_check import checked_report
@@ -169,9 +170,7 @@ def _tagged(module: Any, call: Callable[..., Any], name: str, *args: Any, **kwar
 
 
 def _tagged_norm(module: Any, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    registered = known(module)
-    assert registered is not None
-    return _tagged(module, call, registered.input_name, *args, **kwargs)
+    return _tagged(module, call, cast(Registered, known(module)).input_name, *args, **kwargs)
 
 
 @functools.cache
@@ -185,8 +184,7 @@ def _tagged_linear(cls: Any) -> type:
 
 
 def _norm(module: Any, y: jax.Array, *args: Any, **kwargs: Any) -> _fold_plan.Norm:
-    layer, registered = as_norm(module, args, kwargs), known(module)
-    assert registered is not None
+    layer, registered = as_norm(module, args, kwargs), cast(Registered, known(module))
     # A frozen layer has a call of ours; what counts is the class that it had before.
     cls: Any = type(module).__bases__[0] if is_frozen(module) else type(module)
     refusal = None

@@ -12,10 +12,10 @@ from jaxbn._src.framework.layers import AFFINE, POPULATION
 from jaxbn._src.framework.processes import check_unstacked
 from jaxbn._src.framework.selection import select
 from jaxbn._src.inference import frozen as _frozen
-from jaxbn._src.inference.frozen import Frozen, check_frozen, check_kinds, check_shapes, copied, shapes_by_path
-from jaxbn._src.inference.summary import tabulate
+from jaxbn._src.inference import summary as _summary
+from jaxbn._src.inference.frozen import Frozen, check_fits, check_kinds, copied
 from jaxbn._src.nnx.capture import find_layers, is_frozen, select_layers
-from jaxbn._src.nnx.framework import NNX, SAVED, to_variables
+from jaxbn._src.nnx.framework import NNX, SAVED
 from jaxbn._src.nnx.others import joined
 from jaxbn._src.nnx.registry import evaluate, set_call
 from jaxbn._src.statistics.pass_report import Report
@@ -71,7 +71,7 @@ def install_frozen(model: Any, frozen: Frozen) -> Any:
         >>> print(f"{served(data[:1])[0, 0]:.2f}")
         -1.57
     """
-    check_fits(frozen, model)
+    check_fits(NNX, frozen, model)
     check_kinds(frozen, NNX.kinds(model))
     copy = nnx.clone(model)
     copy.eval()
@@ -85,12 +85,6 @@ def install_frozen(model: Any, frozen: Frozen) -> Any:
         if isinstance(variable.get_value(), jax.ShapeDtypeStruct):  # of an abstract model, so that it can be jitted
             variable.set_value(jnp.zeros(variable.shape, variable.dtype))
     return copy
-
-
-def check_fits(frozen: Frozen, model: Any) -> None:
-    """Raises a ValueError that names the first variable in which the frozen network differs from the model."""
-    check_frozen(frozen)
-    check_shapes(shapes_by_path(frozen.variables), shapes_by_path(to_variables(model)))
 
 
 def freeze_layers(model: Any, paths: str | Sequence[str]) -> Any:
@@ -188,7 +182,5 @@ def summary(model: Any) -> str:
         layers = {path: ModelLayer({n: flat[f"{start}{n}"] for n in POPULATION}) for path, start in paths.items()}
         # The variables of a frozen NNX network have no types, only names.
         params = (name for name in flat if name.rpartition("/")[2] in AFFINE)
-        return tabulate({path: layer.state for path, layer in layers.items()}, params, info=model.info)
-    states = NNX.states(model)
-    check_unstacked(nnx.state(model))
-    return tabulate(states, NNX.params(model), kinds=NNX.kinds(model))
+        return _summary.tabulate({path: layer.state for path, layer in layers.items()}, params, info=model.info)
+    return _summary.summary(NNX, model)

@@ -89,13 +89,10 @@ def known(module: Any) -> Registered | None:
     inside: Any = type(module.to_nnx__module)
     registered = REGISTRY.of(inside)
     # A subclass that overrides the call is not the layer: its code would be skipped.
-    is_plain = registered is not None and inspect.unwrap(inside.__call__) is inspect.unwrap(_class(registered).__call__)
+    if registered is None or inspect.unwrap(inside.__call__) is not inspect.unwrap(cast(Any, registered.cls).__call__):
+        return None
     # A bridge has no variables before `lazy_init`.
-    return registered if is_plain and registered is not None and hasattr(module, registered.names["mean"]) else None
-
-
-def _class(registered: Registered) -> Any:
-    return registered.cls
+    return registered if hasattr(module, registered.names["mean"]) else None
 
 
 def as_norm(module: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
@@ -226,8 +223,7 @@ def with_touch(cls: Any) -> Any:
 
 def evaluate(module: Any, plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Runs a known layer in evaluation; `plain` is its call."""
-    layer, registered = as_norm(module, args, kwargs), known(module)
-    assert registered is not None
+    layer, registered = as_norm(module, args, kwargs), cast(Registered, known(module))
     if isinstance(layer, Adapted) and layer.bridged:
         x, mask, residual, where = layer.operands()
         state = state_of(evaluating_method(layer)(), in_flax_names(module))
@@ -247,8 +243,7 @@ def evaluate(module: Any, plain: Callable[..., Any], *args: Any, **kwargs: Any) 
 @functools.cache
 def translation(cls: Any, bridged: bool) -> Callable[..., Any]:
     """A call with which a layer of Flax or jaxbn takes the arguments of a registered class."""
-    registered = REGISTRY.of(cls)
-    assert registered is not None
+    registered = cast(Registered, REGISTRY.of(cls))
 
     def call(module: Any, plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         kwargs = {name: value for name, value in kwargs.items() if not (bridged and name in _OF_BRIDGE)}
@@ -264,18 +259,19 @@ def translation(cls: Any, bridged: bool) -> Callable[..., Any]:
 def has_plain_call(module: Any, cls: Any = None) -> bool:
     """Whether the call of a layer, or of the class given, is the call of the registered class itself."""
     cls = type(module) if cls is None else cls
-    base: Any = nnx.bridge.ToNNX if isinstance(module, nnx.bridge.ToNNX) else cast(Registered, known(module)).cls
     # The class of a layer that `replace` made has another call, which only translates arguments.
-    return cls.__call__ is base.__call__ or hasattr(cls, "jaxbn_translates")
+    return cls.__call__ is _with_plain_call(module).__call__ or hasattr(cls, "jaxbn_translates")
 
 
 def set_call(module: Any, call: Callable[..., Any], *members: tuple[str, Any]) -> None:
     """Gives a known layer another call."""
-    registered = known(module)
-    assert registered is not None
     cls: Any = type(module)
-    base = nnx.bridge.ToNNX if isinstance(module, nnx.bridge.ToNNX) else registered.cls
-    set_class(module, with_call(cls, base, call, *members))
+    set_class(module, with_call(cls, _with_plain_call(module), call, *members))
+
+
+def _with_plain_call(module: Any) -> Any:
+    """The class that defines the call of a known layer."""
+    return nnx.bridge.ToNNX if isinstance(module, nnx.bridge.ToNNX) else cast(Registered, known(module)).cls
 
 
 def set_class(module: Any, cls: type) -> None:

@@ -1,6 +1,6 @@
 """Plain JAX as a `Framework`: a model is any pytree that holds states of methods."""
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable
 from typing import Any, NamedTuple
 
 import jax
@@ -40,8 +40,8 @@ def _variables(tree: Any) -> Any:
     return tree  # what `call` takes
 
 
-def _params(tree: Any) -> Iterable[str]:
-    return ()  # the parameters of a layer may be anywhere
+def _params(tree: Any) -> None:
+    return None  # the parameters of a layer may be anywhere
 
 
 PYTREE = Framework(

@@ -2,15 +2,11 @@
 
 from typing import Any
 
-import jax
-
-from jaxbn._src.framework.framework import Call, capture_arrays
-from jaxbn._src.framework.processes import check_unstacked
+from jaxbn._src.framework.framework import Call
 from jaxbn._src.inference import frozen as _frozen
+from jaxbn._src.inference import summary as _summary
 from jaxbn._src.inference.frozen import Frozen
-from jaxbn._src.inference.summary import tabulate
 from jaxbn._src.pytree.framework import PYTREE
-from jaxbn._src.pytree.states import find_states
 from jaxbn._src.statistics.pass_report import Report
 
 
@@ -66,11 +62,4 @@ def summary(state: Any, call: Call | None = None, batch: Any = None) -> str:
         layer  channels  method      epsilon  statistics      rows
         norm          8  batch_norm  1e-05    initial values     -
     """
-    info = state.info if isinstance(state, Frozen) else None
-    state = state.variables if isinstance(state, Frozen) else state
-    states = find_states(state)
-    structure, arrays = PYTREE.split(state)
-    check_unstacked(arrays)
-    run = None if call is None else capture_arrays(PYTREE, structure, call, "eval", None)
-    kinds = {} if run is None else dict(jax.eval_shape(run, arrays, batch)[1].kinds)
-    return tabulate(states, None, info=info, kinds=kinds)
+    return _summary.summary(PYTREE, state, call, batch)

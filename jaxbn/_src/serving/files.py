@@ -7,9 +7,10 @@ from typing import Any
 import jax
 from flax import nnx
 
+from jaxbn._src.inference import frozen as frozen_network
 from jaxbn._src.inference.frozen import Frozen, check_frozen
-from jaxbn._src.linen.freeze import check_fits as check_fits_linen
-from jaxbn._src.nnx.freeze import check_fits as check_fits_nnx
+from jaxbn._src.linen.framework import LINEN
+from jaxbn._src.nnx.framework import NNX
 from jaxbn._src.serving import atomic_files
 from jaxbn._src.serving.arrays import describe, describe_tree, info_of, pack, shapes_of, to_device, to_host, unpack
 
@@ -89,9 +90,8 @@ def load(path: str | os.PathLike[str], *, like: Any = None) -> Frozen:
 
 def check_fits(frozen: Frozen, like: Any) -> None:
     """Raises a ValueError if a network does not fit `like`, and a TypeError if `like` is not a model."""
-    if isinstance(like, nnx.Module):
-        check_fits_nnx(frozen, like)
-    elif isinstance(like, Mapping):
-        check_fits_linen(frozen, like)
-    elif like is not None:
+    if like is None:
+        return
+    if not isinstance(like, nnx.Module | Mapping):
         raise TypeError(f"`like` must be the variables of a linen model, or an NNX model; got {type(like)}.")
+    frozen_network.check_fits(NNX if isinstance(like, nnx.Module) else LINEN, frozen, like)
