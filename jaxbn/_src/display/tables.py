@@ -37,7 +37,6 @@ def table(
     *,
     first: str = "layer",
     marked: Collection[str] = (),
-    width: int | None = None,
 ) -> str:
     """Returns a table with a row for each layer.
 
@@ -46,7 +45,6 @@ def table(
         rows: By path of the layer, the cells of its row.
         first: The head of the column of layers.
         marked: Paths of layers that are marked with an asterisk.
-        width: Characters in a line. None: as wide as `line_width` says.
 
     Returns:
         Lines of plain text without trailing spaces. Paths are cut in the middle or at the start if they are too long.
@@ -57,7 +55,7 @@ def table(
         layer   values  method
         norm_0      96  batch_norm
     """
-    width = width or line_width()
+    width = line_width()
     widths = [max(map(len, [*column.head.split("\n"), *cells])) for column, cells in _columns(columns, rows)]
     if columns and not columns[-1].is_number:
         widths[-1] = min(widths[-1], _SHORTEST_TEXT)
@@ -76,24 +74,24 @@ def table(
     return _rendered(made, max(width, len(columns) * _GAP + sum(widths) + room + prefix))
 
 
-def definitions(entries: Mapping[str, str], *, width: int | None = None) -> str:
+def definitions(entries: Mapping[str, str]) -> str:
     """Returns the terms and their meanings in two columns; the second is wrapped."""
     made = _grid(header=False)
     made.add_column(no_wrap=True)
     made.add_column()
     for term, meaning in entries.items():
         made.add_row(term, meaning)
-    return _rendered(made, width or line_width())
+    return _rendered(made, line_width())
 
 
-def paragraph(text: str, *, start: str = "", width: int | None = None) -> str:
+def paragraph(text: str, *, start: str = "") -> str:
     """Returns the text wrapped, with `start` before its first line and as many spaces before the others."""
     made = _grid(header=False, gap=0)
     if start:
         made.add_column(no_wrap=True)
     made.add_column()
     made.add_row(*[start][: bool(start)], text)
-    return _rendered(made, width or line_width())
+    return _rendered(made, line_width())
 
 
 def line_width() -> int:

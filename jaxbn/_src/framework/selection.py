@@ -23,6 +23,11 @@ def is_at_or_below(layer: str, path: str) -> bool:
     return path in ("", layer) or layer.startswith(f"{path}/")
 
 
+def named(path: str) -> str:
+    """A path for messages."""
+    return repr(path) if path else "the model itself"
+
+
 def natural(path: str) -> list[tuple[int, int | str]]:
     """A sort key that compares numbers in names by value: BatchNorm_2 comes before BatchNorm_10."""
     return [(0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"(\d+)", path)]

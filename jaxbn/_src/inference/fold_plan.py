@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxbn._src.framework.selection import named
 from jaxbn._src.inference import fold_arithmetic as _fold_arithmetic
 from jaxbn._src.inference.fold_report import LayerFold
 from jaxbn._src.methods.protocol import NormTransform, State
@@ -141,12 +142,12 @@ class _Planner:
                 reasons.append(str(reason))
             else:
                 self.folds.append(Fold(path, layer, behind, affine))
-                return LayerFold(True, layer, f"into {_name(layer)} {'before' if behind else 'after'} it")
+                return LayerFold(True, layer, f"into {named(layer)} {'before' if behind else 'after'} it")
         return LayerFold(False, None, "; ".join(dict.fromkeys(reasons)))
 
     def _check_alone(self, path: str) -> None:
         """Checks that a layer runs once, outside of opaque calls, and that nothing else uses its variables."""
-        name = "it" if path in self.norms or path not in self.layers else _name(path)
+        name = "it" if path in self.norms or path not in self.layers else named(path)
         if hidden := self._hidden.get(path):
             raise _No(f"{name} runs inside `{hidden}`, which fold cannot trace")
         calls = len(self.flow.tagged(Tag(path, "output")))
@@ -211,13 +212,13 @@ class _Planner:
             before = maker.tag.path
             if len(uses) > 1:
                 others = [node for node in uses if node.tag != Tag(path, "input")]
-                raise _No(f"the output of {_name(before)} also goes into {_what(others[0])}")
+                raise _No(f"the output of {named(before)} also goes into {_what(others[0])}")
             if before in self.layers:
                 self._check_layer(before, affine, behind=True)
                 return before
             # A bare normalization that was folded into the layer before it leaves nothing, so continue to its input.
             if not (self.norms[before].bare and any(one.norm == before and one.behind for one in self.folds)):
-                raise _No(f"its input is made by the normalization {_name(before)}")
+                raise _No(f"its input is made by the normalization {named(before)}")
             path, value = before, self._given(before)  # this one is already folded
 
     def _layer_behind(self, path: str, affine: _fold_arithmetic.Affine) -> str:
@@ -235,7 +236,7 @@ class _Planner:
         if not isinstance(behind, Tag):
             raise _No(f"its output goes into {_what(uses[0])}, not directly into a layer")
         if behind.path not in self.layers:
-            raise _No(f"its output goes into {_name(behind.path)}")
+            raise _No(f"its output goes into {named(behind.path)}")
         self._check_layer(behind.path, affine, behind=False)
         return behind.path
 
@@ -247,18 +248,14 @@ class _Planner:
         layer = self.layers[path]
         self._check_alone(path)
         if layer.refusal or layer.linear is None:
-            raise _No(f"{_name(path)} {layer.refusal}")
+            raise _No(f"{named(path)} {layer.refusal}")
         linear = layer.linear
         features = linear.outputs if behind else linear.inputs
         if not set(affine.axes) <= set(features):
-            raise _No(f"its features are along axes {affine.axes}, those of {_name(path)} along {tuple(features)}")
+            raise _No(f"its features are along axes {affine.axes}, those of {named(path)} along {tuple(features)}")
         # If the shift is 0, there is no constant that padding could interrupt.
         if not behind and linear.uneven and np.any(np.asarray(affine.shift)):
-            raise _No(f"{_name(path)} {linear.uneven}")
-
-
-def _name(path: str) -> str:
-    return repr(path) if path else "the model itself"
+            raise _No(f"{named(path)} {linear.uneven}")
 
 
 def _what(node: _dataflow.Node) -> str:

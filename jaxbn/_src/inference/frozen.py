@@ -16,6 +16,7 @@ from jaxbn._src.display.tables import in_order
 from jaxbn._src.framework.framework import Framework
 from jaxbn._src.framework.layers import LayerKind
 from jaxbn._src.framework.processes import check_unstacked, here
+from jaxbn._src.framework.selection import named
 from jaxbn._src.methods.protocol import State
 from jaxbn._src.numerics.averages import INITIAL_MEAN, INITIAL_VAR
 from jaxbn._src.statistics.pass_report import Report
@@ -150,7 +151,7 @@ def check_kinds(frozen: Frozen, kinds: Mapping[str, LayerKind]) -> None:
             old, new = getattr(known[path], name), getattr(kinds[path], name)
             if old is not None and new is not None and old != new:
                 raise ValueError(
-                    f"{_name(path)} was frozen with {name}={old!r}, but the model has {name}={new!r}; {_HINT}"
+                    f"{named(path)} was frozen with {name}={old!r}, but the model has {name}={new!r}; {_HINT}"
                 )
 
 
@@ -200,12 +201,8 @@ def _version(package: str) -> str:
         return "unknown"
 
 
-def _name(path: str) -> str:
-    return repr(path) if path else "the model itself"
-
-
 def _layer_info(path: str, state: State, report: Report | None, kind: LayerKind | None, otherwise: str) -> LayerInfo:
-    name = _name(path)
+    name = named(path)
     mean, var = np.asarray(state.mean), np.asarray(state.var)
     if not (np.isfinite(mean).all() and np.isfinite(var).all() and (var >= 0).all()):
         raise ValueError(f"The statistics of {name} are not finite, or a variance is negative.")

@@ -111,50 +111,12 @@ def fold(
 
 def _follow(call: Call, variables: dict[str, Any], example: Any) -> _fold_plan.Traced:
     """Traces the model with tags."""
-    norms: dict[str, _fold_plan.Norm] = {}
-    layers: dict[str, Layer] = {}
-    shapes, watch = find_shapes(variables), Watch(REGISTER)
-
-    def holds(module: Any) -> bool:
-        return any("/".join(map(str, (*module.path, *names[:-1]))) in shapes for names in statistics_of(module))
-
-    def intercept(next_call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
-        module: Any = context.module
-        is_norm = is_call_of_layer(context)
-        if is_norm and isinstance(module, nnx.bridge.ToLinen) and not _is_tagged_bridge(module):
-            # `run_bridge` calls the bridge again, without the tags; the call around it has the tags already.
-            return next_call(*args, **kwargs)
-        if not is_norm and not _is_call_of_linear(context):
-            run = functools.partial(_called, next_call, args, kwargs, module)
-            return watched(watch, module, run, lambda: holds(module))
-        # A layer without a tag has other variables than those given, as in a teacher network.
-        tagged = module.get_variable(_TAGS, _TAG)
-        path = "/".join(module.path) if tagged is None else tagged.path
-        name = "inputs" if (registered := known(module)) is None else registered.input_name
-
-        def record(y: jax.Array, *args: Any, **kwargs: Any) -> None:
-            if is_norm:
-                watch.serve(path)
-                norms[path] = _norm(module, _at(variables, path), y, *args, **kwargs)
-            else:
-                layers[path] = _layer(module, _at(variables, path), *args, **kwargs)
-
-        return tag_call(
-            path,
-            lambda *args, **kwargs: _called(next_call, args, kwargs, module),
-            args,
-            kwargs,
-            input_name=name,
-            variables=jax.tree.leaves([module.variables.get(part, {}) for part in ("params", STATISTICS)]),
-            record=record,
-            own=tagged is not None,
-        )
+    recorder, inputs = _Recorder(variables), _with_tags(variables)
 
     def run(variables: Any, inputs: Any) -> Any:
-        with watch, nn.intercept_methods(intercept):
+        with recorder.watch, nn.intercept_methods(recorder.intercept):
             return over_arrays(call(variables, inputs()))
 
-    inputs = _with_tags(variables)
     flow = _dataflow.follow(jax.make_jaxpr(run)(inputs, over_arrays(example)))
     values: dict[str, list[_dataflow.Value]] = {}
     leaves, _ = jax.tree.flatten_with_path(inputs)
@@ -162,10 +124,53 @@ def _follow(call: Call, variables: dict[str, Any], example: Any) -> _fold_plan.T
     # so they have no leaves.
     for (names, _), value in zip(leaves, flow.inputs, strict=False):
         values.setdefault("/".join(name.key for name in names[1:-1]), []).append(value)
-    return _fold_plan.Traced(flow, norms, layers, values)
+    return _fold_plan.Traced(flow, recorder.norms, recorder.layers, values)
 
 
-def _called(next_call: Callable[..., Any], args: Any, kwargs: Any, module: Any) -> Any:
+class _Recorder:
+    """The layers of a traced call, by path, which its interceptor records."""
+
+    def __init__(self, variables: dict[str, Any]) -> None:
+        self.variables, self.shapes, self.watch = variables, find_shapes(variables), Watch(REGISTER)
+        self.norms: dict[str, _fold_plan.Norm] = {}
+        self.layers: dict[str, Layer] = {}
+
+    def intercept(self, next_call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+        module: Any = context.module
+        is_norm = is_call_of_layer(context)
+        if is_norm and isinstance(module, nnx.bridge.ToLinen) and not _is_tagged_bridge(module):
+            # `run_bridge` calls the bridge again, without the tags; the call around it has the tags already.
+            return next_call(*args, **kwargs)
+        call = functools.partial(_called, next_call, module)
+        if not is_norm and not _is_call_of_linear(context):
+            return watched(self.watch, module, lambda: call(*args, **kwargs), lambda: self._holds(module))
+        # A layer without a tag has other variables than those given, as in a teacher network.
+        tagged = module.get_variable(_TAGS, _TAG)
+        path = "/".join(module.path) if tagged is None else tagged.path
+        return tag_call(
+            path,
+            call,
+            args,
+            kwargs,
+            input_name="inputs" if (registered := known(module)) is None else registered.input_name,
+            variables=jax.tree.leaves([module.variables.get(part, {}) for part in ("params", STATISTICS)]),
+            record=functools.partial(self._record, path, module, is_norm),
+            own=tagged is not None,
+        )
+
+    def _record(self, path: str, module: Any, is_norm: bool, y: jax.Array, *args: Any, **kwargs: Any) -> None:
+        if is_norm:
+            self.watch.serve(path)
+            self.norms[path] = _norm(module, _at(self.variables, path), y, *args, **kwargs)
+        else:
+            self.layers[path] = _layer(module, _at(self.variables, path), *args, **kwargs)
+
+    def _holds(self, module: Any) -> bool:
+        """Whether the module keeps statistics of the given variables."""
+        return any("/".join(map(str, (*module.path, *names[:-1]))) in self.shapes for names in statistics_of(module))
+
+
+def _called(next_call: Callable[..., Any], module: Any, *args: Any, **kwargs: Any) -> Any:
     return run_bridge(module, args, kwargs) if _is_tagged_bridge(module) else next_call(*args, **kwargs)
 
 

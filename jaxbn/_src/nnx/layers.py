@@ -120,26 +120,10 @@ class Norm(nnx.Module, NormLayer):  # in this order the layout of objects stays 
             elif not hasattr(self, name):
                 raise TypeError(f"{type(self).__name__} needs {name}=.")
 
-        params, state = _initialize(self, self.transform)
-        initializers = {"scale": (scale_init, scale_metadata), "bias": (bias_init, bias_metadata)}
-        fields = {
-            f"{name}_{kind}": part
-            for name, given in initializers.items()
-            for kind, part in zip(_KINDS, given, strict=True)
-        }
-        check_leaves(self, Norm, self.factory, params, state, fields)
-        for name, leaf in state._asdict().items():
-            if leaf is not None:
-                setattr(self, name, nnx.BatchStat(leaf))
         # As in Flax's layer, an absent variable is data that is None.
         self.scale: nnx.Param[jax.Array] | None = nnx.data(None)
         self.bias: nnx.Param[jax.Array] | None = nnx.data(None)
-        for name, leaf in params._asdict().items():
-            if leaf is not None and name in initializers:
-                initializer, metadata = initializers[name]
-                setattr(self, name, nnx.Param(initializer(rngs.params(), leaf.shape, param_dtype), **metadata))
-            elif leaf is not None:  # the method initializes its other params
-                setattr(self, name, nnx.Param(leaf.astype(param_dtype)))
+        _add_variables(self, rngs, {"scale": (scale_init, scale_metadata), "bias": (bias_init, bias_metadata)})
 
     @property
     def state(self) -> State:
@@ -201,6 +185,22 @@ class Norm(nnx.Module, NormLayer):  # in this order the layout of objects stays 
             if leaf is not getattr(state, name):  # equal without a running average
                 getattr(self, name).set_value(leaf)  # `[...] =` walks through all that is traced so far
         return y
+
+
+def _add_variables(layer: Norm, rngs: Rngs, given: Mapping[str, tuple[Initializer, Mapping[str, Any]]]) -> None:
+    """Adds the variables of the method; `given` are the initializers and the metadata of params by name."""
+    params, state = _initialize(layer, layer.transform)
+    fields = {f"{name}_{kind}": part for name, parts in given.items() for kind, part in zip(_KINDS, parts, strict=True)}
+    check_leaves(layer, Norm, layer.factory, params, state, fields)
+    for name, leaf in state._asdict().items():
+        if leaf is not None:
+            setattr(layer, name, nnx.BatchStat(leaf))
+    for name, leaf in params._asdict().items():
+        if leaf is not None and name in given:
+            initializer, metadata = given[name]
+            setattr(layer, name, nnx.Param(initializer(rngs.params(), leaf.shape, layer.param_dtype), **metadata))
+        elif leaf is not None:  # the method initializes its other params
+            setattr(layer, name, nnx.Param(leaf.astype(layer.param_dtype)))
 
 
 def load(layer: Norm, transform: NormTransform[Any, Any]) -> tuple[Any, State]:

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 from flax import nnx
 
+from jaxbn._src.framework.framework import Framework
 from jaxbn._src.inference import frozen as frozen_network
 from jaxbn._src.inference.frozen import Frozen, check_frozen
 from jaxbn._src.linen.framework import LINEN
@@ -90,8 +91,12 @@ def load(path: str | os.PathLike[str], *, like: Any = None) -> Frozen:
 
 def check_fits(frozen: Frozen, like: Any) -> None:
     """Raises a ValueError if a network does not fit `like`, and a TypeError if `like` is not a model."""
-    if like is None:
-        return
+    if like is not None:
+        frozen_network.check_fits(framework_of(like), frozen, like)
+
+
+def framework_of(like: Any) -> Framework:
+    """The framework of a model."""
     if not isinstance(like, nnx.Module | Mapping):
         raise TypeError(f"`like` must be the variables of a linen model, or an NNX model; got {type(like)}.")
-    frozen_network.check_fits(NNX if isinstance(like, nnx.Module) else LINEN, frozen, like)
+    return NNX if isinstance(like, nnx.Module) else LINEN

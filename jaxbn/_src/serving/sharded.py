@@ -6,7 +6,6 @@ back and replaces the manifest. So saving is atomic.
 """
 
 import hashlib
-import json
 import os
 import re
 import secrets
@@ -15,17 +14,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import flax
 import jax
 import numpy as np
-from flax import nnx, traverse_util
 
-from jaxbn._src.framework.processes import exchange, is_here
+from jaxbn._src.framework.processes import agree, is_here
 from jaxbn._src.inference.frozen import Frozen, check_frozen
-from jaxbn._src.nnx.framework import SAVED
 from jaxbn._src.serving import atomic_files, chunks
 from jaxbn._src.serving.arrays import check_dtype, describe, describe_tree, info_of, shapes_of
-from jaxbn._src.serving.files import check_fits
+from jaxbn._src.serving.files import check_fits, framework_of
 
 KIND = atomic_files.Kind("jaxbn-sharded", 1, "the manifest of a network")
 MANIFEST = "manifest.jaxbn"
@@ -122,19 +118,7 @@ def load_sharded(folder: str | os.PathLike[str], *, like: Any = None) -> Frozen:
 
 def _together(work: Callable[[], Any]) -> list[Any]:
     """Returns the results of `work` on all processes; if it fails on one process, all raise."""
-    result, error = None, None
-    try:
-        result = work()
-    except Exception as raised:  # any error must reach the other processes
-        error = raised
-    failed = None if error is None else f"{type(error).__name__}: {error}"
-    said = [json.loads(message) for message in exchange(json.dumps([result, failed]).encode())]
-    if error is not None:
-        raise error
-    for process, (_, failed) in enumerate(said):
-        if failed is not None:
-            raise RuntimeError(f"Process {process} failed: {failed}")
-    return [result for result, _ in said]
+    return agree(lambda: (None, work()))[1]
 
 
 # --- Saving -----------------------------------------------------------------------------------------------------------
@@ -245,7 +229,8 @@ def _check_chunks(step: Path, frozen: Frozen) -> None:
 def _restore(step: Path, wanted: Any, like: Any) -> Any:
     """Returns the arrays in the structure `wanted`, with the shardings of `like`."""
     named = jax.tree.leaves_with_path(wanted)
-    shardings = [None] * len(named) if like is None else list(map(_sharding_of, _values(like)))
+    given = wanted if like is None else framework_of(like).variables(like)
+    shardings = [None if like is None else _sharding_of(leaf) for leaf in jax.tree.leaves(given)]
     try:
         leaves = chunks.restore(step, named, shardings)
     except OSError:
@@ -253,15 +238,6 @@ def _restore(step: Path, wanted: Any, like: Any) -> Any:
     except Exception as error:  # errors of orbax and its dependencies, for files whose checksums are right
         raise ValueError(f"{step} could not be read: {type(error).__name__}, {error}") from error
     return jax.tree.unflatten(jax.tree.structure(wanted), leaves)
-
-
-def _values(like: Any) -> list[Any]:
-    """Returns the leaves of a model, arrays or shapes, in the order of the leaves of a network that fits it."""
-    if isinstance(like, nnx.Module):
-        # The same dict as that of a frozen network, because the order of its leaves depends on the keys.
-        flat = nnx.to_flat_state(nnx.state(like, SAVED))
-        like = traverse_util.unflatten_dict({tuple(map(str, path)): leaf.get_value() for path, leaf in flat})
-    return jax.tree.leaves(flax.core.meta.unbox(flax.core.unfreeze(like)))
 
 
 def _sharding_of(leaf: Any) -> Any:
