@@ -4,6 +4,7 @@
     python examples/recipes/equinox_modules.py
 
 The statistics are states in the module, or in the `eqx.nn.State`; `jaxbn.postproc` finds them in either.
+It takes models with Equinox's own BatchNorm as well.
 """
 
 from typing import Any

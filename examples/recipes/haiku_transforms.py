@@ -4,6 +4,7 @@
     python examples/recipes/haiku_transforms.py
 
 The statistics are one state of Haiku, a NamedTuple, which `jaxbn.postproc` finds in the states of the transform.
+It takes models with Haiku's own BatchNorm as well.
 """
 
 from typing import Any

@@ -10,8 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# A number of steps after which no average is debiased any more, and which can still be incremented.
-_LONG = 2**30
+from jaxbn._src.numerics.averages import LONG
 
 
 def from_keras(layer: Any) -> dict[str, Any]:
@@ -118,7 +117,7 @@ def to_haiku(
         state[f"{name}/~/{part}_ema"] = {
             "hidden": value,
             "average": value,
-            "counter": jnp.full_like(old["counter"], _LONG),
+            "counter": jnp.full_like(old["counter"], LONG),
         }
     return params, state
 
@@ -188,7 +187,7 @@ def to_equinox(variables: Any, layer: Any, state: Any) -> tuple[Any, Any]:
     averages = (stats["mean"], stats["var"])
     if layer.mode == "ema":
         return layer, state.set(layer.ema_first_time_index, jnp.array(False)).set(layer.ema_state_index, averages)
-    return layer, state.set(layer.batch_counter, jnp.array(_LONG)).set(layer.batch_state_index, averages)
+    return layer, state.set(layer.batch_counter, jnp.array(LONG)).set(layer.batch_state_index, averages)
 
 
 def _variables(scale: Any, bias: Any, mean: Any, var: Any) -> dict[str, Any]:

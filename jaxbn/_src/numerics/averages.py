@@ -26,6 +26,9 @@ from jaxbn._src.numerics import dtypes as _dtypes
 INITIAL_MEAN = 0.0
 INITIAL_VAR = 1.0
 
+# A number of steps after which no average is debiased any more, and which can still be incremented.
+LONG = 2**30
+
 
 @dataclasses.dataclass(frozen=True)
 class Averaging(abc.ABC):

@@ -1,39 +1,27 @@
 """The capture hook of plain JAX: the moments of the inputs of all normalization layers, without changes to the model.
 
-It has three parts. Each state becomes a captured state: a NamedTuple with the same fields that also holds the flat
-positions of the statistics. They are leaves of the same node, so that transformations slice both together, and the
-static part of the node makes jit caches distinguish calls with and without a capture. The functions `train` and `eval`
-of every transform leave calls with such a state to the state itself: it measures the input once, normalizes with the
-statistics of the mode, and sows the moments on the output. `harvest` collects them.
+Each layer gets a slot beside its statistics in the tree, as in linen. How a call meets it depends on the library.
 """
 
-import dataclasses
-import functools
-import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable
 from typing import Any
 
-import jax
-
-from jaxbn._src.framework.called import CalledNorm, Operands
 from jaxbn._src.framework.framework import Call, with_moments
 from jaxbn._src.framework.layers import (
     Layer,
     Measured,
     Weights,
-    captured_call,
     carry_weights,
     check_mode,
     count_examples,
     example_weights,
     measured,
 )
-from jaxbn._src.framework.method import Method, evaluate
 from jaxbn._src.framework.mixing import Mixture
-from jaxbn._src.methods.captured import CapturedState
-from jaxbn._src.methods.protocol import NormTransform, State
 from jaxbn._src.numerics import moments as _moments
-from jaxbn._src.pytree.states import find_states, map_states, without_slots
+from jaxbn._src.pytree.library import Slot
+from jaxbn._src.pytree.states import LIBRARIES, find_states
 from jaxbn._src.tracing import harvest as _harvest
 
 
@@ -80,106 +68,23 @@ def capture(
     def captured(tree: Any, batch: Any) -> tuple[Any, Measured]:
         count = count_examples(batch) if examples else None
         layers = {path: Layer(path, state.mean.shape, mode, count) for path, state in find_states(tree).items()}
-        whole = {layer: layer.positions() for layer in layers.values()}
         per_example = None if weights is None else example_weights(weights, batch)
+        slots = {
+            path: Slot(layer.positions(), None if per_example is None else carry_weights(per_example, layer), layer)
+            for path, layer in layers.items()
+        }
+        for library in LIBRARIES:
+            tree = library.with_slots(tree, slots)
 
-        def with_slot(path: str, state: Any) -> Any:
-            layer = layers[path]
-            carried = None if per_example is None else carry_weights(per_example, layer)
-            cls: Any = type(state)
-            return _captured_class(cls).made(tuple(state), layer, whole[layer], carried)
+        def run(tree: Any, batch: Any) -> Any:
+            with contextlib.ExitStack() as stack:
+                for library in LIBRARIES:
+                    stack.enter_context(library.capturing())
+                return call(tree, batch)
 
-        outputs, records = _harvest.harvest(call)(map_states(with_slot, tree), batch)
-        return without_slots(outputs), measured(records, whole, calls=examples)
+        outputs, records = _harvest.harvest(run)(tree, batch)
+        for library in LIBRARIES:
+            outputs = library.without_slots(outputs)  # the call may return states
+        return outputs, measured(records, {slot.layer: slot.index for slot in slots.values()}, calls=examples)
 
     return captured
-
-
-class _Captured(CapturedState):
-    """A captured state; `_captured_class` mixes it with the class of the state. The last two are its further leaves."""
-
-    plain_class: Any  # of the state
-    layer: Layer
-    index: jax.Array  # i32, in the shape of the mean
-    weights: jax.Array | None  # of the examples, see `carry_weights`
-
-    @classmethod
-    def made(cls, leaves: Sequence[Any], layer: Layer, index: Any, weights: Any) -> Any:
-        """A captured state of these statistics."""
-        state: Any = tuple.__new__(cls, leaves)  # type: ignore[type-var]  # the classes in use derive from tuple
-        state.layer, state.index, state.weights = layer, index, weights
-        return state
-
-    @property
-    def plain(self) -> Any:
-        """The state without the slot."""
-        leaves: Any = self
-        return tuple.__new__(self.plain_class, leaves)
-
-    def _replace(self, **changes: Any) -> Any:
-        return self._with(self.plain._replace(**changes))
-
-    def _with(self, state: Any) -> Any:
-        """Another state with the slot of this one."""
-        return self.made(tuple(state), self.layer, self.index, self.weights)
-
-    def run(self, transform: Any, name: str, params: Any, x: Any, operands: Mapping[str, Any]) -> Any:
-        """The call of `train` or `eval` during a capture."""
-        after = [self.plain]
-
-        def as_called() -> Any:
-            if name == "eval":
-                return transform.eval(params, self.plain, x, **operands)
-            y, after[0] = transform.train(params, self.plain, x, **operands)
-            return y
-
-        y = captured_call(
-            dataclasses.replace(self.layer, method=method_of(transform), evaluates=name == "eval"),
-            self.index,
-            self.weights,
-            _called_norm(transform, self.layer.path, params, self.plain),
-            _operands(x, operands),
-            as_called,
-        )
-        return y if name == "eval" else (y, self._with(after[0]))
-
-
-@functools.cache
-def _captured_class(cls: Any) -> Any:
-    """The class of the captured states of a class of states, registered as a pytree."""
-    made = type(f"Captured{cls.__name__}", (_Captured, cls), {"plain_class": cls})
-
-    def flatten(state: Any) -> tuple[list[tuple[Any, Any]], Any]:
-        named = [*zip(cls._fields, state, strict=True), ("index", state.index), ("weights", state.weights)]
-        return [(jax.tree_util.GetAttrKey(name), leaf) for name, leaf in named], state.layer
-
-    def unflatten(layer: Layer, leaves: Iterable[Any]) -> Any:
-        *statistics, index, weights = leaves
-        return made.made(statistics, layer, index, weights)  # type: ignore[attr-defined]  # of _Captured
-
-    jax.tree_util.register_pytree_with_keys(made, flatten, unflatten)
-    return made
-
-
-def _called_norm(transform: NormTransform[Any, Any], path: str, params: Any, state: State) -> CalledNorm:
-    normalize = functools.partial(evaluate, transform, params)
-    settings = transform.settings
-    return CalledNorm(path, transform, state, normalize, settings.axis, settings.axis_name, settings.axis_index_groups)
-
-
-def _operands(x: Any, given: Mapping[str, Any]) -> Operands:
-    # All others say which statistics a value belongs to.
-    where = {name: value for name, value in given.items() if name not in ("mask", "residual")}
-    return Operands(jax.numpy.asarray(x), given.get("mask"), given.get("residual"), where)
-
-
-def method_of(transform: NormTransform[Any, Any]) -> Method:
-    """The method of a transform, in the form in which layers of Flax tell theirs."""
-    # A nested function is named after the factory that made it.
-    name = getattr(inspect.unwrap(transform.train), "__qualname__", type(transform).__name__).split(".")[0]
-
-    def make(**settings: Any) -> NormTransform[Any, Any]:
-        return transform
-
-    make.__name__ = name
-    return Method(make, **vars(transform.settings))

@@ -36,7 +36,8 @@ def postproc(
     """Estimates the population statistics of a model of plain functions with the parameters fixed: a statistics pass.
 
     Use it for any model that normalizes with `train` or `eval` of a `NormTransform`: plain functions, Equinox modules,
-    Haiku transforms. :func:`jaxbn.linen.postproc` describes the pass in full, and is the one for Flax.
+    Haiku transforms. It knows Equinox's and Haiku's own BatchNorm too, if not subclasses with another call in Equinox.
+    :func:`jaxbn.linen.postproc` describes the pass in full, and is the one for Flax.
 
     Args:
         call: Runs the model, `(state, batch) -> outputs`: any function that passes the states in `state` to `bn.train`
@@ -44,7 +45,8 @@ def postproc(
             batch whichever of the two it calls. The same function object is compiled once.
         state: Any pytree that holds states of methods, such as `BatchNormState`; it may hold the parameters too. States
             are found by their type, NamedTuples with `mean` and `var`, and named by their path in the tree. Stacked
-            states, as of an ensemble, are a single layer.
+            states, as of an ensemble, are a single layer. For Equinox's own layers: the model together with its
+            `eqx.nn.State`. For Haiku's: the states of the transform, with or without the parameters.
         batches: Any iterable of batches (pytrees of arrays), or a function that returns an iterator. Sizes may differ:
             every value counts once. With several processes, global arrays or batches of each process's own.
         estimator: `jaxbn.pooled()`, `jaxbn.mean_of_batches()` or `jaxbn.moving_average()`.
