@@ -8,13 +8,20 @@ from pathlib import Path
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# The passes of XLA run as for users. Those of LLVM would take a third of the time of the tests; .ci/run asks for
-# them where it runs the tests in full.
+# LLVM's passes would take a third of the time of the tests. .ci/run asks for them where numbers are compared.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
-import jax  # noqa: E402  the devices are counted when jax starts
+import jaxlib  # noqa: E402  jax reads the variables above when it starts
+
+FLAGS = ["--xla_force_host_platform_device_count=8"]
+if os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1":
+    FLAGS += ["--xla_cpu_parallel_codegen_split_count=1"]  # most programs are too small to be worth more threads
+    if jaxlib.version.__version_info__ < (0, 11):  # newer ones have only the emitters that need twice the time
+        FLAGS += ["--xla_cpu_use_fusion_emitters=false"]
+os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS])
+
+import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 

@@ -417,12 +417,17 @@ def test_weights_of_examples_reach_their_domains():
 
 
 def test_frozen_layers_normalize_each_domain_with_its_statistics():
-    x, ids, batches = batches_of_domains()
+    _, _, batches = batches_of_domains()
     variables, _ = linen_pass()
     expected = linen_call(variables, batches[0])
     training = lambda v, b: Linen().apply(v, b["x"], True, domain=b["domain"], mutable=["batch_stats"])
     frozen = jaxbn.linen.freeze_layers(training, "")
     np.testing.assert_array_equal(frozen(variables, batches[0])[0], expected)
+
+
+@pytest.mark.slow
+def test_frozen_layers_of_nnx_normalize_each_domain_with_its_statistics():
+    _, _, batches = batches_of_domains()
     model, _ = nnx_pass()
     fixed = jaxbn.nnx.freeze_layers(model, "")
     expected = model(batches[0]["x"], False, domain=batches[0]["domain"])

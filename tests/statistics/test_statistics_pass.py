@@ -60,7 +60,7 @@ def test_consistent_statistics_are_those_of_all_data_whatever_the_batches(framew
     model = Model(framework, layer)
     exact = pooled_in_float64(model.params, [data])
     shuffled = data[rng.permutation(ROWS)]
-    arrangements = [in_batches(data, 2), in_batches(data, 7), in_batches(data, 200), in_batches(shuffled, 200), [data]]
+    arrangements = [in_batches(data, 7), in_batches(shuffled, 200), [data]]
     found = [model.postproc(batches, consistent=True) for batches in arrangements]
     for statistics, report in found:
         assert_same_statistics(statistics, exact, 1e-5)
@@ -305,7 +305,7 @@ def test_the_layer_is_named_in_which_it_appeared_first(data):
 
 
 @pytest.mark.sample(every=2)
-@pytest.mark.parametrize("framework, consistent", [(LINEN, True), (NNX, False)], ids=["linen, consistent", "nnx"])
+@pytest.mark.parametrize("framework, consistent", [(NNX, False), (LINEN, True)], ids=["nnx", "linen, consistent"])
 def test_on_a_mesh_as_on_one_device(framework, consistent, data):
     """The last batch does not divide, and is whole on each device."""
     model, batches = Model(framework), in_batches(data[:389], 128)
