@@ -164,7 +164,21 @@ def test_layers_that_are_not_in_the_tree_run_as_they_do():
     net = hk.without_apply_rng(hk.transform_with_state(lambda x: hk.BatchNorm(True, True, 0.9)(x, True)))
     teacher, bn = net.init(None, data()), jaxbn.batch_norm()
     params, state = bn.init(CHANNELS)
-    call = lambda state, x: bn.eval(params, state, net.apply(*teacher, x)[0])
-    y, moments = jaxbn.capture_moments(call, mode="eval")(state, data())
+
+    def call(state, x):
+        y, after = net.apply(*teacher, x)
+        return bn.eval(params, state, y), after
+
+    outputs, moments = jaxbn.capture_moments(call, mode="eval")(state, data())
     assert list(moments) == [""]
-    np.testing.assert_allclose(y, call(state, data()), rtol=1e-6)
+    chex.assert_trees_all_close(outputs, call(state, data()), rtol=1e-6)
+
+
+def test_immutable_states_of_haiku():
+    hk = pytest.importorskip("haiku")
+    net = hk.without_apply_rng(hk.transform_with_state(lambda x: hk.BatchNorm(True, True, 0.9)(x, True)))
+    params, state = net.init(None, data())
+    state = hk.data_structures.to_immutable_dict(state)
+    new, _ = jaxbn.postproc(lambda state, x: net.apply(params, state, x)[0], state, [data()])
+    chex.assert_trees_all_equal_structs(new, state)
+    np.testing.assert_allclose(new["batch_norm/~/mean_ema"]["average"][0], data().mean(0), rtol=1e-5)

@@ -37,6 +37,11 @@ def _layers(node: Any) -> list[str]:
     return [key.removesuffix(_MEAN) for key in node if key.endswith(_MEAN) and "average" in node[key]]
 
 
+def _like(node: Any, content: dict[str, Any]) -> Any:
+    """The content in the class of the node: Haiku's states may be immutable."""
+    return type(node)(content)
+
+
 def _find(tree: Any) -> dict[str, State]:
     found: dict[str, State] = {}
     for keys, node in jax.tree.leaves_with_path(tree, is_leaf=_is_states):
@@ -51,7 +56,7 @@ def _map(function: Callable[[str, str, dict[str, Any]], Any], tree: Any) -> Any:
 
     def new(keys: Any, node: Any) -> Any:
         for name in _layers(node):
-            node = function(path_of(keys, name), name, dict(node))
+            node = _like(node, function(path_of(keys, name), name, dict(node)))
         return node
 
     return jax.tree.map_with_path(new, tree, is_leaf=_is_states)
@@ -64,7 +69,7 @@ def _with_states(tree: Any, states: Mapping[str, State]) -> Any:
                 old = held[f"{name}{part}"]
                 # The averages continue from here without debiasing.
                 counter = jnp.full_like(old["counter"], LONG)
-                held[f"{name}{part}"] = {**old, "hidden": value, "average": value, "counter": counter}
+                held[f"{name}{part}"] = _like(old, {"hidden": value, "average": value, "counter": counter})
         return held
 
     return _map(new, tree)
@@ -78,11 +83,15 @@ def _with_slots(tree: Any, slots: Mapping[str, Slot]) -> Any:
 
 
 def _without_slots(tree: Any) -> Any:
+    def without_slot(states: Any) -> Any:
+        return _like(states, {key: leaf for key, leaf in states.items() if key != _SLOT})
+
     def strip(node: Any) -> Any:
         if not _is_states(node):
             return node
-        held = {name: {key: leaf for key, leaf in states.items() if key != _SLOT} for name, states in node.items()}
-        return {name: states for name, states in held.items() if states}
+        # An entry that only the slot has made is removed with it.
+        held = {name: states if _SLOT not in states else without_slot(states) for name, states in node.items()}
+        return _like(node, {name: states for name, states in held.items() if states or not node[name]})
 
     return jax.tree.map(strip, tree, is_leaf=_is_states)
 
@@ -96,9 +105,9 @@ def _intercept(haiku: Any, next_call: Callable[..., Any], args: Any, kwargs: Any
     """Runs in the place of every method of every module, and changes the calls of BatchNorm only."""
     if context.orig_class is not haiku.BatchNorm or context.method_name != "__call__":
         return next_call(*args, **kwargs)
-    try:
-        slot = haiku.get_state(_SLOT)
-    except ValueError:  # the layer does not belong to the states that were given, such as a teacher
+    # `get_state` would add an empty entry to the states of a layer that has no slot, such as one of a teacher.
+    slot = context.module.state_dict().get(f"{context.module.module_name}/{_SLOT}")
+    if slot is None:
         return next_call(*args, **kwargs)
     return _captured(haiku, context.module, slot, next_call, *args, **kwargs)
 
