@@ -14,6 +14,7 @@ from meshes import AXIS, DEVICES, mesh
 
 import jaxbn
 import jaxbn.nnx
+from jaxbn._src.framework.layers import Layer
 from jaxbn._src.nnx import capture
 
 NORMS = [nnx.BatchNorm, jaxbn.nnx.BatchNorm]
@@ -627,7 +628,8 @@ def test_flax_lets_the_class_of_a_clone_be_replaced(norm):
     for attempt in range(2):
         for mode in ("batch", "eval"):
             copy = nnx.clone(model)
-            layer, _ = capture._hook("", copy, mode, None)
+            layer = Layer("", (4,), mode)
+            capture._hook_layer(copy, layer, layer.positions())
             graphs[attempt, mode] = nnx.graphdef(copy)
             merged = nnx.merge(*nnx.split(copy))
             assert type(merged) is type(copy) and isinstance(merged, norm)
@@ -640,7 +642,8 @@ def test_flax_lets_the_class_of_a_clone_be_replaced(norm):
 @every_norm
 def test_flax_carries_the_slot_wherever_it_carries_statistics(norm):
     copy = nnx.clone(norm(4, rngs=nnx.Rngs(0)))
-    _, positions = capture._hook("", copy, "batch", None)
+    positions = np.arange(4)
+    capture._hook_layer(copy, Layer("", (4,), "batch"), positions)
     _, statistics, rest = nnx.split(copy, nnx.BatchStat, ...)
     assert set(statistics) == {"mean", "var", "jaxbn_slot"}
     assert "jaxbn_slot" not in rest

@@ -17,19 +17,11 @@ import jax
 from flax import nnx
 
 from jaxbn._src import internals as _internals
+from jaxbn._src.framework import capture as _capture
 from jaxbn._src.framework.called import CalledNorm
+from jaxbn._src.framework.capture import Hooked
 from jaxbn._src.framework.framework import with_moments
-from jaxbn._src.framework.layers import (
-    Layer,
-    Measured,
-    Weights,
-    captured_call,
-    carry_weights,
-    check_mode,
-    count_examples,
-    example_weights,
-    measured,
-)
+from jaxbn._src.framework.layers import Layer, Measured, Weights, captured_call, check_mode
 from jaxbn._src.framework.mixing import Mixture
 from jaxbn._src.framework.norm_layer import called_norm, method_of, operands_of
 from jaxbn._src.framework.unknown_layers import Touched, Watch, name_of
@@ -38,7 +30,6 @@ from jaxbn._src.linen.registry import OWN_LEAVES, REGISTER, as_norm, class_insid
 from jaxbn._src.linen.variables import Call, find_layers, find_shapes, split_by_class, with_leaves, without
 from jaxbn._src.methods.protocol import State
 from jaxbn._src.numerics import moments as _moments
-from jaxbn._src.tracing import harvest as _harvest
 
 _SLOT = "jaxbn_slot"
 _WEIGHTS = "jaxbn_weights"
@@ -104,35 +95,32 @@ def capture(
     """The capture hook of the framework: as `capture_moments`, but returns all measurements."""
     if isinstance(call, nn.Module) and call.scope is None:
         raise TypeError(f"`call` is a module, {type(call).__name__}: pass a function of (variables, batch): net.apply.")
+    return _capture.capture(_hook, call, mode, weights, examples)
 
-    def captured(variables: Any, batch: Any) -> tuple[Any, Measured]:
-        variables = flax.core.unfreeze(variables)
-        known, _ = split_by_class(variables)
-        if not (shapes := find_shapes(variables)):
-            find_layers(variables)  # which raises
-        count = count_examples(batch) if examples else None
-        held = {path: Layer(path, shape, mode, count) for path, shape in shapes.items()}
-        layers = [held[path] for path in known]
-        # Modules of unknown classes get a slot too: `_pass` tags their output, so that the report can name them.
-        slots = {path: Slot(layer.positions(), layer) for path, layer in held.items()}
-        whole = {layer: slots[layer.path].index for layer in layers}
 
-        def run(variables: Any, batch: Any) -> Any:
-            if weights is not None:
-                per_example = example_weights(weights, batch)
-                carried = {layer.path: carry_weights(per_example, layer) for layer in layers}
-                variables = with_leaves(variables, _WEIGHTS, carried)
-            with nn.intercept_methods(_intercept):
-                return without(_WEIGHTS, call(variables, batch))
+def _hook(call: Call, variables: Any, make: Callable[..., Layer], carried: Callable[[Layer], Any] | None) -> Hooked:
+    variables = flax.core.unfreeze(variables)
+    known, _ = split_by_class(variables)
+    if not (shapes := find_shapes(variables)):
+        find_layers(variables)  # which raises
+    layers = {path: make(path, shape) for path, shape in shapes.items()}
+    # Modules of unknown classes get a slot too: `_pass` tags their output, so that the report can name them.
+    slots = {path: Slot(layer.positions(), layer) for path, layer in layers.items()}
+    hooked = with_leaves(variables, _SLOT, slots)
+    if carried is not None:
+        hooked = with_leaves(hooked, _WEIGHTS, {path: carried(layers[path]) for path in known})
 
-        outputs, records = _harvest.harvest(run)(with_leaves(variables, _SLOT, slots), batch)
-        found = measured(records, whole, calls=examples)
+    def run(variables: Any, batch: Any) -> Any:
+        with nn.intercept_methods(_intercept):
+            return call(variables, batch)
+
+    def unhooked(outputs: Any) -> Any:
         if not known:  # only modules of unknown classes have statistics, and none of them ran
             find_layers(variables)  # which raises
         # The call may return variables, as with `mutable=`, and with them the slots.
-        return without(_SLOT, outputs), found
+        return without(_SLOT, without(_WEIGHTS, outputs))
 
-    return captured
+    return Hooked(run, hooked, {layers[path]: slots[path].index for path in known}, unhooked)
 
 
 def _intercept(next_call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:

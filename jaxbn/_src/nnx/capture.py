@@ -16,18 +16,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxbn._src.framework import capture as _capture
+from jaxbn._src.framework.capture import Hooked
 from jaxbn._src.framework.framework import Call, with_moments
-from jaxbn._src.framework.layers import (
-    Layer,
-    Measured,
-    Weights,
-    captured_call,
-    carry_weights,
-    check_mode,
-    count_examples,
-    example_weights,
-    measured,
-)
+from jaxbn._src.framework.layers import Layer, Measured, Weights, captured_call, check_mode
 from jaxbn._src.framework.mixing import Mixture
 from jaxbn._src.framework.norm_layer import called_norm, method_of, operands_of
 from jaxbn._src.framework.registry import Registered
@@ -48,7 +40,6 @@ from jaxbn._src.nnx.registry import (
     with_touch,
 )
 from jaxbn._src.numerics import moments as _moments
-from jaxbn._src.tracing import harvest as _harvest
 
 # Attributes that flax.nnx.BatchNorm.__call__ reads in evaluation, in addition to the variables.
 _STOCK_FIELDS = "axis momentum epsilon dtype axis_name axis_index_groups use_fast_variance promote_dtype".split()
@@ -94,24 +85,26 @@ def capture(
     call: Call, *, mode: str | Mixture, weights: Weights | None = None, examples: bool = False
 ) -> Callable[[Any, Any], tuple[Any, Measured]]:
     """The capture hook of the framework: as `capture_moments`, but returns all measurements."""
+    return _capture.capture(_hook, call, mode, weights, examples)
 
-    def captured(model: Any, batch: Any) -> tuple[Any, Measured]:
-        copy = nnx.clone(model)  # new objects, the same arrays
-        modules = find_layers(copy)
-        count = count_examples(batch) if examples else None
-        whole = dict(_hook(path, layer, mode, count) for path, layer in modules.items())
-        for path, module in find_others(copy).items():
-            _watch(path, module)
-        if weights is not None:
-            per_example = example_weights(weights, batch)
-            for layer in (layer for layer in whole if not is_frozen(modules[layer.path])):
-                modules[layer.path].jaxbn_weights = Slot(carry_weights(per_example, layer))
-        # `harvest` traces functions of arrays; the graphdef, with the tags of the layers, is static.
-        graphdef, state = nnx.split(copy)
-        outputs, records = _harvest.harvest(lambda state, batch: call(nnx.merge(graphdef, state), batch))(state, batch)
-        return _without_hooks(outputs), measured(records, whole, calls=examples)
 
-    return captured
+def _hook(call: Call, model: Any, make: Callable[..., Layer], carried: Callable[[Layer], Any] | None) -> Hooked:
+    copy = nnx.clone(model)  # new objects, the same arrays
+    whole = {}
+    for path, module in find_layers(copy).items():
+        norm = as_norm(module)
+        layer = make(path, norm.mean.shape, method=method_of(norm))
+        whole[layer] = layer.positions()
+        # A frozen layer has no hook, so that its count stays 0 and a statistics pass skips it.
+        if not is_frozen(module):
+            _hook_layer(module, layer, whole[layer])
+            if carried is not None:
+                module.jaxbn_weights = Slot(carried(layer))
+    for path, module in find_others(copy).items():
+        _watch(path, module)
+    # `harvest` traces functions of arrays; the graphdef, with the tags of the layers, is static.
+    graphdef, state = nnx.split(copy)
+    return Hooked(lambda state, batch: call(nnx.merge(graphdef, state), batch), state, whole, _without_hooks)
 
 
 def run_model(model: Any, batch: Any) -> Any:
@@ -160,16 +153,10 @@ def is_frozen(layer: Any) -> bool:
     return getattr(layer, "jaxbn_frozen", False)
 
 
-def _hook(path: str, module: Any, mode: str | Mixture, examples: int | None) -> tuple[Layer, jax.Array]:
-    norm = as_norm(module)
-    layer = Layer(path, norm.mean.shape, mode, examples, method_of(norm))
-    positions = layer.positions()
-    # A frozen layer has no hook, so that its count stays 0 and a statistics pass skips it.
-    if not is_frozen(module):
-        set_call(module, _measured)
-        module.jaxbn_slot = Slot(positions)
-        module.jaxbn_layer = nnx.static(layer)
-    return layer, positions
+def _hook_layer(module: Any, layer: Layer, positions: jax.Array) -> None:
+    set_call(module, _measured)
+    module.jaxbn_slot = Slot(positions)
+    module.jaxbn_layer = nnx.static(layer)
 
 
 def _watch(path: str, module: Any) -> None:

@@ -7,22 +7,14 @@ import contextlib
 from collections.abc import Callable
 from typing import Any
 
+from jaxbn._src.framework import capture as _capture
+from jaxbn._src.framework.capture import Hooked
 from jaxbn._src.framework.framework import Call, with_moments
-from jaxbn._src.framework.layers import (
-    Layer,
-    Measured,
-    Weights,
-    carry_weights,
-    check_mode,
-    count_examples,
-    example_weights,
-    measured,
-)
+from jaxbn._src.framework.layers import Layer, Measured, Weights, check_mode
 from jaxbn._src.framework.mixing import Mixture
 from jaxbn._src.numerics import moments as _moments
 from jaxbn._src.pytree.library import Slot
 from jaxbn._src.pytree.states import LIBRARIES, find_states
-from jaxbn._src.tracing import harvest as _harvest
 
 
 def capture_moments(
@@ -64,27 +56,28 @@ def capture(
     call: Call, *, mode: str | Mixture, weights: Weights | None = None, examples: bool = False
 ) -> Callable[[Any, Any], tuple[Any, Measured]]:
     """The capture hook of the framework: as `capture_moments`, but returns all measurements."""
+    return _capture.capture(_hook, call, mode, weights, examples)
 
-    def captured(tree: Any, batch: Any) -> tuple[Any, Measured]:
-        count = count_examples(batch) if examples else None
-        layers = {path: Layer(path, state.mean.shape, mode, count) for path, state in find_states(tree).items()}
-        per_example = None if weights is None else example_weights(weights, batch)
-        slots = {
-            path: Slot(layer.positions(), None if per_example is None else carry_weights(per_example, layer), layer)
-            for path, layer in layers.items()
-        }
-        for library in LIBRARIES:
-            tree = library.with_slots(tree, slots)
 
-        def run(tree: Any, batch: Any) -> Any:
-            with contextlib.ExitStack() as stack:
-                for library in LIBRARIES:
-                    stack.enter_context(library.capturing())
-                return call(tree, batch)
+def _hook(call: Call, tree: Any, make: Callable[..., Layer], carried: Callable[[Layer], Any] | None) -> Hooked:
+    layers = {path: make(path, state.mean.shape) for path, state in find_states(tree).items()}
+    slots = {
+        path: Slot(layer.positions(), None if carried is None else carried(layer), layer)
+        for path, layer in layers.items()
+    }
+    for library in LIBRARIES:
+        tree = library.with_slots(tree, slots)
 
-        outputs, records = _harvest.harvest(run)(tree, batch)
-        for library in LIBRARIES:
-            outputs = library.without_slots(outputs)  # the call may return states
-        return outputs, measured(records, {slot.layer: slot.index for slot in slots.values()}, calls=examples)
+    def run(tree: Any, batch: Any) -> Any:
+        with contextlib.ExitStack() as stack:
+            for library in LIBRARIES:
+                stack.enter_context(library.capturing())
+            return call(tree, batch)
 
-    return captured
+    return Hooked(run, tree, {slot.layer: slot.index for slot in slots.values()}, _without_slots)
+
+
+def _without_slots(outputs: Any) -> Any:
+    for library in LIBRARIES:
+        outputs = library.without_slots(outputs)  # the call may return states
+    return outputs
