@@ -220,6 +220,20 @@ def test_states_that_the_model_rebuilds():
     np.testing.assert_allclose(y, call(state, data()), rtol=1e-6)
 
 
+def test_capture_inside_a_captured_call():
+    """The inner capture meets the layers, as in linen, and the outer one says that it met none."""
+    params, state = BN.init(CHANNELS)
+    evaluate = lambda state, x: BN.eval(params, state, x)
+
+    def call(state, x):
+        y, moments = jaxbn.capture_moments(evaluate, mode="eval")(state, x)
+        return y - moments[""].mean[None]
+
+    y, moments = jaxbn.capture_moments(call)(state, data())
+    np.testing.assert_array_equal(y, call(state, data()))
+    assert moments[""].count[0] == 0
+
+
 def test_weights_and_masks():
     params, state = BN.init(CHANNELS)
     x, mask = data(), jnp.arange(ROWS)[:, None] % 3 > 0

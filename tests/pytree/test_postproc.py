@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import jaxbn
+import jaxbn.serving
 
 CHANNELS, DEPTH = 3, 3
 bn = jaxbn.batch_norm()
@@ -119,5 +120,7 @@ def test_errors():
         jaxbn.postproc(lambda state, x: x, state, [x])
     with pytest.raises(ValueError, match="never estimated"):
         jaxbn.freeze(state)
+    with pytest.raises(TypeError, match="Export the function itself"):
+        jaxbn.serving.export("program", call, state, x)
     with pytest.raises(ValueError, match="is not a normalization layer"):
         jaxbn.install_moments(state, {"norm": bn.measure(x)})

@@ -466,7 +466,9 @@ def test_nnx_models_that_it_fits_and_does_not(path):
 
 def test_like_is_variables_or_a_model(saved):
     for like in (jaxbn.linen.BatchNorm(), tiny(), 3):
-        with pytest.raises(TypeError, match="`like` must be the variables of a linen model, or an NNX model; got"):
+        with pytest.raises(
+            TypeError, match="`like` must be the variables of a linen model, an NNX model, or a pytree with states"
+        ):
             jaxbn.serving.load(saved, like=like)
 
 

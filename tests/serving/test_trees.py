@@ -10,13 +10,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import CASES
 from flax import nnx
 from flax.core import FrozenDict
+from own_method import mixed_norm
 
 import jaxbn
 import jaxbn.nnx
 import jaxbn.serving
-from jaxbn._src.serving.arrays import DTYPES
+from jaxbn._src.serving.arrays import DTYPES, shapes_of
 
 INFO = jaxbn.Info((), ())
 # Without 64-bit dtypes, which other tests cover.
@@ -158,6 +160,31 @@ def test_parameters_that_are_trees(name, tmp_path):
         wrong = jax.tree.map(lambda leaf: leaf, variables)
         wrong["params"]["weights"][1][1][1] = jnp.ones(4)
         load(tmp_path / "linen", like=wrong)
+
+
+@pytest.mark.parametrize("name", ["save", "save_sharded"])
+def test_trees_of_plain_functions(name, tmp_path):
+    """The NamedTuples of jaxbn are restored as what they are; those of a method of your own are not known here."""
+    save, load = getattr(jaxbn.serving, name), getattr(jaxbn.serving, name.replace("save", "load"))
+    layers = {case.name: case.factory(**case.arguments).init(2) for case in CASES}
+    model = jax.tree.map(lambda leaf: leaf + 1, {"kernels": [jnp.ones(3)], "layers": layers})
+    frozen = jaxbn.freeze(model)
+    save(tmp_path / "network", frozen)
+    found = load(tmp_path / "network", like=jax.eval_shape(lambda: model))
+    assert_same(found.variables, model)
+    assert found.info == frozen.info
+    with pytest.raises(ValueError, match=r"'layers/batch_norm/1/mean' is missing in the frozen network"):
+        save(tmp_path / "other", jaxbn.Frozen({**model, "layers": {}}, INFO))
+        load(tmp_path / "other", like={**model, "layers": {"batch_norm": (None, layers["batch_norm"][1])}})
+    save(tmp_path / "own", jaxbn.Frozen({"norm": layers["batch_norm"]}, INFO))
+    with pytest.raises(TypeError, match="'norm/0' is <class 'own_method.MixedParams'>"):
+        save(tmp_path / "own", jaxbn.Frozen({"norm": mixed_norm().init(2)}, INFO))
+
+
+@pytest.mark.parametrize("described", [["BatchNormState", [["float32", [1]]]], ["BatchNormState", "ab"], ["Pair", []]])
+def test_forged_named_tuples(described):
+    with pytest.raises((TypeError, ValueError)):
+        shapes_of(described)
 
 
 class Pair(NamedTuple):

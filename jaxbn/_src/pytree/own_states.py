@@ -26,6 +26,11 @@ def is_state(node: Any) -> bool:
     return isinstance(node, tuple) and {"mean", "var"} <= set(getattr(node, "_fields", ()))
 
 
+def holds_states(tree: Any) -> bool:
+    """Whether there is a state of a method in the tree."""
+    return any(map(is_state, jax.tree.leaves(tree, is_leaf=is_state)))
+
+
 def _find(tree: Any) -> dict[str, State]:
     """The states by path, in the order of the tree."""
     found = [(keys, node) for keys, node in jax.tree.leaves_with_path(tree, is_leaf=is_state) if is_state(node)]
@@ -53,7 +58,7 @@ def _with_states(tree: Any, states: Mapping[str, State]) -> Any:
 
 def _with_slots(tree: Any, slots: Mapping[str, Slot]) -> Any:
     def captured(path: str, state: Any) -> Any:
-        cls: Any = type(state)
+        cls: Any = state.plain_class if isinstance(state, _Captured) else type(state)  # in a capture inside a call
         return _captured_class(cls).made(tuple(state), slots[path])
 
     return _map(captured, tree)

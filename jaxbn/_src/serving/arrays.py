@@ -1,9 +1,9 @@
 """Serialization of a network: its containers and the information on its statistics as JSON, its arrays as bytes.
 
 In JSON, an array is `[dtype, shape]`, a dict with string keys is an object, and None is null. Other containers have a
-tag: `["list", [...]]`, `["tuple", [...]]`, `["items", [[key, ...], ...]]` for a dict with integer keys, and
-`["frozen", ...]` for Flax's FrozenDict. The bytes of the arrays follow the header in the order of `jax.tree.leaves`,
-row-major and little-endian.
+tag: `["list", [...]]`, `["tuple", [...]]`, `["items", [[key, ...], ...]]` for a dict with integer keys, and `["frozen",
+...]` for Flax's FrozenDict, and the name of its class for a NamedTuple of jaxbn. The bytes of the arrays follow the
+header in the order of `jax.tree.leaves`, row-major and little-endian.
 
 The safetensors format has no int2, int4, uint2, uint4, complex128, and not all types of float8 (as of version 0.8.0),
 so it cannot hold every network.
@@ -19,6 +19,12 @@ import numpy as np
 from flax.core import FrozenDict
 
 from jaxbn._src.inference.frozen import Info, LayerInfo
+from jaxbn._src.methods.batch_norm import BatchNormState
+from jaxbn._src.methods.batch_renorm import BatchRenormState
+from jaxbn._src.methods.domain_batch_norm import DomainBatchNormState
+from jaxbn._src.methods.ghost_batch_norm import GhostBatchNormState
+from jaxbn._src.methods.moving_average_batch_norm import MovingAverageBatchNormState
+from jaxbn._src.methods.protocol import NormParams
 
 # The dtypes of JAX. A file with any other dtype, such as that of objects or text, is rejected.
 DTYPES = frozenset(
@@ -26,6 +32,14 @@ DTYPES = frozenset(
     "float8_e4m3 float8_e4m3b11fnuz float8_e4m3fn float8_e4m3fnuz float8_e5m2 float8_e5m2fnuz float8_e8m0fnu bfloat16 "
     "float16 float32 float64 complex64 complex128".split()
 )
+# The NamedTuples in the trees of plain functions. A file cannot name any other class.
+NAMED: dict[str, Any] = {
+    cls.__name__: cls
+    for cls in (
+        NormParams, BatchNormState, BatchRenormState, DomainBatchNormState, GhostBatchNormState,
+        MovingAverageBatchNormState,
+    )
+}  # fmt: skip
 # The largest product of the non-zero sizes of an array. Larger ones, possible in an empty array, overflow in libraries.
 _MOST = 2**40
 
@@ -36,7 +50,7 @@ def check_array(path: Any, leaf: Any) -> None:
     if not is_array or leaf.dtype.name not in DTYPES or not np.dtype(leaf.dtype).isnative:
         raise TypeError(
             f"{name_of(path)!r} is {leaf.dtype if is_array else type(leaf)}; a frozen network holds arrays of numbers "
-            f"with dtypes of JAX, in dicts, lists and tuples."
+            f"with dtypes of JAX, in dicts, lists, tuples and the NamedTuples of jaxbn."
         )
 
 
@@ -90,6 +104,8 @@ def shapes_of(described: Any) -> Any:
     tag, content = described
     if tag in ("list", "tuple"):
         return {"list": list, "tuple": tuple}[tag](shapes_of(value) for value in content)
+    if tag in NAMED:
+        return NAMED[tag](*(shapes_of(value) for value in _checked(content, list)))
     if tag == "items":
         items = {_checked(key, int): shapes_of(value) for key, value in content}
         # If a key is repeated, the dict has fewer items, and a leaf of the file would be lost.
@@ -104,7 +120,7 @@ def shapes_of(described: Any) -> Any:
 def _describe(path: Any, node: Any) -> Any:
     if node is None:
         return None
-    # Exact types only: loading would restore a subclass, such as a NamedTuple, as its base class.
+    # Exact types only: loading would restore a subclass, such as another NamedTuple, as its base class.
     if type(node) is dict and all(type(key) is str for key in node):
         return {key: _describe((*path, jax.tree_util.DictKey(key)), value) for key, value in node.items()}
     if type(node) is dict and all(type(key) is int for key in node):
@@ -115,6 +131,9 @@ def _describe(path: Any, node: Any) -> Any:
     if type(node) in (list, tuple):
         values = [_describe((*path, jax.tree_util.SequenceKey(i)), value) for i, value in enumerate(node)]
         return [type(node).__name__, values]
+    if NAMED.get(type(node).__name__) is type(node):
+        named = ((*path, jax.tree_util.GetAttrKey(name)) for name in node._fields)
+        return [type(node).__name__, [_describe(name, value) for name, value in zip(named, node, strict=True)]]
     check_array(path, node)
     return [node.dtype.name, list(node.shape)]
 

@@ -12,6 +12,8 @@ from jaxbn._src.inference import frozen as frozen_network
 from jaxbn._src.inference.frozen import Frozen, check_frozen
 from jaxbn._src.linen.framework import LINEN
 from jaxbn._src.nnx.framework import NNX
+from jaxbn._src.pytree.framework import PYTREE
+from jaxbn._src.pytree.own_states import holds_states
 from jaxbn._src.serving import atomic_files
 from jaxbn._src.serving.arrays import describe, describe_tree, info_of, pack, shapes_of, to_device, to_host, unpack
 
@@ -31,8 +33,8 @@ def save(path: str | os.PathLike[str], frozen: Frozen) -> None:
         None.
 
     Raises:
-        TypeError: If `frozen` is not a `Frozen`, or holds anything but arrays in dicts, lists and tuples; the message
-            names it.
+        TypeError: If `frozen` is not a `Frozen`, or holds anything but arrays in dicts, lists, tuples and
+            NamedTuples of jaxbn; the message names it.
         ValueError: If this process does not hold all of an array.
 
     Example:
@@ -57,7 +59,7 @@ def load(path: str | os.PathLike[str], *, like: Any = None) -> Frozen:
     Args:
         path: The file.
         like: A model that the network must fit: the variables of a linen model (`net.init`, or its shapes by
-            `jax.eval_shape`), or an NNX model. None: no check.
+            `jax.eval_shape`), an NNX model, or a pytree with states of methods. None: no check.
 
     Returns:
         The `Frozen`. `net.apply(frozen.variables, ...)` or `eval_step(frozen, batch)` uses it; for NNX
@@ -66,7 +68,7 @@ def load(path: str | os.PathLike[str], *, like: Any = None) -> Frozen:
     Raises:
         ValueError: If the file is of another kind, is damaged, incomplete or invalid, was written by a later version,
             or does not fit `like`; the message names the file, or the first variable that differs.
-        TypeError: If `like` is neither variables nor a model.
+        TypeError: If `like` is none of these.
         FileNotFoundError: If the file does not exist.
 
     Example:
@@ -97,6 +99,13 @@ def check_fits(frozen: Frozen, like: Any) -> None:
 
 def framework_of(like: Any) -> Framework:
     """The framework of a model."""
-    if not isinstance(like, nnx.Module | Mapping):
-        raise TypeError(f"`like` must be the variables of a linen model, or an NNX model; got {type(like)}.")
-    return NNX if isinstance(like, nnx.Module) else LINEN
+    if isinstance(like, nnx.Module):
+        return NNX
+    if holds_states(like):
+        return PYTREE
+    if isinstance(like, Mapping):
+        return LINEN
+    raise TypeError(
+        f"`like` must be the variables of a linen model, an NNX model, or a pytree with states of methods; got "
+        f"{type(like)}."
+    )

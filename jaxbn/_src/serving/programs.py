@@ -26,6 +26,7 @@ from jaxbn._src.linen.layers import STATISTICS
 from jaxbn._src.linen.registry import evaluates
 from jaxbn._src.methods.protocol import State
 from jaxbn._src.nnx.framework import NNX, SAVED
+from jaxbn._src.pytree.own_states import holds_states
 from jaxbn._src.serving import atomic_files
 from jaxbn._src.serving.arrays import describe, describe_tree, info_of, pack, shapes_of, to_device, to_host, unpack
 from jaxbn._src.serving.batches import check_batch, lacks_examples, leave_open, shape_of, text, without_examples
@@ -100,7 +101,7 @@ def export(path: str | os.PathLike[str], call: Callable[..., Any], network: Any,
             examples, or several numbers of examples; if the model calls functions outside of XLA, such as LAPACK
             (`jnp.linalg.cholesky`), kernels and callbacks; if the `Frozen` is that of an NNX model; if this process
             does not hold all of an array; or if the outputs are not arrays in dicts, lists and tuples.
-        TypeError: If the network holds anything but arrays.
+        TypeError: If the network holds anything but arrays, or is that of plain functions.
 
     Example:
         >>> net = jaxbn.linen.BatchNorm(use_running_average=True)
@@ -245,6 +246,11 @@ def _check_linen(frozen: Frozen) -> None:
 
 def _as_function(call: Callable[..., Any], network: Any) -> tuple[_Run, Any]:
     """Returns a pure function of arrays and a batch, which raises an error if a layer trains, and the arrays."""
+    if holds_states(network):
+        raise TypeError(
+            "Got the states of a model of plain functions, and this exports models of linen and NNX. Export the "
+            "function itself: jax.export.export(jax.jit(lambda x: call(frozen.variables, x)))(example)."
+        )
     if isinstance(network, nnx.Module):
         # Random states and intermediate values become constants of the program; a frozen network does not hold them.
         graph, variables, *others = nnx.split(network, SAVED, ...)

@@ -42,8 +42,8 @@ def save_sharded(folder: str | os.PathLike[str], frozen: Frozen) -> None:
         None.
 
     Raises:
-        TypeError: If `frozen` is not a `Frozen`, or holds anything but arrays in dicts, lists and tuples; the message
-            names it.
+        TypeError: If `frozen` is not a `Frozen`, or holds anything but arrays in dicts, lists, tuples and
+            NamedTuples of jaxbn; the message names it.
         ValueError: If another process cannot access the folder, or its manifest is a symbolic link.
         RuntimeError: If another process failed.
 
