@@ -55,15 +55,12 @@ def defaults_that_differ(factory: Factory, cls: type) -> dict[str, Any]:
     return {name: given for name, given in fields_of(factory).items() if name not in known or known[name] != given}
 
 
-def check_leaves(
-    layer: Any, base: type, factory: Factory, params: Any, state: State, initializers: Mapping[str, Any]
-) -> None:
+def check_leaves(layer: Any, base: type, params: Any, state: State, initializers: Mapping[str, Any]) -> None:
     """Checks that the names of the params and statistics of a method do not clash with the fields of its layer.
 
     Args:
         layer: A layer.
         base: The class of all layers of the framework.
-        factory: The factory of the method.
         params: The params of the method.
         state: The state of the method.
         initializers: The fields that configure a param, such as `scale_init`, by name.
@@ -71,7 +68,7 @@ def check_leaves(
     Raises:
         ValueError: If a name is taken, or the method does not have the param that a field configures.
     """
-    learned, statistics = params._fields, state._fields
+    factory, learned, statistics = layer.factory, params._fields, state._fields
     for name in (*learned, *statistics):
         if name in fields_of(factory) or hasattr(base, name) or (name in learned and name in statistics):
             raise ValueError(
@@ -101,12 +98,13 @@ def _fields_of_methods(cls: type) -> set[str]:
     return set().union(*(fields_of(getattr(factory, "__func__", factory)) for factory in (batch_norm, *made)))
 
 
-def arguments_of(factory: Factory, layer: Any) -> dict[str, Any]:
-    """The arguments of a factory, taken from the fields of its layer.
+def arguments_of(layer: Any) -> dict[str, Any]:
+    """The arguments of the factory of a layer, taken from its fields.
 
     Raises:
         ValueError: If a field is set that the method does not take.
     """
+    factory: Factory = layer.factory
     taken, defaults = fields_of(factory), defaults_of(cast(Hashable, type(layer)))
     for name in _fields_of_methods(type(layer)) - taken.keys():
         default = defaults.get(name)

@@ -31,7 +31,7 @@ class NormLayer:
     @property
     def made_by(self) -> Method:
         """The factory of this layer with its arguments."""
-        return Method(self.factory, **arguments_of(self.factory, self))
+        return Method(self.factory, **arguments_of(self))
 
     @property
     def transform(self) -> NormTransform[Any, Any]:

@@ -22,7 +22,7 @@ from jaxbn._src.numerics import axes as _axes
 from jaxbn._src.numerics import dtypes as _dtypes
 from jaxbn._src.tracing import dataflow as _dataflow
 
-MOVES = "it normalizes with the statistics of its batch; `call` must run the model in evaluation"
+TRAINS = "it normalizes with the statistics of its batch; `call` must run the model in evaluation"
 DOMAINS = "its statistics depend on the domain of each example"
 
 

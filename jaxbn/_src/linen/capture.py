@@ -186,10 +186,10 @@ def watched(watch: Watch, module: Any, run: Callable[[], Any], keeps: Callable[[
 def is_call_of_layer(context: nn.module.InterceptorContext) -> bool:
     """Whether this is the call of a normalization layer, outside initialization and not of a layer to be replaced."""
     module = context.module
-    return meets_layer(context) and not module.is_initializing() and successor_of(module) is None
+    return calls_layer(context) and not module.is_initializing() and successor_of(module) is None
 
 
-def meets_layer(context: nn.module.InterceptorContext) -> bool:
+def calls_layer(context: nn.module.InterceptorContext) -> bool:
     """Whether this is the call of a normalization layer."""
     return is_call(context.module, getattr(context.orig_method, "func", None))
 

@@ -73,10 +73,10 @@ def _variables(variables: Any) -> Iterator[Variable]:
         held.setdefault(tuple(module), {}).setdefault(collection, []).append(name)
     for path, leaf in flat.items():
         collection, *module, name = path
-        beside = held[tuple(module)]
-        statistics = beside.get(STATISTICS, [])
+        names = held[tuple(module)]
+        statistics = names.get(STATISTICS, [])
         # Variables do not tell the class of their module, so the names in it must.
-        own = {theirs: ours for ours, theirs in REGISTRY.names_of(statistics, beside.get("params", ())).items()}
+        own = {theirs: ours for ours, theirs in REGISTRY.names_of(statistics, names.get("params", ())).items()}
         in_flax = [_SBX.get(one, one) for one in (own.get(one, one) for one in statistics)]
         name = own.get(name, name)
         name = _SBX.get(name, name) if collection == STATISTICS else name

@@ -207,7 +207,7 @@ def _norm(
 ) -> _fold_plan.Norm:
     layer, found = as_norm(module, args, kwargs), in_flax_names(cast(Registered, known(module)), variables)
     params, state = loaded(evaluating_method(layer)(), found.get("params", {}), found[STATISTICS])
-    refusal = None if evaluates(module, args, kwargs) else _fold_plan.MOVES
+    refusal = None if evaluates(module, args, kwargs) else _fold_plan.TRAINS
     return called_norm(layer, params, state, operands_of(layer, args, kwargs), y, refusal)
 
 

@@ -97,9 +97,9 @@ def freeze_layers(call: Callable[..., Any], paths: str | Sequence[str]) -> Calla
         shapes = find_shapes(variables)
         # In the shape of the statistics, so that transformations slice both together. As a part of the tree structure
         # it makes jit caches distinguish calls with and without frozen layers.
-        marks = {path: jnp.ones(shapes[path], bool) for path in select(paths, shapes)}
+        leaves = {path: jnp.ones(shapes[path], bool) for path in select(paths, shapes)}
         with watch, nn.intercept_methods(functools.partial(_hold, watch)):
-            return without(FROZEN, call(with_leaves(variables, FROZEN, marks), *args, **kwargs))
+            return without(FROZEN, call(with_leaves(variables, FROZEN, leaves), *args, **kwargs))
 
     return frozen_call
 
@@ -164,7 +164,7 @@ def _hold(
     if not slots_of(module, FROZEN) or module.is_initializing():
         return next_call(*args, **kwargs)
     path = "/".join(module.path)
-    # Modules of unknown classes have a mark too: the watch reports those that ran, because they are not frozen.
+    # Modules of unknown classes have the leaf too: the watch reports those that ran, because they are not frozen.
     if not is_call_of_layer(context):
         return watched(watch, module, lambda: called(next_call, args, kwargs, module), lambda: True)
     watch.serve(path)

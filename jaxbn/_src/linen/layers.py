@@ -113,7 +113,7 @@ class Norm(NormLayer, nn.Module):
         variables, state = self._load_state(x, shapes[1], init)
         initializers = {"scale": self.scale_init, "bias": self.bias_init}
         given = {f"{name}_init": initializer for name, initializer in initializers.items()}
-        check_leaves(self, Norm, self.factory, shapes[0], shapes[1], given)
+        check_leaves(self, Norm, shapes[0], shapes[1], given)
         params = self._load_params(shapes[0], init, initializers)
         operands = {"mask": mask, "residual": residual, "domain": domain}
         # `init` accepts an empty batch, which has no statistics.

@@ -147,10 +147,10 @@ class Adapted(ForeignLayer):
         return self._learns("bias")
 
     def _learns(self, name: str) -> bool:
-        said = getattr(self.fields, f"use_{name}", None)
+        given = getattr(self.fields, f"use_{name}", None)
         # Without a field for it, the variables tell. In `init` they may not exist yet.
         found = self.module.is_initializing() or self.module.has_variable("params", self.registered.names[name])
-        return bool(found if said is None else said)
+        return bool(found if given is None else given)
 
     @property
     def variables(self) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import flax.linen as nn
 from jaxbn._src.framework.conversion import as_partial, carried
 from jaxbn._src.framework.selection import is_at_or_below, select
 from jaxbn._src.framework.unknown_layers import Watch
-from jaxbn._src.linen.capture import REPLACED, meets_layer, set_flags, statistics_of, successor_of, watched
+from jaxbn._src.linen.capture import REPLACED, calls_layer, set_flags, statistics_of, successor_of, watched
 from jaxbn._src.linen.layers import STATISTICS, Norm
 from jaxbn._src.linen.registry import REGISTER, Adapted, as_norm, evaluates
 from jaxbn._src.linen.variables import find_layers
@@ -156,7 +156,7 @@ def _intercept(watch: Watch, next_call: Callable[..., Any], args: Any, kwargs: A
     make = None if module.scope is None else successor_of(module)
     if make is None:
         return next_call(*args, **kwargs)
-    if not meets_layer(context):
+    if not calls_layer(context):
         return watched(watch, module, lambda: next_call(*args, **kwargs), lambda: bool(statistics_of(module)))
     watch.serve("/".join(module.path))
     new, old = make(), as_norm(module, args, kwargs)

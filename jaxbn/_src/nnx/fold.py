@@ -189,7 +189,7 @@ def _norm(module: Any, y: jax.Array, *args: Any, **kwargs: Any) -> _fold_plan.No
     cls: Any = type(module).__bases__[0] if is_frozen(module) else type(module)
     refusal = None
     if not (is_frozen(module) or registered.evaluates(module, args, kwargs)):
-        refusal = _fold_plan.MOVES
+        refusal = _fold_plan.TRAINS
     elif not has_plain_call(module, cls):
         refusal = f"it is a {cls.__name__}, which overrides __call__"
     held = in_flax_names(module)

@@ -191,7 +191,7 @@ def _add_variables(layer: Norm, rngs: Rngs, given: Mapping[str, tuple[Initialize
     """Adds the variables of the method; `given` are the initializers and the metadata of params by name."""
     params, state = _initialize(layer, layer.transform)
     fields = {f"{name}_{kind}": part for name, parts in given.items() for kind, part in zip(_KINDS, parts, strict=True)}
-    check_leaves(layer, Norm, layer.factory, params, state, fields)
+    check_leaves(layer, Norm, params, state, fields)
     for name, leaf in state._asdict().items():
         if leaf is not None:
             setattr(layer, name, nnx.BatchStat(leaf))

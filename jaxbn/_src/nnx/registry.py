@@ -249,8 +249,8 @@ def translation(cls: Any, bridged: bool) -> Callable[..., Any]:
         kwargs = {name: value for name, value in kwargs.items() if not (bridged and name in _OF_BRIDGE)}
         bound = registered.bind(args, kwargs)
         bound.apply_defaults()
-        told = any(bound.arguments.get(name) is not None for name in registered.evaluation)  # else by attribute
-        args, kwargs = registered.translated(bound, registered.evaluates(module, args, kwargs) if told else None)
+        by_call = any(bound.arguments.get(name) is not None for name in registered.evaluation)
+        args, kwargs = registered.translated(bound, registered.evaluates(module, args, kwargs) if by_call else None)
         return plain(*args, **kwargs)
 
     return call
