@@ -15,6 +15,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from jaxbn._src import internals
+from jaxbn._src.framework import processes
 
 ROOT = Path(__file__).parents[1]
 X = jnp.arange(6.0).reshape(2, 3)
@@ -47,6 +48,14 @@ def test_internals_are_in_one_file():
     files = {file for folder in ("jaxbn", "tests", "examples") for file in (ROOT / folder).rglob("*.py")} - allowed
     found = {file.name: re.findall(f"{internal}|{of_modules}", file.read_text()) for file in files}
     assert len(files) > 100 and {name: hits for name, hits in found.items() if hits} == {}
+
+
+def test_no_client_before_processes_know_each_other(monkeypatch):
+    """`statistics/test_multihost.py` exchanges messages through one."""
+    assert internals.coordination_client() is None
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(RuntimeError, match=r"There are 2 processes.*jax.distributed.initialize\(\)"):
+        processes.exchange(b"")
 
 
 # Calls

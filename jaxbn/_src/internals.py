@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
+from jax._src import distributed
 from jax.extend import core, source_info_util
 from jax.extend.core import primitives
 from jax.interpreters import ad, batching, mlir
@@ -54,6 +55,15 @@ def is_array_of_jax(x: Any) -> bool:
 def varying(x: Any) -> frozenset[str]:
     """The axes of a surrounding shard_map over which the array x may differ."""
     return frozenset(jax.typeof(x).manual_axis_type.varying)
+
+
+def coordination_client() -> Any:
+    """The client of the service that `jax.distributed.initialize` starts; None before that.
+
+    It has `key_value_set_bytes(key, value)`, `key_value_dir_get_bytes(folder)`, `key_value_delete(folder)` and
+    `wait_at_barrier(name, milliseconds)`.
+    """
+    return distributed.global_state.client
 
 
 def parts_of_module(module: Any) -> Iterable[Any]:

@@ -4,7 +4,9 @@ It runs in two processes with two devices each, and in the process of the test o
 """
 
 import functools
+import gc
 import itertools
+from unittest import mock
 
 import flax.linen as nn
 import jax
@@ -18,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 import jaxbn
 import jaxbn.linen
 import jaxbn.nnx
+from jaxbn._src.framework import processes
 
 DEVICES = 4
 ROWS = 16
@@ -114,11 +117,11 @@ def gather(tree):
 
 
 def sharded(tree):
-    """With all that has a channel for each device spread over the devices, statistics too, as in FSDP."""
+    """As in FSDP: with the first axis over the devices where they divide it, in statistics too."""
 
     def spread(leaf):
-        divides = leaf.ndim > 0 and leaf.shape[-1] % DEVICES == 0
-        return place(leaf, P(*[None] * (leaf.ndim - 1), "data") if divides else P(), AxisType.Auto)
+        divides = leaf.ndim > 0 and leaf.shape[0] % DEVICES == 0
+        return place(leaf, P("data") if divides else P(), AxisType.Auto)
 
     def is_key(leaf):
         return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
@@ -126,6 +129,20 @@ def sharded(tree):
     spread_tree = jax.tree.map(lambda leaf: leaf if is_key(leaf) else spread(leaf), tree)
     assert not all(leaf.is_fully_replicated for leaf in jax.tree.leaves(spread_tree))
     return spread_tree
+
+
+def watched(given):
+    """The batches; fails if this process holds more of a kernel than its shards, except on entry."""
+
+    def replicas():
+        kernels = (leaf for leaf in jax.live_arrays() if leaf.shape == (4, 4))
+        return sum(leaf.addressable_shards[0].data.shape == leaf.shape for leaf in kernels)
+
+    gc.collect()
+    before = replicas()
+    for batch in given:
+        yield batch
+        assert replicas() <= before
 
 
 def sharded_nnx():
@@ -137,8 +154,8 @@ def weighed(batch):
     return jnp.arange(batch.shape[0]) % 3
 
 
-def diagnosed():
-    return jaxbn.linen.diagnose(apply, variables_of(), batches(6)).to_dict()
+def diagnosed(variables=None, kind=AxisType.Explicit):
+    return jaxbn.linen.diagnose(apply, variables_of() if variables is None else variables, batches(6, kind)).to_dict()
 
 
 def diagnosed_nnx():
@@ -151,10 +168,28 @@ def stepped(spread):
     given = batches(3, AxisType.Auto)
     state = spread(steps.init(jax.random.key(0), np.zeros((2, 3), np.float32)))
     acc, step = steps.start(state, given[0]), jax.jit(steps.postproc_step)
-    for batch in given:
+    for batch in watched(given):
         acc = step(state, acc, batch)
     frozen, report = steps.finalize(state, acc)
-    return {"statistics": listed(gather(frozen.variables["batch_stats"])), "report": report.to_dict()}
+    jaxbn.check_replicas(frozen)
+    y = jax.jit(steps.eval_step)(frozen, given[0])
+    return {"statistics": listed(gather((frozen.variables["batch_stats"], y))), "report": report.to_dict()}
+
+
+def in_calls(framework, model, call, statistics_of):
+    """One batch at a time, under jit, with parameters that are sharded over the processes."""
+    (batch,), jit = batches(2, AxisType.Auto)[:1], nnx.jit if framework is jaxbn.nnx else jax.jit
+    y, moments = jit(framework.capture_moments(call))(model, batch)
+    installed = framework.install_moments(model, moments)
+    adapted = jit(framework.adapt(call, prior_count=8))(installed, batch)
+    tables = list(map(framework.summary, (model, installed)))
+    return {"arrays": listed(gather((y, statistics_of(installed), adapted))), "tables": tables}
+
+
+def agrees_without_devices():
+    """So that the devices need not wait for the agreement, nor the agreement for the devices."""
+    with mock.patch.object(processes, "process_allgather", side_effect=AssertionError("through the devices")):
+        return jaxbn.linen.postproc(apply, variables_of(), batches(12), stop_when=0.01)[1].to_dict()
 
 
 def endless():
@@ -199,11 +234,22 @@ AGREE = {
     "stopped, consistent": lambda: linen(endless, stop_when=0.12, consistent=True),
     "nan left out": lambda: linen(with_nan(), skip_nonfinite=True),
     "Auto mesh": lambda: linen(batches(6, AxisType.Auto)),
-    "sharded parameters": lambda: linen(batches(6, AxisType.Auto), sharded(variables_of()), consistent=True),
+    "sharded parameters": lambda: linen(watched(batches(6, AxisType.Auto)), sharded(variables_of())),
+    "sharded parameters, consistent": lambda: linen(
+        batches(6, AxisType.Auto), sharded(variables_of()), consistent=True
+    ),
+    "sharded parameters in calls": lambda: in_calls(
+        jaxbn.linen, sharded(variables_of()), apply, lambda variables: variables["batch_stats"]
+    ),
+    "without the devices": agrees_without_devices,
     "nnx": lambda: in_nnx(batches(6)),
     "nnx, consistent": lambda: in_nnx(batches(6), consistent=True, estimator=jaxbn.mean_of_batches()),
-    "nnx, sharded parameters": lambda: in_nnx(batches(6, AxisType.Auto), sharded_nnx()),
+    "nnx, sharded parameters": lambda: in_nnx(watched(batches(6, AxisType.Auto)), sharded_nnx()),
+    "nnx, sharded parameters in calls": lambda: in_calls(
+        jaxbn.nnx, sharded_nnx(), None, lambda model: nnx.state(model, nnx.BatchStat)
+    ),
     "diagnose": diagnosed,
+    "diagnose, sharded parameters": lambda: diagnosed(sharded(variables_of()), AxisType.Auto),
     "nnx, diagnose": diagnosed_nnx,
     "steps": lambda: stepped(lambda state: state),
     "steps, sharded parameters": lambda: stepped(sharded),

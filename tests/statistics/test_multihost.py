@@ -70,7 +70,7 @@ def of_all(worker, parts, **options):
 
 
 # What every run of the tests looks at; the slow ones look at every scenario.
-AGREE = ("pooled", "sharded parameters", "nnx")
+AGREE = ("sharded parameters", "nnx, sharded parameters", "without the devices")
 FAIL = ("far fewer on one", "global on one", "own after global on one", "one cannot read")
 
 

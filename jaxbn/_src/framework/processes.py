@@ -1,10 +1,12 @@
 """Communication between processes, and the parts of an array that each of them holds.
 
-Processes exchange bytes. A process in which something fails sends the error, so that all processes raise instead of
-waiting forever.
+Short messages, such as errors, go through the coordination service that `jax.distributed.initialize` starts, so the
+devices continue to work meanwhile. Values, such as accumulators, go through the devices. A process in which something
+fails sends the error, so that all processes raise instead of waiting forever.
 """
 
 import hashlib
+import itertools
 import json
 import pickle
 from collections.abc import Callable
@@ -20,6 +22,12 @@ from jaxbn._src import internals as _internals
 from jaxbn._src.numerics import collectives as _collectives
 
 _Result = TypeVar("_Result")
+
+# Numbers the exchanges. It is the same in all processes, because they exchange equally often.
+_exchanges = itertools.count()
+
+# How long a process waits for the others in an exchange, in milliseconds. One of them may have many batches left.
+_PATIENCE = 7 * 24 * 3600 * 1000
 
 # Leaves of normalization layers that have an axis of channels.
 _PER_CHANNEL = {"mean", "var", "scale", "bias"}
@@ -56,13 +64,27 @@ def agree(attempt: Callable[[], tuple[_Result, Any]]) -> tuple[_Result, list[Any
 
 
 def exchange(message: bytes) -> list[bytes]:
-    """The messages of all processes by index. Every process must call it equally often."""
-    # `process_allgather` needs arrays of one shape, so all messages are padded to the longest.
-    lengths = process_allgather(np.int32(len(message)))
-    padded = np.zeros(max(int(lengths.max()), 1), np.uint8)
-    padded[: len(message)] = np.frombuffer(message, np.uint8)
-    rows = process_allgather(padded)
-    return [row[:length].tobytes() for row, length in zip(rows, lengths, strict=True)]
+    """The messages of all processes by index, without the devices. Every process must call it equally often.
+
+    Raises:
+        RuntimeError: If there are several processes, and `jax.distributed.initialize` was not called.
+    """
+    if jax.process_count() == 1:
+        return [message]
+    client, number = _internals.coordination_client(), next(_exchanges)
+    if client is None:
+        raise RuntimeError(
+            f"There are {jax.process_count()} processes, which agree through JAX's coordination service. Start it at "
+            f"the beginning of the program: jax.distributed.initialize()."
+        )
+    # Indices of one width, since the service returns the messages in the order of their keys.
+    client.key_value_set_bytes(f"jaxbn/{number}/{jax.process_index():08}", message)
+    client.wait_at_barrier(f"jaxbn/{number}", _PATIENCE)
+    messages = sorted(client.key_value_dir_get_bytes(f"jaxbn/{number}/"))
+    if jax.process_index() == 0 and number:
+        # All processes have read the messages of the exchange before, since they reached this one.
+        client.key_value_delete(f"jaxbn/{number - 1}/")
+    return [told for _, told in messages]
 
 
 def is_here(leaf: Any) -> bool:
@@ -71,8 +93,14 @@ def is_here(leaf: Any) -> bool:
 
 
 def gather(mine: Any) -> list[Any]:
-    """The values of all processes by index, on the host. Every process must call it."""
-    return [pickle.loads(message) for message in exchange(pickle.dumps(jax.device_get(mine)))]
+    """The values of all processes by index, on the host, through the devices. Every process must call it."""
+    message = np.frombuffer(pickle.dumps(jax.device_get(mine)), np.uint8)
+    # `process_allgather` needs arrays of one shape, so all messages are padded to the longest.
+    lengths = process_allgather(np.int32(len(message)))
+    rows = process_allgather(np.pad(message, (0, int(lengths.max()) - len(message))))
+    return [
+        pickle.loads(row[:length].tobytes()) for row, length in zip(np.atleast_2d(rows), np.ravel(lengths), strict=True)
+    ]
 
 
 def here(tree: Any) -> Any:
@@ -88,6 +116,12 @@ def here(tree: Any) -> Any:
         return jnp.asarray(np.asarray(leaf) if leaf.is_fully_replicated else process_allgather(leaf, tiled=True))
 
     return jax.tree.map(gathered, tree)
+
+
+def held_here(leaf: Any) -> np.ndarray:
+    """The values of an array that this process holds, `[N]`; all of them unless it is sharded over processes."""
+    parts = [leaf] if is_here(leaf) else [shard.data for shard in leaf.addressable_shards]
+    return np.concatenate([np.ravel(part) for part in parts])
 
 
 def on_all(tree: Any) -> Any:
@@ -152,7 +186,7 @@ def check_replicas(tree: Any) -> None:
             digest = hashlib.sha256(np.ascontiguousarray(data).tobytes()).hexdigest()
             if digests.setdefault(f"{name}{part}", digest) != digest:
                 raise ValueError(f"{name!r} on {device} differs from its copy on the device before.")
-    everywhere = [json.loads(message) for message in exchange(json.dumps(digests).encode())]
+    everywhere = gather(digests)
     for process, theirs in enumerate(everywhere):
         for name, digest in theirs.items():
             if everywhere[0].get(name, digest) != digest:

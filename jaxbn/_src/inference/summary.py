@@ -8,9 +8,10 @@ import jax
 from jaxbn._src.display.tables import Column, in_order, table
 from jaxbn._src.framework.framework import Call, Framework, capture_arrays
 from jaxbn._src.framework.layers import AFFINE, LayerKind
-from jaxbn._src.framework.processes import check_unstacked
-from jaxbn._src.inference.frozen import AS_GIVEN, Frozen, Info, LayerInfo, is_initial
+from jaxbn._src.framework.processes import check_unstacked, held_here
+from jaxbn._src.inference.frozen import AS_GIVEN, Frozen, Info, LayerInfo
 from jaxbn._src.methods.protocol import State
+from jaxbn._src.numerics.averages import INITIAL_MEAN, INITIAL_VAR
 
 _LEARNS = Column("learns", is_number=False)
 _COLUMNS = [
@@ -78,10 +79,15 @@ def _cells(
     """Method, epsilon, statistics and rows; a dash means unknown."""
     info = known.get(path)
     kind = info or kinds.get(path)
-    statistics = info.estimator if info else "initial values" if is_initial(state).all() else AS_GIVEN
+    statistics = info.estimator if info else "initial values" if _is_initial(state) else AS_GIVEN
     return (
         (kind and kind.method) or "-",
         "-" if kind is None or kind.epsilon is None else f"{kind.epsilon:g}",
         statistics,
         "-" if info is None or info.rows is None else f"{info.rows:.0f}",
     )
+
+
+def _is_initial(state: State) -> bool:
+    # Those of this process, so that a program may print the table on process 0 alone.
+    return bool((held_here(state.mean) == INITIAL_MEAN).all() and (held_here(state.var) == INITIAL_VAR).all())
