@@ -195,6 +195,13 @@ def export(call, example=X):
         jaxbn.serving.export(Path(folder, "program"), call, variables(), example)
 
 
+def capture_members(in_axes):
+    params, state = TRANSFORM.init(3)
+    members = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), state)
+    call = jax.vmap(lambda state, x: TRANSFORM.eval(params, state, x), in_axes=(in_axes, None))
+    return jaxbn.capture_moments(call)(members, X)
+
+
 def fold(x):
     net = flax.linen.Sequential([flax.linen.Dense(3), EVALUATION])
     jaxbn.linen.fold(net.apply, net.init(jax.random.key(0), X), x)
@@ -258,6 +265,14 @@ ERRORS = {
         ValueError,
         [lambda: jaxbn.linen.postproc(EVALUATION.apply, params_alone(), [X])],
     ),
+    "There is no state of a normalization method": (
+        ValueError,
+        [lambda: jaxbn.postproc(lambda state, x: x, params_alone(), [X])],
+    ),
+    "different types at key path": (
+        ValueError,
+        [lambda: capture_members(jaxbn.BatchNormState(0, 0, None))],
+    ),
     "were never estimated: they are the initial values": (ValueError, [lambda: jaxbn.linen.freeze(variables())]),
     "are not those that the report is about": (
         ValueError,
@@ -316,4 +331,5 @@ def test_the_fixes_of_the_error_table_work():
     jaxbn.linen.BatchNorm(True, momentum=jaxbn.cumulative()).apply(counted, X)
     renorm = jaxbn.linen.BatchRenorm(True)
     renorm.apply(jaxbn.linen.convert_norms(variables(), like=renorm.init(jax.random.key(0), X)), X)
+    capture_members(0)
     jax.jvp(lambda x: train(x, jaxbn.batch_norm(autodiff=True))[0], (X,), (X,))
