@@ -53,6 +53,7 @@ NO_VARIABLES = [
     (NET, "variables that net.init"),
     (FROZEN, "Pass frozen.variables"),
     (MODEL, "use jaxbn.nnx"),
+    (jaxbn.batch_norm().init(3), "use jaxbn itself, such as jaxbn.postproc"),
     (None, "Got a NoneType"),
 ]
 NNX = {
@@ -71,6 +72,7 @@ NNX = {
 }
 NO_MODEL = [
     (VARIABLES, "Got a dict .* use jaxbn.linen"),
+    ({"norm": jaxbn.batch_norm().init(3)}, "use jaxbn itself, such as jaxbn.postproc"),
     (nnx.state(MODEL), "nnx.merge"),
     (FROZEN, "install_frozen"),
     (NET, "use jaxbn.linen"),

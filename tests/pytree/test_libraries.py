@@ -141,6 +141,36 @@ def test_consistent_statistics_freezing_and_further_training(library):
     np.testing.assert_allclose(after, 0.9 * before + 0.1 * (np.float64(data()) + 1).mean(0), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("mode", ["ema", "batch"])
+def test_ensembles_of_equinox(mode):
+    """The members are stacked, with their counters, as one layer."""
+    eqx = pytest.importorskip("equinox")
+
+    class Net(eqx.Module):
+        linear: eqx.nn.Linear
+        norm: eqx.nn.BatchNorm
+
+        def __init__(self, key):
+            self.linear = eqx.nn.Linear(CHANNELS, 2, key=key)
+            self.norm = eqx.nn.BatchNorm(2, "rows", mode=mode)
+
+        def __call__(self, x, state):
+            return self.norm(self.linear(x), state)
+
+    def run(model, x):
+        member = lambda net, state, x: jax.vmap(net, (0, None), (0, None), axis_name="rows")(x, state)
+        return eqx.filter_vmap(member, in_axes=(eqx.if_array(0), eqx.if_array(0), None))(*model, x)[0]
+
+    model = eqx.filter_vmap(eqx.nn.make_with_state(Net))(jax.random.split(jax.random.key(0), 4))
+    (net, state), report = jaxbn.postproc(run, model, [data()[:10], data()[10:]])
+    mean, var = state.get(net.norm.ema_state_index if mode == "ema" else net.norm.batch_state_index)
+    rows = np.einsum("nc,ekc->enk", np.float64(data()), np.float64(net.linear.weight))
+    rows += np.float64(net.linear.bias)[:, None]
+    np.testing.assert_allclose(mean, rows.mean(1), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(var, rows.var(1), rtol=1e-5)
+    assert report.layers["0/norm"].new_mean.shape == (4, 2)
+
+
 @pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
 def test_haiku_on_devices_in_both_formats(data_format):
     hk = pytest.importorskip("haiku")

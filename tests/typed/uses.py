@@ -38,6 +38,18 @@ def any_method(transform: jaxbn.NormTransform[Any, Any], x: jax.Array) -> jax.Ar
     return transform.eval(*transform.init(x.shape[-1]), x)
 
 
+# A model of functions, with the statistics pass and what follows it.
+def predict(model: tuple[jaxbn.NormParams, jaxbn.BatchNormState], x: jax.Array) -> jax.Array:
+    return bn.eval(*model, x)
+
+
+model, plain_report = jaxbn.postproc(predict, (params, state), [x], weights=lambda x: jnp.ones(len(x)))
+plain_frozen: jaxbn.Frozen = jaxbn.freeze(model, plain_report)
+plain_table: str = jaxbn.summary(plain_frozen)
+outputs, plain_moments = jaxbn.capture_moments(predict, mode="eval")(model, x)
+model = jaxbn.install_moments(model, plain_moments)
+plain_diagnosis: jaxbn.Diagnosis = jaxbn.diagnose(predict, model, [x, x])
+
 for transform in (bn, jaxbn.batch_renorm(**jaxbn.renorm_ramp(100)), jaxbn.ghost_batch_norm(ghost_size=32)):
     any_method(transform, x)
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxbn._src.inference.frozen import Frozen
+from jaxbn._src.methods.protocol import holds_states
 
 
 def not_variables(given: Any) -> TypeError:
@@ -19,6 +20,8 @@ def not_variables(given: Any) -> TypeError:
         )
     elif hasattr(given, "apply") and hasattr(given, "init"):
         fix = "Pass the variables that net.init(...) or training returned; the module belongs in `call`: net.apply."
+    elif holds_states(given):
+        fix = "For a pytree with states of methods, as of plain functions, use jaxbn itself, such as jaxbn.postproc."
     elif callable(given):
         fix = "The order is (call, variables, batches); for an NNX model use jaxbn.nnx."
     else:
@@ -37,6 +40,8 @@ def not_a_model(given: Any) -> TypeError:
         fix = f"Pass an instance: {given.__name__}(..., rngs=nnx.Rngs(0))."
     elif hasattr(given, "apply") and hasattr(given, "init"):
         fix = "For a linen module and its variables use jaxbn.linen."
+    elif holds_states(given):
+        fix = "For a pytree with states of methods, as of plain functions, use jaxbn itself, such as jaxbn.postproc."
     elif isinstance(given, Mapping):
         fix = "For the variables of a linen model use jaxbn.linen; for an NNX state pass nnx.merge(graphdef, state)."
     else:

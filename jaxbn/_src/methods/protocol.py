@@ -50,6 +50,16 @@ class State(Protocol):
     def _replace(self, *args: Any, **kwargs: Any) -> Any: ...
 
 
+def is_state(node: Any) -> bool:
+    """Whether this is a `State`: a NamedTuple that has a mean and a variance."""
+    return isinstance(node, tuple) and {"mean", "var"} <= set(getattr(node, "_fields", ()))
+
+
+def holds_states(tree: Any) -> bool:
+    """Whether there is a state of a method in the tree."""
+    return any(map(is_state, jax.tree.leaves(tree, is_leaf=is_state)))
+
+
 # The params and the state of a method. A type checker wants to know of each function which of them it only takes
 # (`In`) and which it only returns (`Out`).
 ParamsT = TypeVar("ParamsT")

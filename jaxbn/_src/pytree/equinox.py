@@ -58,6 +58,7 @@ def _statistics(layer: Any, state: Any) -> BatchNormState:
     if layer.mode == "ema":
         return BatchNormState(mean, var)
     count = state.get(layer.batch_counter)
+    count = jnp.expand_dims(count, range(count.ndim, mean.ndim))  # an ensemble has a counter for each member
     weight = jnp.where(count == 0, 1, 1 - layer.momentum ** count.astype(mean.dtype))
     return BatchNormState(mean / weight, var / weight)
 
@@ -91,7 +92,7 @@ def _with_states(tree: Any, states: Mapping[str, State]) -> Any:
                 node = node.set(_index(layer), (state.mean, state.var))
                 # The averages continue from here, without debiasing and not from the next batch.
                 if layer.mode == "ema":
-                    node = node.set(layer.ema_first_time_index, jnp.array(False))
+                    node = node.set(layer.ema_first_time_index, jnp.zeros_like(node.get(layer.ema_first_time_index)))
                 else:
                     node = node.set(layer.batch_counter, jnp.full_like(node.get(layer.batch_counter), LONG))
         return node

@@ -17,18 +17,8 @@ from jaxbn._src.framework.called import CalledNorm, Operands
 from jaxbn._src.framework.layers import captured_call
 from jaxbn._src.framework.method import Method, evaluate
 from jaxbn._src.methods.captured import CapturedState
-from jaxbn._src.methods.protocol import NormTransform, State
+from jaxbn._src.methods.protocol import NormTransform, State, is_state
 from jaxbn._src.pytree.library import Library, Slot, path_of
-
-
-def is_state(node: Any) -> bool:
-    """Whether this is the state of a method, see `State`: a NamedTuple that has a mean and a variance."""
-    return isinstance(node, tuple) and {"mean", "var"} <= set(getattr(node, "_fields", ()))
-
-
-def holds_states(tree: Any) -> bool:
-    """Whether there is a state of a method in the tree."""
-    return any(map(is_state, jax.tree.leaves(tree, is_leaf=is_state)))
 
 
 def _find(tree: Any) -> dict[str, State]:

@@ -11,9 +11,9 @@ from jaxbn._src.framework.framework import Framework
 from jaxbn._src.inference import frozen as frozen_network
 from jaxbn._src.inference.frozen import Frozen, check_frozen
 from jaxbn._src.linen.framework import LINEN
+from jaxbn._src.methods.protocol import holds_states
 from jaxbn._src.nnx.framework import NNX
 from jaxbn._src.pytree.framework import PYTREE
-from jaxbn._src.pytree.own_states import holds_states
 from jaxbn._src.serving import atomic_files
 from jaxbn._src.serving.arrays import describe, describe_tree, info_of, pack, shapes_of, to_device, to_host, unpack
 

@@ -24,9 +24,8 @@ from jaxbn._src.linen.framework import LINEN
 from jaxbn._src.linen.freeze import apply_frozen
 from jaxbn._src.linen.layers import STATISTICS
 from jaxbn._src.linen.registry import evaluates
-from jaxbn._src.methods.protocol import State
+from jaxbn._src.methods.protocol import State, holds_states
 from jaxbn._src.nnx.framework import NNX, SAVED
-from jaxbn._src.pytree.own_states import holds_states
 from jaxbn._src.serving import atomic_files
 from jaxbn._src.serving.arrays import describe, describe_tree, info_of, pack, shapes_of, to_device, to_host, unpack
 from jaxbn._src.serving.batches import check_batch, lacks_examples, leave_open, shape_of, text, without_examples
