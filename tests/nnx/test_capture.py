@@ -14,7 +14,7 @@ from meshes import AXIS, DEVICES, mesh
 
 import jaxbn
 import jaxbn.nnx
-from jaxbn._src.framework.layers import Layer
+from jaxbn._src.framework.layers import Layer, Slot
 from jaxbn._src.nnx import capture
 
 NORMS = [nnx.BatchNorm, jaxbn.nnx.BatchNorm]
@@ -629,7 +629,7 @@ def test_flax_lets_the_class_of_a_clone_be_replaced(norm):
         for mode in ("batch", "eval"):
             copy = nnx.clone(model)
             layer = Layer("", (4,), mode)
-            capture._hook_layer(copy, layer, layer.positions())
+            capture._hook_layer(copy, Slot(layer.positions(), None, layer))
             graphs[attempt, mode] = nnx.graphdef(copy)
             merged = nnx.merge(*nnx.split(copy))
             assert type(merged) is type(copy) and isinstance(merged, norm)
@@ -643,7 +643,7 @@ def test_flax_lets_the_class_of_a_clone_be_replaced(norm):
 def test_flax_carries_the_slot_wherever_it_carries_statistics(norm):
     copy = nnx.clone(norm(4, rngs=nnx.Rngs(0)))
     positions = np.arange(4)
-    capture._hook_layer(copy, Layer("", (4,), "batch"), positions)
+    capture._hook_layer(copy, Slot(positions, None, Layer("", (4,), "batch")))
     _, statistics, rest = nnx.split(copy, nnx.BatchStat, ...)
     assert set(statistics) == {"mean", "var", "jaxbn_slot"}
     assert "jaxbn_slot" not in rest

@@ -1,14 +1,12 @@
 """The steps of a capture, which are the same in all frameworks: hook the layers, harvest, remove the hooks."""
 
-import functools
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
-
-import jax
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple, Protocol
 
 from jaxbn._src.framework.layers import (
     Layer,
     Measured,
+    Slot,
     Weights,
     carry_weights,
     count_examples,
@@ -18,34 +16,45 @@ from jaxbn._src.framework.layers import (
 from jaxbn._src.framework.mixing import Mixture
 from jaxbn._src.tracing import harvest as _harvest
 
+Call = Callable[[Any, Any], Any]  # (model, batch) -> outputs
+
+
+class MakeSlot(Protocol):
+    """Makes the slot of a layer from its path and the shape of its statistics."""
+
+    def __call__(self, path: str, shape: tuple[int, ...]) -> Slot:
+        """The slot, for the mode and the batch of this capture."""
+
 
 class Hooked(NamedTuple):
     """A model in a call, with hooks on its layers that measure and sow."""
 
-    call: Callable[[Any, Any], Any]  # (arrays, batch) -> outputs
+    call: Call  # (arrays, batch) -> outputs
     arrays: Any
-    whole: Mapping[Layer, jax.Array]  # the positions of the statistics of every layer
+    slots: Iterable[Slot]  # of every layer
     unhooked: Callable[[Any], Any]  # removes the hooks from the outputs, which may hold the model or its variables
 
 
-# (call, model, make, carried) -> Hooked; `make(path, shape)` is a layer, and `carried(layer)` the weights of the
-# examples for it, None without weights
-Hook = Callable[[Callable[[Any, Any], Any], Any, Callable[..., Layer], Callable[[Layer], Any] | None], Hooked]
-
-
 def capture(
-    hook: Hook, call: Callable[[Any, Any], Any], mode: str | Mixture, weights: Weights | None, examples: bool
+    hook: Callable[[Call, Any, MakeSlot], Hooked],
+    call: Call,
+    mode: str | Mixture,
+    weights: Weights | None,
+    examples: bool,
 ) -> Callable[[Any, Any], tuple[Any, Measured]]:
-    """Makes a function that also returns the measurements of every layer."""
+    """Makes a function that also returns the measurements of every layer; `hook` is the part of the framework."""
 
     def captured(model: Any, batch: Any) -> tuple[Any, Measured]:
-        make = functools.partial(Layer, mode=mode, examples=count_examples(batch) if examples else None)
-        carried = None
-        if weights is not None:
-            carried = functools.partial(carry_weights, example_weights(weights, batch))
-        hooked = hook(call, model, make, carried)
+        count = count_examples(batch) if examples else None
+        per_example = None if weights is None else example_weights(weights, batch)
+
+        def make(path: str, shape: tuple[int, ...]) -> Slot:
+            layer = Layer(path, shape, mode, count)
+            return Slot(layer.positions(), None if per_example is None else carry_weights(per_example, layer), layer)
+
+        hooked = hook(call, model, make)
         outputs, records = _harvest.harvest(hooked.call)(hooked.arrays, batch)
-        found = measured(records, hooked.whole, calls=examples)
+        found = measured(records, {slot.layer: slot.index for slot in hooked.slots}, calls=examples)
         return hooked.unhooked(outputs), found
 
     return captured

@@ -196,20 +196,30 @@ def check_mode(mode: str) -> None:
         raise ValueError(f"mode={mode!r} is none of {', '.join(map(repr, MODES))}.")
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Slot:
+    """What a layer carries while its calls are captured: a pytree, in which the layer is static."""
+
+    index: jax.Array  # i32, the flat positions of its statistics
+    weights: jax.Array | None  # of the examples, as `carry_weights` laid them out
+    layer: Layer = dataclasses.field(metadata={"static": True})
+
+
 def captured_call(
-    layer: Layer,
-    index: jax.Array,
-    weights: jax.Array | None,
+    slot: Slot,
+    method: Method,
+    evaluates: bool | None,
     norm: CalledNorm,
     operands: Operands,
     plain: Callable[[], jax.Array],
 ) -> jax.Array:
-    """The call of a layer during a capture: measures the input, normalizes as the mode says, and marks the output.
+    """The call of a layer during a capture: measures the input, normalizes as the mode says, and sows on the output.
 
     Args:
-        layer: The layer, with its mode.
-        index: The flat positions of its statistics.
-        weights: Of the examples, as `carry_weights` laid them out; None: there are none.
+        slot: The layer, and what it carries.
+        method: The method of the layer.
+        evaluates: Whether the model runs the layer in evaluation; None: not known.
         norm: The functions and statistics of the layer.
         operands: The arguments of the call.
         plain: The call as the model makes it.
@@ -217,8 +227,9 @@ def captured_call(
     Returns:
         The output.
     """
+    layer, index = dataclasses.replace(slot.layer, method=method, evaluates=evaluates), slot.index
     x, mask, _, where = operands
-    mask = mask if weights is None else weigh(mask, weights, x, layer.path, norm.axis)
+    mask = mask if slot.weights is None else weigh(mask, slot.weights, x, layer.path, norm.axis)
     measure = norm.transform.measure
     moments = measure(x, **operands_for(measure, mask=mask, **where))
     heeded = "eval" if layer.evaluates else "batch"

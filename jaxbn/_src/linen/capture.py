@@ -1,12 +1,11 @@
 """The capture hook of linen: the moments of the inputs of all normalization layers, without changes to the model.
 
-It has three parts. A `Slot` is added to the statistics of each layer. Its array holds the flat positions of the
+It has three parts. A `Slot` is added to the statistics of each layer. Its arrays hold the flat positions of the
 statistics, so that transformations slice both together; its static part makes jit caches distinguish calls with and
 without a capture. An interceptor at the call of the layer measures the input once, normalizes with the statistics of
 the mode, whatever flags the model passes, and sows the moments on the output. `harvest` collects them.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -19,9 +18,9 @@ from flax import nnx
 from jaxbn._src import internals as _internals
 from jaxbn._src.framework import capture as _capture
 from jaxbn._src.framework.called import CalledNorm
-from jaxbn._src.framework.capture import Hooked
+from jaxbn._src.framework.capture import Hooked, MakeSlot
 from jaxbn._src.framework.framework import with_moments
-from jaxbn._src.framework.layers import Layer, Measured, Weights, captured_call, check_mode
+from jaxbn._src.framework.layers import Measured, Weights, captured_call, check_mode
 from jaxbn._src.framework.mixing import Mixture
 from jaxbn._src.framework.norm_layer import called_norm, method_of, operands_of
 from jaxbn._src.framework.unknown_layers import Touched, Watch, name_of
@@ -32,22 +31,12 @@ from jaxbn._src.methods.protocol import State
 from jaxbn._src.numerics import moments as _moments
 
 _SLOT = "jaxbn_slot"
-_WEIGHTS = "jaxbn_weights"
 FROZEN = "jaxbn_frozen"  # a leaf among the statistics of frozen layers
 REPLACED = "jaxbn_replaced"  # a flag of scopes: the replacement of layers, and the depth of the model
 # Fields of the stock layer that evaluation depends on.
 _STOCK_FIELDS = (
     "axis epsilon dtype param_dtype use_bias use_scale bias_init scale_init force_float32_reductions".split()
 )
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Slot:
-    """The flat positions of the statistics of a layer. `layer` is part of the tree structure."""
-
-    index: jax.Array
-    layer: Layer = dataclasses.field(metadata={"static": True})
 
 
 def capture_moments(
@@ -98,17 +87,13 @@ def capture(
     return _capture.capture(_hook, call, mode, weights, examples)
 
 
-def _hook(call: Call, variables: Any, make: Callable[..., Layer], carried: Callable[[Layer], Any] | None) -> Hooked:
+def _hook(call: Call, variables: Any, make: MakeSlot) -> Hooked:
     variables = flax.core.unfreeze(variables)
     known, _ = split_by_class(variables)
     if not (shapes := find_shapes(variables)):
         find_layers(variables)  # which raises
-    layers = {path: make(path, shape) for path, shape in shapes.items()}
     # Modules of unknown classes get a slot too: `_pass` tags their output, so that the report can name them.
-    slots = {path: Slot(layer.positions(), layer) for path, layer in layers.items()}
-    hooked = with_leaves(variables, _SLOT, slots)
-    if carried is not None:
-        hooked = with_leaves(hooked, _WEIGHTS, {path: carried(layers[path]) for path in known})
+    slots = {path: make(path, shape) for path, shape in shapes.items()}
 
     def run(variables: Any, batch: Any) -> Any:
         with nn.intercept_methods(_intercept):
@@ -118,9 +103,9 @@ def _hook(call: Call, variables: Any, make: Callable[..., Layer], carried: Calla
         if not known:  # only modules of unknown classes have statistics, and none of them ran
             find_layers(variables)  # which raises
         # The call may return variables, as with `mutable=`, and with them the slots.
-        return without(_SLOT, without(_WEIGHTS, outputs))
+        return without(_SLOT, outputs)
 
-    return Hooked(run, hooked, {layers[path]: slots[path].index for path in known}, unhooked)
+    return Hooked(run, with_leaves(variables, _SLOT, slots), [slots[path] for path in known], unhooked)
 
 
 def _intercept(next_call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
@@ -134,9 +119,9 @@ def _intercept(next_call: Callable[..., Any], args: Any, kwargs: Any, context: n
         return next_call(*args, **kwargs)
     layer = as_norm(module, args, kwargs)
     return captured_call(
-        dataclasses.replace(slot.layer, method=method_of(layer), evaluates=evaluates(module, args, kwargs)),
-        slot.index,
-        module.get_variable(STATISTICS, _WEIGHTS),
+        slot,
+        method_of(layer),
+        evaluates(module, args, kwargs),
         norm_in_call(layer, slot.layer.path),
         operands_of(layer, args, kwargs),
         lambda: called(next_call, args, kwargs, module),

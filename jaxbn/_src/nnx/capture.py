@@ -6,7 +6,6 @@ also gets the flat positions of its statistics as one more `BatchStat`, so that 
 path of the layer and the mode are static, so that jit caches distinguish calls with and without a capture.
 """
 
-import dataclasses
 import functools
 import types
 from collections.abc import Callable, Sequence
@@ -17,9 +16,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxbn._src.framework import capture as _capture
-from jaxbn._src.framework.capture import Hooked
+from jaxbn._src.framework.capture import Hooked, MakeSlot
 from jaxbn._src.framework.framework import Call, with_moments
-from jaxbn._src.framework.layers import Layer, Measured, Weights, captured_call, check_mode
+from jaxbn._src.framework.layers import Measured, Slot, Weights, captured_call, check_mode
 from jaxbn._src.framework.mixing import Mixture
 from jaxbn._src.framework.norm_layer import called_norm, method_of, operands_of
 from jaxbn._src.framework.registry import Registered
@@ -45,7 +44,7 @@ from jaxbn._src.numerics import moments as _moments
 _STOCK_FIELDS = "axis momentum epsilon dtype axis_name axis_index_groups use_fast_variance promote_dtype".split()
 
 
-class Slot(nnx.BatchStat[jax.Array]):
+class Carried(nnx.BatchStat[jax.Array]):
     """A variable that a capture adds; a BatchStat, so that filters treat it as the statistics."""
 
 
@@ -88,23 +87,19 @@ def capture(
     return _capture.capture(_hook, call, mode, weights, examples)
 
 
-def _hook(call: Call, model: Any, make: Callable[..., Layer], carried: Callable[[Layer], Any] | None) -> Hooked:
+def _hook(call: Call, model: Any, make: MakeSlot) -> Hooked:
     copy = nnx.clone(model)  # new objects, the same arrays
-    whole = {}
-    for path, module in find_layers(copy).items():
-        norm = as_norm(module)
-        layer = make(path, norm.mean.shape, method=method_of(norm))
-        whole[layer] = layer.positions()
+    layers = find_layers(copy)
+    slots = {path: make(path, as_norm(layer).mean.shape) for path, layer in layers.items()}
+    for path, layer in layers.items():
         # A frozen layer has no hook, so that its count stays 0 and a statistics pass skips it.
-        if not is_frozen(module):
-            _hook_layer(module, layer, whole[layer])
-            if carried is not None:
-                module.jaxbn_weights = Slot(carried(layer))
+        if not is_frozen(layer):
+            _hook_layer(layer, slots[path])
     for path, module in find_others(copy).items():
         _watch(path, module)
     # `harvest` traces functions of arrays; the graphdef, with the tags of the layers, is static.
     graphdef, state = nnx.split(copy)
-    return Hooked(lambda state, batch: call(nnx.merge(graphdef, state), batch), state, whole, _without_hooks)
+    return Hooked(lambda state, batch: call(nnx.merge(graphdef, state), batch), state, slots.values(), _without_hooks)
 
 
 def run_model(model: Any, batch: Any) -> Any:
@@ -153,10 +148,12 @@ def is_frozen(layer: Any) -> bool:
     return getattr(layer, "jaxbn_frozen", False)
 
 
-def _hook_layer(module: Any, layer: Layer, positions: jax.Array) -> None:
+def _hook_layer(module: Any, slot: Slot) -> None:
     set_call(module, _measured)
-    module.jaxbn_slot = Slot(positions)
-    module.jaxbn_layer = nnx.static(layer)
+    module.jaxbn_slot = Carried(slot.index)
+    module.jaxbn_layer = nnx.static(slot.layer)
+    if slot.weights is not None:
+        module.jaxbn_weights = Carried(slot.weights)
 
 
 def _watch(path: str, module: Any) -> None:
@@ -166,7 +163,7 @@ def _watch(path: str, module: Any) -> None:
     first, *_ = statistics_of(module)
     layer = Touched(path, first[...].size, class_of(module), REGISTER)
     set_class(module, with_touch(cls))
-    module.jaxbn_slot = Slot(jnp.arange(layer.size, dtype=jnp.int32).reshape(first.shape))
+    module.jaxbn_slot = Carried(jnp.arange(layer.size, dtype=jnp.int32).reshape(first.shape))
     module.jaxbn_layer = nnx.static(layer)
 
 
@@ -183,13 +180,14 @@ def _without_hooks(outputs: Any) -> Any:
             for name in {"jaxbn_slot", "jaxbn_layer", "jaxbn_weights"} & vars(module).keys():
                 delattr(module, name)
     # A state has variables without their modules, so the slots in it are found by type.
-    filtered = nnx.Not(Slot)
+    filtered = nnx.Not(Carried)
     return jax.tree.map(lambda n: nnx.filter_state(n, filtered) if is_state(n) else n, outputs, is_leaf=is_state)
 
 
 def _measured(module: Any, plain: Callable[..., jax.Array], *args: Any, **kwargs: Any) -> jax.Array:
     """The call of a hooked layer."""
-    layer: Layer = dataclasses.replace(module.jaxbn_layer, evaluates=evaluates(module, args, kwargs))
+    weights = module.jaxbn_weights[...] if hasattr(module, "jaxbn_weights") else None
+    slot = Slot(module.jaxbn_slot[...], weights, module.jaxbn_layer)
     norm, held = as_norm(module, args, kwargs), in_flax_names(module)
 
     def as_called() -> jax.Array:
@@ -198,10 +196,10 @@ def _measured(module: Any, plain: Callable[..., jax.Array], *args: Any, **kwargs
         return y
 
     return captured_call(
-        layer,
-        module.jaxbn_slot[...],
-        module.jaxbn_weights[...] if hasattr(module, "jaxbn_weights") else None,
-        called_norm(norm, layer.path, held, held, _normalize_stock),
+        slot,
+        method_of(norm),
+        evaluates(module, args, kwargs),
+        called_norm(norm, slot.layer.path, held, held, _normalize_stock),
         operands_of(norm, args, kwargs),
         as_called,
     )

@@ -8,12 +8,11 @@ from collections.abc import Callable
 from typing import Any
 
 from jaxbn._src.framework import capture as _capture
-from jaxbn._src.framework.capture import Hooked
+from jaxbn._src.framework.capture import Hooked, MakeSlot
 from jaxbn._src.framework.framework import Call, with_moments
-from jaxbn._src.framework.layers import Layer, Measured, Weights, check_mode
+from jaxbn._src.framework.layers import Measured, Weights, check_mode
 from jaxbn._src.framework.mixing import Mixture
 from jaxbn._src.numerics import moments as _moments
-from jaxbn._src.pytree.library import Slot
 from jaxbn._src.pytree.states import LIBRARIES, find_states
 
 
@@ -59,12 +58,8 @@ def capture(
     return _capture.capture(_hook, call, mode, weights, examples)
 
 
-def _hook(call: Call, tree: Any, make: Callable[..., Layer], carried: Callable[[Layer], Any] | None) -> Hooked:
-    layers = {path: make(path, state.mean.shape) for path, state in find_states(tree).items()}
-    slots = {
-        path: Slot(layer.positions(), None if carried is None else carried(layer), layer)
-        for path, layer in layers.items()
-    }
+def _hook(call: Call, tree: Any, make: MakeSlot) -> Hooked:
+    slots = {path: make(path, state.mean.shape) for path, state in find_states(tree).items()}
     for library in LIBRARIES:
         tree = library.with_slots(tree, slots)
 
@@ -74,7 +69,7 @@ def _hook(call: Call, tree: Any, make: Callable[..., Layer], carried: Callable[[
                 stack.enter_context(library.capturing())
             return call(tree, batch)
 
-    return Hooked(run, tree, {slot.layer: slot.index for slot in slots.values()}, _without_slots)
+    return Hooked(run, tree, slots.values(), _without_slots)
 
 
 def _without_slots(outputs: Any) -> Any:

@@ -13,12 +13,12 @@ import jax
 import jax.numpy as jnp
 
 from jaxbn._src.framework.called import CalledNorm, Operands
-from jaxbn._src.framework.layers import captured_call
+from jaxbn._src.framework.layers import Slot, captured_call
 from jaxbn._src.framework.method import Method
 from jaxbn._src.methods.batch_norm import BatchNormState, batch_norm
 from jaxbn._src.methods.protocol import State
 from jaxbn._src.numerics.averages import LONG
-from jaxbn._src.pytree.library import Library, Slot, path_of
+from jaxbn._src.pytree.library import Library, path_of
 
 
 def _nn() -> Any:
@@ -171,9 +171,9 @@ def _captured(layer: Any, x: Any, state: Any, inference: bool) -> Any:
         return y
 
     y = captured_call(
-        dataclasses.replace(slot.layer, method=method, evaluates=inference),
-        slot.index,
-        slot.weights,
+        slot,
+        method,
+        inference,
         CalledNorm(slot.layer.path, method(), _statistics(layer, state), normalize, 0, name, None),
         Operands(jnp.asarray(x), None, None, {}),
         as_called,

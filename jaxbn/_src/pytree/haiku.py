@@ -15,13 +15,13 @@ import jax
 import jax.numpy as jnp
 
 from jaxbn._src.framework.called import CalledNorm, Operands
-from jaxbn._src.framework.layers import captured_call
+from jaxbn._src.framework.layers import Slot, captured_call
 from jaxbn._src.framework.method import Method
 from jaxbn._src.methods.batch_norm import BatchNormState, batch_norm
 from jaxbn._src.methods.protocol import State
 from jaxbn._src.numerics import axes as _axes
 from jaxbn._src.numerics.averages import LONG
-from jaxbn._src.pytree.library import Library, Slot, path_of
+from jaxbn._src.pytree.library import Library, path_of
 
 _MEAN, _VAR, _SLOT = "/~/mean_ema", "/~/var_ema", "jaxbn_slot"
 
@@ -147,9 +147,9 @@ def _captured(
     averages = (ema.average.reshape(features) for ema in (module.mean_ema, module.var_ema))
     settings = method.keywords
     return captured_call(
-        dataclasses.replace(slot.layer, method=method, evaluates=not (is_training or test_local_stats)),
-        slot.index.reshape(features),
-        slot.weights,
+        dataclasses.replace(slot, index=slot.index.reshape(features)),
+        method,
+        not (is_training or test_local_stats),
         CalledNorm(
             slot.layer.path, method(), BatchNormState(*averages), normalize, axis, settings["axis_name"],
             settings["axis_index_groups"],

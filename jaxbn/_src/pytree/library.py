@@ -1,24 +1,13 @@
 """Where the layers of a library keep their statistics in a pytree, and how their calls are captured."""
 
 import contextlib
-import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 
-from jaxbn._src.framework.layers import Layer
+from jaxbn._src.framework.layers import Slot
 from jaxbn._src.methods.protocol import State
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Slot:
-    """What a layer carries while its calls are captured; `layer` is part of the tree structure."""
-
-    index: jax.Array  # i32, the flat positions of its statistics
-    weights: jax.Array | None  # of the examples, see `carry_weights`
-    layer: Layer = dataclasses.field(metadata={"static": True})
 
 
 class Library(NamedTuple):

@@ -5,7 +5,6 @@ transformations slice statistics and positions together, and the static part of 
 calls with and without a capture. `train` and `eval` of every transform leave a call with a captured state to the state.
 """
 
-import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,11 +13,11 @@ from typing import Any
 import jax
 
 from jaxbn._src.framework.called import CalledNorm, Operands
-from jaxbn._src.framework.layers import captured_call
+from jaxbn._src.framework.layers import Slot, captured_call
 from jaxbn._src.framework.method import Method, evaluate
 from jaxbn._src.methods.captured import CapturedState
 from jaxbn._src.methods.protocol import NormTransform, State, is_state
-from jaxbn._src.pytree.library import Library, Slot, path_of
+from jaxbn._src.pytree.library import Library, path_of
 
 
 def _find(tree: Any) -> dict[str, State]:
@@ -94,9 +93,9 @@ class _Captured(CapturedState):
             return y
 
         y = captured_call(
-            dataclasses.replace(slot.layer, method=_method_of(transform), evaluates=name == "eval"),
-            slot.index,
-            slot.weights,
+            slot,
+            _method_of(transform),
+            name == "eval",
             _called_norm(transform, slot.layer.path, params, self.plain),
             _operands(x, operands),
             as_called,
