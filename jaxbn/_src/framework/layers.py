@@ -111,7 +111,7 @@ def measured(records: Sequence[_records.Record], whole: Mapping[Layer, jax.Array
         ValueError: If modules with running statistics ran, and none of them is a known layer.
     """
     records = all_served(records)
-    # A layer sows two kinds of moments, see `marked`: those of the values have `examples=None` in their tag.
+    # A layer sows two kinds of moments, see `sown`: those of the values have `examples=None` in their tag.
     values = {dataclasses.replace(layer, examples=None): index for layer, index in whole.items()}
     collected = _records.collect(records, {**whole, **values})
     by_layer = _records.by_layer(record for record in records if cast(Layer, record.layer).examples is None)
@@ -132,7 +132,7 @@ def measured(records: Sequence[_records.Record], whole: Mapping[Layer, jax.Array
     )
 
 
-def marked(
+def sown(
     y: jax.Array, index: jax.Array, layer: Layer, moments: Moments, x: jax.Array, *, axis: Any, mask: Any
 ) -> jax.Array:
     """Sows the moments of a layer's input on its output, and on request those of the means of the examples.
@@ -235,7 +235,7 @@ def captured_call(
     heeded = "eval" if layer.evaluates else "batch"
     mode = heeded if layer.mode == HEEDED else layer.mode
     y = plain() if mode == "as_called" else normalize_as(mode, norm, moments, operands._replace(mask=mask))
-    return marked(y, index, layer, moments, x, axis=norm.axis, mask=mask)
+    return sown(y, index, layer, moments, x, axis=norm.axis, mask=mask)
 
 
 def normalize_as(mode: str | Mixture, norm: CalledNorm, moments: Moments, operands: Operands) -> jax.Array:

@@ -39,7 +39,7 @@ class LayerChange:
 
     def __repr__(self) -> str:
         """One line; `to_dict` has the numbers."""
-        return f"<LayerChange: {self.new_mean.size} channels, {self.count:.0f} values, mean shift {self.moved:.2g} std>"
+        return f"<LayerChange: {self.new_mean.size} channels, {self.count:.0f} values, mean shift {self.shift:.2g} std>"
 
     @property
     def mean_shift(self) -> np.ndarray:
@@ -72,7 +72,7 @@ class LayerChange:
         return _standard_errors.is_constant(self.new_mean, self.new_var) & self.reached
 
     @property
-    def moved(self) -> float:
+    def shift(self) -> float:
         """The larger of both shifts, averaged over the channels; NaN if all are constant."""
         return float(np.mean(self._shown(np.maximum(self.mean_shift, self.std_shift))))
 
@@ -175,7 +175,7 @@ class Report:
 
     def __str__(self) -> str:
         reached = [path for path in self.layers if path not in self.not_reached]
-        changed = sorted(reached, key=lambda path: -np.nan_to_num(self.layers[path].moved, nan=-1))
+        changed = sorted(reached, key=lambda path: -np.nan_to_num(self.layers[path].shift, nan=-1))
         marked = changed[:_MARKED] if len(changed) > _MARKED else []
         rows = {path: _cells(change) for path, change in self.layers.items()}
         lines = [_tables.paragraph(self._headline()), *self._stop_notes(), _tables.table(_COLUMNS, rows, marked=marked)]
