@@ -123,9 +123,13 @@ def test_eval_follows_the_formula(case, x):
 @every_formula
 def test_postproc_installs_the_population(case, x):
     transform, _, state = started(case)
-    parts = [transform.measure(part) for part in (x[:9], x[9:11], x[11:])]
-    moments = jaxbn.pool(jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts))
-    assert_state(transform.postproc(state, moments), case.postproc(as_arrays(state), rows(x)), 1e-6)
+
+    @jax.jit
+    def installed(state):
+        parts = [transform.measure(part) for part in (x[:9], x[9:11], x[11:])]
+        return transform.postproc(state, jaxbn.pool(jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)))
+
+    assert_state(installed(state), case.postproc(as_arrays(state), rows(x)), 1e-6)
 
 
 @every_batch_norm  # central differences see through the constants of other methods
@@ -206,7 +210,7 @@ def test_no_gradient_flows_through_the_state(case, x):
         y, _ = transform.train(params, state, x, mask=jnp.zeros((1, 1, 1)))
         return (y + transform.eval(params, state, x)).sum()
 
-    for gradient in jax.tree.leaves((jax.grad(into)(x, state), jax.grad(out_of)(state))):
+    for gradient in jax.tree.leaves((jax.jit(jax.grad(into))(x, state), jax.jit(jax.grad(out_of))(state))):
         np.testing.assert_array_equal(gradient, np.zeros_like(gradient))
 
 
@@ -232,8 +236,8 @@ def test_nan_in_masked_positions_harms_no_gradient(case, x, target):
         y, _ = transform.train(params, state, x, mask=valid)
         return jnp.where(valid, jnp.square(y - x) * target, 0).sum()  # NaN * 0 reaches the layer as NaN
 
-    clean = jax.grad(loss, (0, 1))(params, jnp.where(valid, x, 0.0))
-    harmed = jax.grad(loss, (0, 1))(params, jnp.where(valid, x, jnp.nan))
+    gradients = jax.jit(jax.grad(loss, (0, 1)))
+    clean, harmed = (gradients(params, jnp.where(valid, x, value)) for value in (0.0, jnp.nan))
     chex.assert_trees_all_close(harmed[0], clean[0], rtol=1e-5)
     np.testing.assert_allclose(harmed[1][valid[:, 0, 0]], clean[1][valid[:, 0, 0]], rtol=1e-4, atol=1e-6)
 

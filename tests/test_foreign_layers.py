@@ -214,8 +214,8 @@ def test_capture_runs_the_layer_in_each_mode(kind, mode, data):
     _, variables, evaluate, train = model(kind, data)
     variables, _ = jaxbn.linen.postproc(evaluate, variables, data)
     (y, updates), moments = jax.jit(jaxbn.linen.capture_moments(train, mode=mode))(variables, data[0])
-    (trained, moved) = train(variables, data[0])
-    close(y, trained if mode != "eval" else evaluate(variables, data[0]))
+    (trained, moved) = jax.jit(train)(variables, data[0])
+    close(y, trained if mode != "eval" else jax.jit(evaluate)(variables, data[0]))
     close(updates, moved if mode == "as_called" else {"batch_stats": variables["batch_stats"]})
     x = data[0] @ variables["params"]["first"]["kernel"] + variables["params"]["first"]["bias"]
     close((moments["norm"].mean, moments["norm"].var), (x.mean(0), x.var(0)))

@@ -25,10 +25,11 @@ FLOOR = {"floor": 100.0, "share": 0.5}  # the variance of the data is far below
 
 
 class Row(NamedTuple):
-    """A method, its layers, and what else a call takes."""
+    """A method, the same with compiled functions, its layers, and what else a call takes."""
 
     method: str
     transform: jaxbn.NormTransform
+    core: jaxbn.NormTransform
     linen: nn.Module
     nnx: nnx.Module
     where: Any = lambda x: {}
@@ -38,10 +39,18 @@ class Row(NamedTuple):
         return [Linen(self), NNX(self), Plain(self)]
 
 
+def compiled(transform):
+    """One program for each function where there would be many small ones."""
+    functions = {name: getattr(transform, name) for name in ("train", "eval", "measure", "postproc")}
+    return transform._replace(**{name: jax.jit(function) for name, function in functions.items()})
+
+
 def row_of(case):
+    transform = case.factory(**case.arguments)
     return Row(
         case.factory.__name__,
-        case.factory(**case.arguments),
+        transform,
+        compiled(transform),
         case.linen_module(),
         case.nnx_module(CHANNELS),
         case.where,
@@ -50,7 +59,11 @@ def row_of(case):
 
 ROWS_OF = {case.name: partial(row_of, case) for case in CASES}
 ROWS_OF["own"] = lambda: Row(
-    "mixed_norm", mixed_norm(**FLOOR), MixedNorm(**FLOOR), NNXMixedNorm(CHANNELS, **FLOOR, rngs=nnx.Rngs(0))
+    "mixed_norm",
+    mixed_norm(**FLOOR),
+    compiled(mixed_norm(**FLOOR)),
+    MixedNorm(**FLOOR),
+    NNXMixedNorm(CHANNELS, **FLOOR, rngs=nnx.Rngs(0)),
 )
 
 
@@ -71,8 +84,8 @@ class Linen:
         return out if evaluates else out[0]
 
     def trained(self, model, x):
-        _, updates = self.layer.apply(model, x, use_running_average=False, mutable=["batch_stats"], **self.row.where(x))
-        return {**model, **updates}
+        train = partial(self.layer.apply, use_running_average=False, mutable=["batch_stats"])
+        return {**model, **jax.jit(train)(model, x, **self.row.where(x))[1]}
 
     def variables(self, model):
         return {**model.get("params", {}), **model["batch_stats"]}
@@ -87,7 +100,7 @@ class Linen:
         return self.call(model, x)
 
     def adapted(self, model, x):
-        return jaxbn.linen.adapt(self.call, prior_count=4)(model, x)
+        return jax.jit(jaxbn.linen.adapt(self.call, prior_count=4))(model, x)
 
     def diagnosed(self, model, batches):
         return jaxbn.linen.diagnose(self.call, model, batches)
@@ -100,7 +113,7 @@ class Linen:
         return call(folded, x), report
 
     def frozen_training(self, model, x):
-        return jaxbn.linen.freeze_layers(self.training_call, "")(model, x)
+        return jax.jit(jaxbn.linen.freeze_layers(self.training_call, ""))(model, x)
 
 
 class NNX(Linen):
@@ -189,7 +202,7 @@ def assert_state(found, state, expected_params=None):
 
 
 def measured_by_core(row, batches):
-    moments = [row.transform.measure(x, **row.where(x)) for x in batches]
+    moments = [row.core.measure(x, **row.where(x)) for x in batches]
     return jaxbn.pool(jax.tree.map(lambda *parts: jnp.stack(parts), *moments))
 
 
@@ -203,20 +216,20 @@ def row(request):
 def test_statistics(row, which):
     """Variables, training, capture, the pass, install_moments, move_averages, and the way back."""
     framework, batches = row.frameworks[which], data()
-    params, initial = row.transform.init(CHANNELS)
+    params, initial = row.core.init(CHANNELS)
     model = framework.model
     assert_state(framework.variables(model), initial, params)
 
-    y, trained = row.transform.train(params, initial, batches[0], **row.where(batches[0]))
+    y, trained = row.core.train(params, initial, batches[0], **row.where(batches[0]))
     moved = framework.trained(model, batches[0])
     assert_state(framework.variables(moved), trained)
 
     moments = measured_by_core(row, batches)
     estimated, report = framework.postproc(moved, batches)
-    expected = row.transform.postproc(trained, moments)
+    expected = row.core.postproc(trained, moments)
     assert_state(framework.variables(estimated), expected)
     found = framework.outputs(estimated, batches[1])
-    wanted = row.transform.eval(params, expected, batches[1], **row.where(batches[1]))
+    wanted = row.core.eval(params, expected, batches[1], **row.where(batches[1]))
     np.testing.assert_allclose(found, wanted, rtol=2e-5, atol=2e-6)
     assert_state(framework.variables(framework.package.install_moments(estimated, report.old)), trained)
 
@@ -225,15 +238,15 @@ def test_statistics(row, which):
         if which != 1
         else framework.capture("batch")(moved, batches[1])
     )
-    one = row.transform.measure(batches[1], **row.where(batches[1]))
+    one = row.core.measure(batches[1], **row.where(batches[1]))
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), captured[framework.path], one)
     merged = {path: jaxbn.merge(part, part) for path, part in captured.items()}
     twice = jaxbn.merge(one, one)
     installed = framework.package.install_moments(moved, merged)
-    assert_state(framework.variables(installed), row.transform.postproc(trained, twice))
+    assert_state(framework.variables(installed), row.core.postproc(trained, twice))
 
     averaged = framework.package.move_averages(moved, merged, samples=2 * ROWS)
-    update = row.transform.update
+    update = row.core.update
     assert_state(framework.variables(averaged), trained if update is None else update(trained, twice, 2 * ROWS))
 
 
@@ -242,11 +255,11 @@ def test_statistics(row, which):
 def test_evaluation(row, which):
     """freeze, summary, diagnose; in Flax, fold or its refusal, freeze_layers and adapt too."""
     framework, batches = row.frameworks[which], data()
-    params, initial = row.transform.init(CHANNELS)
+    params, initial = row.core.init(CHANNELS)
     model, report = framework.postproc(framework.model, batches)
-    state = row.transform.postproc(initial, measured_by_core(row, batches))
+    state = row.core.postproc(initial, measured_by_core(row, batches))
     x = batches[0]
-    wanted = row.transform.eval(params, state, x, **row.where(x))
+    wanted = row.core.eval(params, state, x, **row.where(x))
 
     frozen = framework.package.freeze(model, report)
     method = frozen.info.layer(framework.path).method
@@ -255,7 +268,7 @@ def test_evaluation(row, which):
 
     found = framework.diagnosed(model, batches)
     assert list(found.layers) == [framework.path] and found.layers[framework.path].channels == state.mean.size
-    counts = [row.transform.measure(x, **row.where(x)).count for x in batches]
+    counts = [row.core.measure(x, **row.where(x)).count for x in batches]
     np.testing.assert_allclose(found.layers[framework.path].values, np.mean(counts))
     if which == 2:
         np.testing.assert_allclose(framework.call(frozen.variables, x), wanted, rtol=2e-5, atol=2e-6)
@@ -267,16 +280,16 @@ def test_evaluation(row, which):
     assert not folding.layers[""].folded and folding.layers[""].reason  # there is no layer to fold it into
 
     adapted = framework.adapted(model, x)
-    own = row.transform.measure(x, **row.where(x))
-    mixed = row.transform.postproc(state, jaxbn.mix(state, own, own.count / (own.count + 4)))
-    wanted = row.transform.eval(params, mixed, x, **row.where(x))
+    own = row.core.measure(x, **row.where(x))
+    mixed = row.core.postproc(state, jaxbn.mix(state, own, own.count / (own.count + 4)))
+    wanted = row.core.eval(params, mixed, x, **row.where(x))
     np.testing.assert_allclose(adapted, wanted, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("which", [0, 1], ids=["linen", "nnx"])
 def test_replacement(row, which):
     """A stock layer in a model becomes a layer of the method, which starts from the parameters and statistics."""
-    params, initial = row.transform.init(CHANNELS)
+    params, initial = row.core.init(CHANNELS)
     x, learned = data()[0], {f"use_{name}": getattr(params, name) is not None for name in ("scale", "bias")}
     if which == 0:
         stock = nn.BatchNorm(use_running_average=True, **learned)
@@ -331,15 +344,15 @@ def test_finalize(row, which):
     frozen, _ = steps.finalize(state, acc)
 
     x, where = batches[0], row.where(batches[0])
-    params, initial = row.transform.init(CHANNELS)
-    loss_of = lambda params: loss_fn(row.transform.train(params, initial, x, **where)[0], x)[0]
-    _, trained = row.transform.train(params, initial, x, **where)
-    if row.transform.backward is not None:
-        trained = row.transform.backward(params, trained, jax.grad(loss_of)(params))
-    expected = row.transform.postproc(trained, measured_by_core(row, batches))
+    params, initial = row.core.init(CHANNELS)
+    loss_of = lambda params: loss_fn(row.core.train(params, initial, x, **where)[0], x)[0]
+    _, trained = row.core.train(params, initial, x, **where)
+    if row.core.backward is not None:
+        trained = row.core.backward(params, trained, jax.grad(loss_of)(params))
+    expected = row.core.postproc(trained, measured_by_core(row, batches))
     found = frozen.variables["batch_stats"]["norm"] if which == 0 else frozen.variables["norm"]
     assert_state(found, expected)
-    wanted = row.transform.eval(params, expected, x, **where)
+    wanted = row.core.eval(params, expected, x, **where)
     np.testing.assert_allclose(steps.eval_step(frozen, x), wanted, rtol=2e-5, atol=2e-6)
 
 

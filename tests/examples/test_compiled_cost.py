@@ -13,6 +13,9 @@ from programs import EXAMPLES, load_program
 
 pytestmark = pytest.mark.compiled
 
+# `pytest -n 2 --dist loadgroup` compiles for both at the same time, and each program once.
+on_gpu, on_tpu = pytest.mark.xdist_group("GPU"), pytest.mark.xdist_group("TPU")
+
 GB = 1e9
 H100_NORMS = ["jaxbn", "jaxbn-nnx", "fused", "fused-nnx"]
 
@@ -57,6 +60,7 @@ CHANNELS = 0.05 * N  # room for all that is of the size of a channel, or of an e
 
 
 @pytest.mark.parametrize(("what", "flax", "most"), [("layer", 9, 8), ("layer-relu", 10, 8), ("layer-residual", 12, 11)])
+@on_gpu
 def test_a_layer_on_a_gpu(h100, what, flax, most):
     ours = h100(what, "jaxbn" if what == "layer" else "fused")
 
@@ -66,11 +70,13 @@ def test_a_layer_on_a_gpu(h100, what, flax, most):
 
 
 @pytest.mark.parametrize("what", ["layer", "layer-relu", "layer-residual"])
+@on_gpu
 def test_both_frameworks_cost_the_same(h100, what):
     for form in ["jaxbn"] if what == "layer" else ["jaxbn", "fused"]:
         assert h100(what, form) == h100(what, f"{form}-nnx")
 
 
+@on_gpu
 def test_what_is_compared_with(step):
     pinned = {"none": (69.43, 10.41, 444), "flax": (101.58, 11.24, 1015), "flax-safe": (112.99, 11.24, 1275)}
 
@@ -81,6 +87,7 @@ def test_what_is_compared_with(step):
         assert cost.kernels == kernels
 
 
+@on_gpu
 def test_the_drop_in_layer_costs_no_more_than_flax_in_a_training_step(step):
     ours, flax = step("jaxbn"), step("flax")
 
@@ -93,10 +100,12 @@ def test_the_drop_in_layer_costs_no_more_than_flax_in_a_training_step(step):
 @pytest.mark.parametrize(
     ("dtype", "batch", "most"), [("bfloat16", 256, 23.0), ("bfloat16", 64, 6.7), ("float32", 256, 47.0)]
 )
+@on_gpu
 def test_the_fused_layer_in_a_training_step(step, dtype, batch, most):
     assert step("fused", dtype, batch).moved - step("none", dtype, batch).moved <= most * GB
 
 
+@on_gpu
 def test_the_fused_layer_needs_no_memory_of_its_own(step):
     assert step("fused").temporary <= 10.5 * GB
 
@@ -106,11 +115,13 @@ def test_the_fused_layer_needs_no_memory_of_its_own(step):
     ("norm", "moved", "temporary"),
     [("fused-outputs", 94.5, 8.8), ("fused-inputs", 101.58, 7.2), ("fused-inner", 101.58, 5.3)],
 )
+@on_gpu
 def test_what_is_not_kept_for_the_backward_pass(step, norm, moved, temporary):
     assert step(norm).temporary <= temporary * GB
     assert step(norm).moved <= moved * GB
 
 
+@on_gpu
 def test_evaluation_costs_no_more_than_with_flax(h100):
     flax = h100("eval", "flax")
 
@@ -119,6 +130,7 @@ def test_evaluation_costs_no_more_than_with_flax(h100):
 
 
 @pytest.mark.parametrize("norm", ["flax-fold", "fused-fold"])
+@on_gpu
 def test_a_folded_network_costs_what_one_without_norms_costs(h100, norm):
     flax, bare, folded = h100("eval", "flax"), h100("eval", "none"), h100("eval", norm)
 
@@ -135,6 +147,7 @@ def forms(what):
 
 @pytest.mark.parametrize("what", LAYERS)
 @pytest.mark.parametrize("device", ["v5e", "v5e-2x4"])
+@on_tpu
 def test_a_layer_on_a_tpu_moves_no_more_than_flax(cost, device, what):
     for form in forms(what):
         assert cost(device, what, form).moved <= cost(device, what, "flax").moved + CHANNELS, form
@@ -143,6 +156,7 @@ def test_a_layer_on_a_tpu_moves_no_more_than_flax(cost, device, what):
 # On a TPU the sums of Flax's fast variance are added to the convolution that makes x. A safe variance has to know its
 # mean or its shift first.
 @pytest.mark.parametrize("norm", ["jaxbn", "fused"])
+@on_tpu
 def test_a_training_step_on_a_tpu_costs_less_than_with_another_safe_variance(cost, norm):
     ours, fast, safe = (cost("v5e", "train", name) for name in (norm, "flax", "flax-safe"))
 
@@ -152,6 +166,7 @@ def test_a_training_step_on_a_tpu_costs_less_than_with_another_safe_variance(cos
 
 
 @pytest.mark.parametrize("what", LAYERS)
+@on_tpu
 def test_a_layer_on_several_chips_communicates_once_forward_and_once_backward(cost, what):
     for form in forms(what):
         assert sum(cost("v5e-2x4", what, form).collectives.values()) == 2, form

@@ -64,7 +64,8 @@ def images(rng):
 def started(norm):
     """A model with statistics that are not the initial ones."""
     net = ResNet(norm)
-    variables = net.init(jax.random.key(0), np.zeros((2, 6, 6, 3), np.float32), False)
+    make = jax.jit(lambda key: net.init(key, np.zeros((2, 6, 6, 3), np.float32), False))
+    variables = dict(make(jax.random.key(0)))
     variables.pop("inputs")
     variables["batch_stats"] = jax.tree.map(lambda leaf: 0.3 + 1.5 * leaf, variables["batch_stats"])
     return net, variables
@@ -110,7 +111,7 @@ def test_as_called_follows_the_model(norm, images):
     net, variables = started(norm)
     for train in (True, False):
         call = lambda v, b, train=train: net.apply(v, b, train, mutable=["batch_stats"] if train else False)
-        outputs, moments = jaxbn.linen.capture_moments(call, mode="as_called")(variables, images[0])
+        outputs, moments = jaxbn.linen.capture_moments(jax.jit(call), mode="as_called")(variables, images[0])
         expected, inputs = plain(net, variables, images[0], "batch" if train else "eval")
         if train:
             outputs, updates = outputs
@@ -183,7 +184,7 @@ class Lifted(nn.Module):
 def test_lifted_layers(norm, mode, how, rng):
     x = (3 + rng.standard_normal((4, 20, 3))).astype(np.float32)  # an ensemble of 4 for vmap
     net = Lifted(norm, how)
-    variables = net.init(jax.random.key(0), x)
+    variables = jax.jit(net.init)(jax.random.key(0), x)
     moments = jax.jit(jaxbn.linen.capture_moments(net.apply, mode=mode))(variables, x)[1]["layer"]
     rows = (1,) if how == "nn.vmap" else (0, 1)
     np.testing.assert_allclose(moments.mean, np.float64(x).mean(rows), rtol=1e-5)

@@ -159,10 +159,11 @@ def test_one_domain_is_batch_norm(share_affine):
     one = jaxbn.batch_norm(momentum=MOMENTUM)
     params, state = one.init(CHANNELS)
     x, ids = 3 + normal(ROWS, SPACE, CHANNELS), np.zeros(ROWS, np.int32)
-    y, after = one.train(params, state, x)
+    y, after = jax.jit(one.train)(params, state, x)
     stack = lambda tree: jax.tree.map(lambda leaf: leaf[None], tree)
     given = params if share_affine else stack(params)
-    y_domain, after_domain = transform.train(given, jaxbn.DomainBatchNormState(*stack(state)), x, domain=ids)
+    stacked = jaxbn.DomainBatchNormState(*stack(state))
+    y_domain, after_domain = jax.jit(transform.train)(given, stacked, x, domain=ids)
     np.testing.assert_allclose(y_domain, y, rtol=1e-5, atol=1e-6)
     chex.assert_trees_all_close(tuple(after_domain), tuple(stack(after)), rtol=1e-6)
     evaluated = transform.eval(given, after_domain, x, domain=ids)
@@ -196,13 +197,14 @@ def test_devices_with_unequal_mixes_and_masks_equal_one_device(way):
 def test_an_absent_domain_keeps_its_state_bit_for_bit():
     transform, params, state = started(momentum=jaxbn.cumulative())
     state = jax.tree.map(lambda leaf: leaf + 3, state)
-    _, after = transform.train(params, state, normal(ROWS, CHANNELS), domain=IDS)
+    _, after = jax.jit(transform.train)(params, state, normal(ROWS, CHANNELS), domain=IDS)
     chex.assert_trees_all_equal(*(jax.tree.map(lambda leaf: leaf[3], s) for s in (after, state)))
     assert all((new[:3] != old[:3]).all() for new, old in zip(after, state, strict=True))
 
 
 def test_an_invalid_id_changes_no_statistics_and_gives_nan():
     transform, params, state = started()
+    transform = transform._replace(train=jax.jit(transform.train), eval=jax.jit(transform.eval))
     x = normal(ROWS, CHANNELS)
     for bad in (-1, DOMAINS, 2**31 - 1):
         ids = np.where(np.arange(ROWS) == 5, bad, IDS).astype(np.int32)

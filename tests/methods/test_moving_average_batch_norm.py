@@ -1,5 +1,6 @@
 """Moving average batch normalization against the released layer in float64, in all of its phases."""
 
+import functools
 import inspect
 
 import chex
@@ -413,8 +414,9 @@ def test_layers_under_vmap_use_their_own_gradients():
     axes = {"variable_axes": {"params": 0, "batch_stats": 0}, "split_rngs": {"params": True}}
     ensemble = nn.vmap(layer, **axes, in_axes=0, out_axes=0)(use_running_average=False, window=3)
     inputs = jnp.stack([x, 2 * x + 1])
-    variables = ensemble.init(jax.random.key(0), inputs)
+    variables = jax.jit(ensemble.init)(jax.random.key(0), inputs)
 
+    @functools.partial(jax.jit, static_argnums=0)
     def step(module, variables, x):
         def loss(params):
             y, updates = module.apply({**variables, "params": params}, x, mutable=["batch_stats"])
