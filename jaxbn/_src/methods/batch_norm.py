@@ -68,7 +68,8 @@ def batch_norm(
 
     Use it if batches are large (16 or more values per channel) and drawn at random. The statistics do not depend on how
     a batch is spread over devices: `jit` on sharded arrays needs no axis name; under `shard_map`, `pmap` and `vmap`
-    pass `axis_name`. If the rows are spread, a step costs one collective forward and one backward.
+    pass `axis_name`. If the rows are spread, a step costs one collective forward (on more than 8
+    devices two, of fixed size) and one backward.
 
     Args:
         momentum: Weight of the OLD running value, in [0, 1). PyTorch's momentum is one minus this. None: training

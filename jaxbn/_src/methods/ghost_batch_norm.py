@@ -194,22 +194,22 @@ def ghost_batch_norm(
         options: Any = {"axis": plan.axis, "mask": mask, "use_fast_variance": use_fast_variance}
         if plan.axis_name is None:
             own = _moments.batch_moments(x, **options)
-            groups = None if averaging is None else _moments.gather(_groups_first(own, plan), axis_name)
+            known = jax.tree.map(lambda part: part[None], own)
         else:
-            # One all-gather serves the groups of this device and the running averages.
-            joined = _moments.neighbour_moments(x, **options, axis_name=plan.axis_name, size=plan.joined)
-            own = _collectives.own_of_neighbours(joined, plan.axis_name, plan.joined)
-            groups = jax.tree.map(jnp.concatenate, jax.vmap(functools.partial(_groups_first, plan=plan))(joined))
-        return _Measured(*own, None if groups is None else whole(groups))
+            # One collective serves the groups of this device and, on few devices, the running averages.
+            known = _moments.neighbour_moments(x, **options, axis_name=plan.axis_name, size=plan.joined)
+            own = _collectives.own_of_neighbours(known, plan.axis_name, plan.joined)
+        return _Measured(*own, None if averaging is None else whole(plan, known))
 
-    def whole(groups: _moments.Moments) -> _moments.Moments:
-        """Computes the moments that enter the running averages, from the moments [G, C] of all groups."""
-        union = _moments.pool(groups)
-        if running == "pooled":
-            return union
+    def whole(plan: _Plan, known: _moments.Moments) -> _moments.Moments:
+        """Computes the moments that enter the running averages, from those of groups [K, ..] that this device knows."""
+        all_known = len(known.count) * plan.joined == _collectives.group_size(axis_name, None)
+        over, copies = (None, 1) if all_known else (axis_name, plan.joined)
+        groups = jax.tree.map(jnp.concatenate, jax.vmap(functools.partial(_groups_first, plan=plan))(known))
         # Without the spread between groups. Algorithm 1 instead updates its averages with each group in turn.
         within = groups.m2 * _moments.bessel(groups.count) if of_groups else groups.m2
-        return union._replace(m2=within.sum(0))
+        union, within = _moments.pool_over(groups, within, over, copies)
+        return union if running == "pooled" else union._replace(m2=within)
 
     return on_meshes(base._replace(init=init, train=train), axis)
 

@@ -1,4 +1,4 @@
-"""Blocks of rows per device, and the library's only collectives: one gather forward, one sum backward.
+"""Blocks of rows per device, and the library's only collectives: gathers and sums over devices.
 
 A batch can lie on several devices in two ways, which may be combined. Under `jit` with sharded arrays, the mesh is part
 of the array's type and the compiler inserts the communication. The rows are then cut into one block per device, so
@@ -21,6 +21,9 @@ from jaxbn._src.numerics import explicit_meshes as _explicit_meshes
 
 AxisName = str | tuple[str, ...]
 Groups = tuple[tuple[int, ...], ...]
+
+# Up to this many devices, one gather of all blocks is the cheapest. It grows with the devices; sums do not.
+_GATHERED = 8
 
 
 def count_blocks(x: jax.Array, rows: int) -> int:
@@ -75,16 +78,26 @@ def repeat(stat: jax.Array, position: int, x: jax.Array, axis: int) -> jax.Array
     return jnp.broadcast_to(stat, shape, out_sharding=NamedSharding(sharding.mesh, PartitionSpec(*spec)))
 
 
+def is_gathered(blocks: jax.Array, axis_name: AxisName | None, groups: Groups | None) -> bool:
+    """Whether so few devices share the statistics of the blocks that these should be gathered and not summed."""
+    mesh = jax.typeof(blocks).sharding.mesh
+    sizes = zip(mesh.axis_sizes, mesh.axis_types, strict=True)
+    in_jit = math.prod(size for size, kind in sizes if kind is not AxisType.Manual)
+    return in_jit * group_size(axis_name, groups) <= _GATHERED
+
+
 def gather(blocks: jax.Array, axis_name: AxisName | None, groups: Groups | None) -> jax.Array:
     """Gathers the rows [B, ...] of all devices to [P * B, ...], equal on each device, in one all-gather.
 
-    With groups, the rows of other groups are zeros: collectives over groups exist under `pmap` only, but zeros work
-    everywhere.
+    With groups, P counts the devices of a group. Under `vmap`, which has no collectives over groups, the rows of other
+    groups are there as zeros.
     """
     blocks = _replicate(blocks)
     if axis_name is None:
         return blocks
     blocks = _vary(blocks, axis_name)
+    if groups is not None and _is_manual(axis_name):
+        return lax.all_gather(blocks, axis_name, axis_index_groups=groups, tiled=True)
     # If shard_map tracks varying axes, the result must have an invarying type, or the state could not be returned with
     # out_specs=P(). Without tracking, that type would have a wrong derivative.
     tracked = set(as_names(axis_name)) <= varying(blocks)
@@ -96,13 +109,20 @@ def gather(blocks: jax.Array, axis_name: AxisName | None, groups: Groups | None)
 
 
 def total(partial: jax.Array, axis_name: AxisName | None, groups: Groups | None) -> jax.Array:
-    """Sums [B, ...] over blocks and devices to [...], in one collective."""
+    """Sums [B, ...] over blocks and devices to [...]; what it sends does not grow with the number of devices."""
+    local = partial.sum(0)
     if axis_name is None:
-        return partial.sum(0)
-    if groups is not None:
-        # psum over groups exists under pmap only. The rows of other groups are zeros here, so a plain sum is right.
-        return gather(partial.sum(0, keepdims=True), axis_name, groups).sum(0)
-    return lax.psum(_vary(partial.sum(0), axis_name), axis_name)
+        return local
+    local = _vary(local, axis_name)
+    if groups is None:
+        return lax.psum(local, axis_name)
+    # psum over groups does not exist under a shard_map that tracks varying axes.
+    if group_size(axis_name, groups) <= _GATHERED or not _is_manual(axis_name) or _explicit_meshes.is_explicit(local):
+        return gather(local[None], axis_name, groups).sum(0)
+    flat = jnp.pad(local.ravel(), (0, -local.size % len(groups[0])))
+    share = lax.psum_scatter(flat, axis_name, axis_index_groups=groups, tiled=True)
+    whole = lax.all_gather(share, axis_name, axis_index_groups=groups, tiled=True)
+    return whole[: local.size].reshape(local.shape)
 
 
 def group_size(axis_name: AxisName | None, groups: Groups | None) -> int:
@@ -282,9 +302,13 @@ def _replicate(blocks: jax.Array) -> jax.Array:
 
 def _vary(x: jax.Array, axis_name: AxisName) -> jax.Array:
     """Gives x a type that varies over the axis, as collectives require, if a shard_map tracks that."""
-    in_manual_mesh = set(as_names(axis_name)) <= set(jax.sharding.get_abstract_mesh().manual_axes)  # else a vmap axis
     missing = tuple(name for name in as_names(axis_name) if name not in varying(x))
-    return lax.pcast(x, missing, to="varying") if missing and in_manual_mesh else x
+    return lax.pcast(x, missing, to="varying") if missing and _is_manual(axis_name) else x
+
+
+def _is_manual(axis_name: AxisName) -> bool:
+    """Whether the axis is one of a shard_map or pmap, and not of a vmap."""
+    return set(as_names(axis_name)) <= set(jax.sharding.get_abstract_mesh().manual_axes)
 
 
 def _members(axis_name: AxisName, groups: Groups) -> jax.Array:

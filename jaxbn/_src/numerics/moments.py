@@ -1,7 +1,7 @@
 """Moments of a batch: count, mean and sum of squared deviations, exact for every division into blocks and devices.
 
 Everything here is a weighted sum that carries its count. A batch is cut into blocks, each block is summed about a shift
-close to its own values, and the blocks of all devices are merged at once:
+close to its own values, and the blocks of all devices are merged at once (with sums, k_0 is the mean of the shifts):
 
     d = x - k_b;  s1, s2 = mean d, mean d^2                          in block b, of weight w_b = n_b / n
     e_b = (k_b - k_0) + s1_b;  mean = k_0 + sum w_b e_b;  var = sum w_b (s2_b - s1_b^2 + (e_b - sum w e)^2)
@@ -11,9 +11,7 @@ lost (Chan, Golub & LeVeque, Algorithms for Computing the Sample Variance, 1983)
 needs no state and is right from the first step on.
 """
 
-import functools
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -22,10 +20,9 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from jaxbn._src.numerics import axes as _axes
-from jaxbn._src.numerics import barriers as _barriers
+from jaxbn._src.numerics import block_sums as _block_sums
 from jaxbn._src.numerics import collectives as _collectives
 from jaxbn._src.numerics import dtypes as _dtypes
-from jaxbn._src.numerics import explicit_meshes as _explicit_meshes
 from jaxbn._src.numerics import shift as _shift
 
 
@@ -52,15 +49,6 @@ class Moments(NamedTuple):
         return self.m2 / jnp.maximum(self.count, jnp.finfo(self.count.dtype).tiny)
 
 
-class _Block(NamedTuple):
-    """Moments of each block about its shift, [B, C]."""
-
-    count: jax.Array  # type: ignore[assignment]  # hides tuple.count
-    shift: jax.Array  # k: any value near the data
-    first: jax.Array  # s1: mean of x - k
-    second: jax.Array  # s2: mean of |x - k|^2
-
-
 def batch_moments(
     x: ArrayLike,
     *,
@@ -72,8 +60,9 @@ def batch_moments(
 ) -> Moments:
     """Moments of one batch over all axes except the features, and over devices.
 
-    The result does not depend on how the rows are sharded; sharded rows cost one all-gather. Arrays that are sharded
-    under `jit` need no argument; under `shard_map`, `pmap` and `vmap` pass `axis_name`.
+    The result does not depend on how the rows are sharded. Sharded rows cost one all-gather on up to 8 devices; on
+    more, two sums of a size that does not grow with the devices. Arrays that are sharded under `jit` need no argument;
+    under `shard_map`, `pmap` and `vmap` pass `axis_name`.
 
     Args:
         x: Values `[..., C]`, of any dtype; half precision and integers are summed in float32.
@@ -102,9 +91,9 @@ def batch_moments(
     groups = _collectives.check_groups(axis_name, axis_index_groups)
     x = jnp.asarray(x)
     axes = _axes.split(x.ndim, axis)
-    if axis_name is None and mask is None and is_whole(x, axes):
-        return _moments_of_whole(x, axes, use_fast_variance)
-    return merge_stacked(_collectives.gather(_stacked_blocks(x, axis, mask, use_fast_variance), axis_name, groups))
+    if axis_name is None and mask is None and _block_sums.is_whole(x, axes):
+        return Moments(*_block_sums.moments_of_whole(x, axes, use_fast_variance))
+    return merge_devices(_stacked_blocks(x, axis, mask, use_fast_variance), axis_name, groups)
 
 
 def neighbour_moments(
@@ -116,11 +105,16 @@ def neighbour_moments(
     size: int,
     use_fast_variance: bool,
 ) -> Moments:
-    """Moments of each group of `size` neighbouring devices, [P / size, C], equal on all devices.
+    """Moments of groups of `size` neighbouring devices; otherwise like `batch_moments`.
 
-    Otherwise like `batch_moments`; one all-gather.
+    Few devices gather those of all groups, [P / size, C], equal on all devices. Many devices, or one group, return
+    [1, C]: those of the group that this device belongs to.
     """
-    everywhere = _collectives.gather(_stacked_blocks(x, axis, mask, use_fast_variance), axis_name, None)
+    blocks = _stacked_blocks(x, axis, mask, use_fast_variance)
+    if not _collectives.is_gathered(blocks, axis_name, None):
+        own = merge_devices(blocks, axis_name, _collectives.neighbours(axis_name, size))
+        return jax.tree.map(lambda part: part[None], own)
+    everywhere = _collectives.gather(blocks, axis_name, None)
     groups = _collectives.group_size(axis_name, None) // size
     return jax.vmap(merge_stacked)(everywhere.reshape(groups, -1, *everywhere.shape[1:]))
 
@@ -177,13 +171,15 @@ def pool(parts: Moments) -> Moments:
         >>> float(jaxbn.pool(jax.vmap(jaxbn.batch_moments)(devices)).var[0])
         26.0
     """
-    return _merge_blocks(_Block(parts.count, parts.mean, jnp.zeros_like(parts.mean), parts.var))
+    return _merge_blocks(_block_sums.Block(parts.count, parts.mean, jnp.zeros_like(parts.mean), parts.var))
 
 
 def merge_over(
     moments: Moments, axis_name: _collectives.AxisName, axis_index_groups: Sequence[Sequence[int]] | None = None
 ) -> Moments:
-    """Moments of the union over the devices of a named axis, in one collective; devices may be empty.
+    """Moments of the union over the devices of a named axis; devices may be empty.
+
+    One collective on up to 8 devices, two of fixed size on more.
 
     Args:
         moments: `Moments` of the values on this device.
@@ -200,16 +196,24 @@ def merge_over(
         Array([26., 26.], dtype=float32)
     """
     groups = _collectives.check_groups(axis_name, axis_index_groups)
-    return pool(gather(jax.tree.map(lambda part: part[None], moments), axis_name, groups))
+    parts = moments.count, moments.mean, jnp.zeros_like(moments.mean), moments.var
+    return merge_devices(jnp.stack([part.astype(moments.mean.dtype) for part in parts])[None], axis_name, groups)
 
 
-def gather(
-    parts: Moments, axis_name: _collectives.AxisName | None = None, axis_index_groups: _collectives.Groups | None = None
-) -> Moments:
-    """Gathers moments [K, ..., C] of parts from all devices to [P * K, ..., C], in one collective."""
-    stacked = jnp.stack([part.astype(parts.mean.dtype) for part in parts], 1)
-    everywhere = _collectives.gather(stacked, axis_name, axis_index_groups)
-    return Moments(everywhere[:, 0].real, everywhere[:, 1], everywhere[:, 2].real)
+def pool_over(
+    parts: Moments, values: jax.Array, axis_name: _collectives.AxisName | None, copies: int
+) -> tuple[Moments, jax.Array]:
+    """Moments of the union of the parts [K, C] of all devices, and the sum of `values` [K, C] over them.
+
+    `copies` is the number of devices that hold the same parts.
+    """
+    count, mean, m2, values = parts.count / copies, parts.mean, parts.m2 / copies, values / copies
+    stacked = jnp.stack([part.astype(mean.dtype) for part in (count, mean, m2, values)], 1)
+    if _collectives.is_gathered(stacked, axis_name, None):
+        count, mean, m2, values = jnp.moveaxis(_collectives.gather(stacked, axis_name, None), 1, 0)
+        return pool(Moments(count.real, mean, m2.real)), values.real.sum(0)
+    blocks = [part.astype(mean.dtype) for part in (count, mean, jnp.zeros_like(mean), parts.var)]
+    return merge_devices(jnp.stack(blocks, 1), axis_name, None), _collectives.total(values[:, None], axis_name, None)[0]
 
 
 def bessel(count: jax.Array) -> jax.Array:
@@ -217,92 +221,56 @@ def bessel(count: jax.Array) -> jax.Array:
     return jnp.where(count > 1, count / jnp.where(count > 1, count - 1, 1), 1)
 
 
-def is_whole(x: jax.Array, axes: _axes.Axes) -> bool:
-    """Whether x has rows and they form one block, so no merge is needed."""
-    return x.size > 0 and axes.reduced != () and _collectives.count_blocks(x, axes.rows) == 1
-
-
-def sum_in_blocks(axes: _axes.Axes, *values: jax.Array) -> jax.Array:
-    """Sums of arrays of one shape over the rows of each block, stacked: [B, len(values), C]."""
-    axes, values = _axes.with_rows(axes, *values)
-    blocks = _collectives.count_blocks(values[0], axes.rows)
-    sums = (_collectives.cut(v, axes.rows, blocks).sum(axes.reduced_in_blocks, keepdims=True) for v in values)
-    return jnp.stack([_blocks_to_front(s, axes) for s in sums], 1)
-
-
 def _stacked_blocks(x: ArrayLike, axis: _axes.Axis, mask: ArrayLike | None, fast: bool) -> jax.Array:
     """The moments of each block as one array, [B, 4, C], so that one collective can gather them."""
     x = jnp.asarray(x)
     weights = _axes.weights_like(mask, x)
     axes, arrays = _axes.with_rows(_axes.split(x.ndim, axis), *((x,) if weights is None else (x, weights)))
-    block = _block_means(axes, fast, *arrays)
+    block = _block_sums.block_means(axes, fast, *arrays)
     return jnp.stack([part.astype(block.shift.dtype) for part in block], 1)
+
+
+def merge_devices(
+    blocks: jax.Array, axis_name: _collectives.AxisName | None, groups: _collectives.Groups | None
+) -> Moments:
+    """Merges blocks [B, 4, ..., C] (count, shift, first and second of `_block_sums.Block`) over all devices.
+
+    Few devices gather all blocks, in one collective. Many devices use two sums, whose size does not depend on their
+    number: the first one agrees on a reference, the mean of the shifts.
+    """
+    if _collectives.is_gathered(blocks, axis_name, groups):
+        return merge_stacked(_collectives.gather(blocks, axis_name, groups))
+    return _merge_by_sums(blocks, lambda *values: _collectives.total(jnp.stack(values, 1), axis_name, groups))
 
 
 def merge_stacked(stacked: jax.Array) -> Moments:
     """Merges the blocks that `_stacked_blocks` returns."""
+    return _merge_blocks(_unstack(stacked))
+
+
+def _unstack(stacked: jax.Array) -> _block_sums.Block:
     count, shift, first, second = (stacked[:, i] for i in range(4))
-    return _merge_blocks(_Block(count.real, shift, first, second.real))
+    return _block_sums.Block(count.real, shift, first, second.real)
 
 
-def _blocks_to_front(sums: jax.Array, axes: _axes.Axes) -> jax.Array:
-    """Moves sums per block, with reduced axes kept, from the layout of the cut array to [B, C]."""
-    return jnp.moveaxis(sums.squeeze(axes.reduced_in_blocks), sum(a < axes.rows for a in axes.features), 0)
-
-
-@functools.partial(jax.jit, static_argnames=("axes", "fast"))  # one program even outside jit, as at init
-def _moments_of_whole(x: jax.Array, axes: _axes.Axes, fast: bool) -> Moments:
-    """The first formula at the top for a single block: the common case, with a shorter program."""
-    dtype, values = _dtypes.compute(x), math.prod(x.shape[a] for a in axes.reduced)
-
-    def mean(x: jax.Array) -> jax.Array:
-        return x.astype(dtype).sum(axes.reduced) / math.prod(x.shape[a] for a in axes.reduced)
-
-    near = _shift.first_samples(x, axes.rows, values) if fast else x
-    shift = _shift.rounded(lax.stop_gradient(mean(near)))  # the result does not depend on it
-
-    def centred(shift: jax.Array) -> jax.Array:
-        return x.astype(dtype) - _axes.expand(shift, axes)
-
-    first = mean(centred(shift))
-    squares = _abs_sq(centred(_barriers.barrier(shift, "cpu"))).sum(axes.reduced)
-    m2 = jnp.maximum(squares - values * _abs_sq(first), 0)
-    return Moments(jnp.full_like(m2, values), shift + first, m2)
-
-
-@functools.partial(jax.jit, static_argnames=("axes", "fast"))  # one program even outside jit, as at init
-def _block_means(axes: _axes.Axes, fast: bool, x: jax.Array, weights: jax.Array | None = None) -> _Block:
-    """Count, shift and means about the shift for each block of rows, [B, C]."""
-    blocks, dtype = _collectives.count_blocks(x, axes.rows), _dtypes.compute(x)
-    x = _collectives.cut(x, axes.rows, blocks)
-    if weights is not None:
-        weights = _collectives.cut(weights, axes.rows, blocks)
-        x = jnp.where(weights > 0, x, jnp.zeros((), x.dtype))  # before any arithmetic: masked values may be NaN
-
-    def total(values: jax.Array) -> jax.Array:
-        return values.sum(axes.reduced_in_blocks, keepdims=True)
-
-    values = math.prod(x.shape[a] for a in axes.reduced_in_blocks)
-    if weights is None:  # a static number: a float32 sum of ones stops at 2^24
-        count = jnp.full_like(total(x), values, jnp.float32)
-    else:
-        count = total(_explicit_meshes.on_values(jnp.ones_like(x, jnp.float32) * weights, x))
+def _merge_by_sums(stacked: jax.Array, total: Callable[..., jax.Array]) -> Moments:
+    """The second formula at the top, relative to the mean of the shifts; `total` sums values of each block."""
+    block, dtype = _unstack(stacked), stacked.dtype
+    present = block.count > 0
+    count, shifts = total(block.count.astype(dtype), block.count.astype(dtype) * block.shift)[:, None]
+    count = count.real
     divisor = jnp.where(count > 0, count, 1)
-
-    def mean(values: jax.Array) -> jax.Array:
-        weighted = values if weights is None else values * weights.astype(values.dtype)
-        return total(weighted) / divisor.astype(values.dtype)
-
-    one_read = fast and weights is None and x.size
-    near = _shift.first_samples(x, axes.rows + 1, values).astype(dtype) if one_read else None
-    shift = mean(x.astype(dtype)) if near is None else near.mean(axes.reduced_in_blocks, keepdims=True)
-    shift = _shift.rounded(lax.stop_gradient(shift))  # the result does not depend on it
-    d = x.astype(dtype) - shift
-    return _Block(*(_blocks_to_front(part, axes) for part in (count, shift, mean(d), mean(_abs_sq(d)))))
+    reference = _shift.rounded(lax.stop_gradient(shifts / divisor.astype(dtype)))  # the result does not depend on it
+    offset = jnp.where(present, (block.shift - reference) + block.first, 0)
+    within = jnp.where(present, jnp.maximum(block.second - _block_sums.abs_sq(block.first), 0), 0)
+    weight = block.count / divisor
+    mean, square = total(weight.astype(dtype) * offset, (weight * (within + _block_sums.abs_sq(offset))).astype(dtype))
+    var = jnp.maximum(square.real - _block_sums.abs_sq(mean), 0)
+    return Moments(count[0], jnp.where(count > 0, reference + mean[None], 0)[0], count[0] * var)
 
 
 @jax.jit
-def _merge_blocks(block: _Block) -> Moments:
+def _merge_blocks(block: _block_sums.Block) -> Moments:
     """Merges all blocks: the second formula at the top, relative to the first block that has values."""
     present, total = block.count > 0, block.count.sum(0, keepdims=True)
     weight = block.count / jnp.where(total > 0, total, 1)
@@ -311,10 +279,6 @@ def _merge_blocks(block: _Block) -> Moments:
     reference = lax.select(first, block.shift, jnp.zeros_like(block.shift)).sum(0, keepdims=True)
     offset = jnp.where(present, (block.shift - reference) + block.first, 0)
     mean = (weight.astype(offset.dtype) * offset).sum(0, keepdims=True)
-    within = jnp.where(present, jnp.maximum(block.second - _abs_sq(block.first), 0), 0)
-    var = (weight * (within + _abs_sq(offset - mean))).sum(0)
+    within = jnp.where(present, jnp.maximum(block.second - _block_sums.abs_sq(block.first), 0), 0)
+    var = (weight * (within + _block_sums.abs_sq(offset - mean))).sum(0)
     return Moments(total[0], jnp.where(total > 0, reference + mean, 0)[0], total[0] * var)
-
-
-def _abs_sq(values: jax.Array) -> jax.Array:
-    return jnp.square(values.real) + jnp.square(values.imag) if jnp.iscomplexobj(values) else jnp.square(values)

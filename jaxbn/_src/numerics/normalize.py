@@ -25,6 +25,7 @@ from jax.typing import ArrayLike
 
 from jaxbn._src.numerics import axes as _axes
 from jaxbn._src.numerics import barriers as _barriers
+from jaxbn._src.numerics import block_sums as _block_sums
 from jaxbn._src.numerics import checkpoint_policies as _policies
 from jaxbn._src.numerics import collectives as _collectives
 from jaxbn._src.numerics import dtypes as _dtypes
@@ -254,13 +255,13 @@ def _layout(spec: Spec, operands: Operands) -> Callable[[Any], Any]:
 def _sum(spec: Spec, operands: Operands, *values: jax.Array) -> tuple[_Sums, _Sums]:
     """Sums [C] over the rows of arrays of the shape of x: on this device, and over all devices."""
     axes = _axes.split(operands.x.ndim, spec.axis)
-    if spec.axis_name is None and operands.members is None and _moments.is_whole(operands.x, axes):
+    if spec.axis_name is None and operands.members is None and _block_sums.is_whole(operands.x, axes):
         sums = [v.sum(axes.reduced) for v in values]
         return sums, sums
     if operands.members is not None:
         partial = _segments.sum_in_blocks(axes, operands.members, *values)
     else:
-        partial = _moments.sum_in_blocks(axes, *values)
+        partial = _block_sums.sum_in_blocks(axes, *values)
     return partial.sum(0), _collectives.total(partial, spec.axis_name, spec.axis_index_groups)
 
 

@@ -27,7 +27,7 @@ def domain_moments(
     axis_name: _collectives.AxisName | None = None,
     axis_index_groups: _collectives.Groups | None = None,
 ) -> _moments.Moments:
-    """Moments [D, C] over the rows of each domain and over devices, in one collective; otherwise `batch_moments`."""
+    """Moments [D, C] over the rows of each domain and over devices; otherwise `batch_moments`."""
     axes, dtype = _axes.split(x.ndim, axis), _dtypes.compute(x)
     blocks, weights = _collectives.count_blocks(x, axes.rows), _axes.weights_like(mask, x)
     weights = jnp.ones((1,) * x.ndim, jnp.float32) if weights is None else weights
@@ -44,7 +44,7 @@ def domain_moments(
     d = x - jnp.expand_dims(_select(members, shift[:, None]), axes.space_in_blocks)
     parts = count, shift, mean(d), mean(jnp.square(jnp.abs(d)) if jnp.iscomplexobj(d) else jnp.square(d))
     stacked = jnp.stack([part.astype(dtype) for part in parts], 1)
-    return _moments.merge_stacked(_collectives.gather(stacked, axis_name, axis_index_groups))
+    return _moments.merge_devices(stacked, axis_name, axis_index_groups)
 
 
 def lay_out(stat: jax.Array, members: jax.Array, axes: _axes.Axes) -> jax.Array:
