@@ -83,7 +83,7 @@ def test_the_numbers_of_a_pass(framework):
     np.testing.assert_allclose(summary["worst_mean_error"], (change.errors.mean / np.sqrt(var)).max(), rtol=1e-5)
     np.testing.assert_allclose(summary["worst_var_error"], (change.errors.var / var).max(), rtol=1e-5)
     shifts = np.maximum(np.abs(mean) / np.sqrt(var), np.abs(1 / np.sqrt(var) - 1))  # the old ones are 0 and 1
-    np.testing.assert_allclose(change.moved, shifts.mean(), rtol=1e-5)
+    np.testing.assert_allclose(change.shift, shifts.mean(), rtol=1e-5)
 
 
 def test_one_batch_and_averages_that_forget_have_no_errors():
@@ -102,7 +102,7 @@ def test_constant_channels_do_not_affect_the_others():
     assert some.summary == pytest.approx(none.summary)
     assert some.constant.tolist() == [True, True, False, False]
     all_of_them = layer(0.5, constant=CHANNELS)
-    assert np.isnan(all_of_them.moved)
+    assert np.isnan(all_of_them.shift)
     text = str(jaxbn.Report("pooled", 9, {"a": all_of_them, "b": some, "c": none}))
     assert text.splitlines()[4].split() == ["a", "2.0e7", *"------"]
     assert [line.split()[1:] for line in text.splitlines()[5:7]] == [text.splitlines()[5].split()[1:]] * 2
@@ -122,7 +122,7 @@ def test_the_table_fits_keeps_the_order_of_the_layers_and_marks_those_that_chang
     assert len(found) == number
     cells = [row.removeprefix("* ").strip().rsplit(maxsplit=7) for row in found]
     assert len({name for name, *_ in cells}) == number  # whatever was left out of them
-    moved = [change.moved if change.count else -1 for change in report.layers.values()]
+    moved = [change.shift if change.count else -1 for change in report.layers.values()]
     assert [-1 if shift == "-" else float(shift) for _, _, shift, *_ in cells] == pytest.approx(moved, rel=1e-2)
     most = sorted(range(number), key=lambda i: -moved[i])[:3] if number > 3 else []
     assert [i for i, row in enumerate(found) if row.startswith("* ")] == sorted(most)
