@@ -133,7 +133,6 @@ class Method(nn.Module):
         return outputs
 
 
-@pytest.mark.slow
 def test_every_method_is_folded_and_keeps_its_activation_and_residual():
     x = images(8, 4)
     call, variables, folded, new, report = fold(Method(), x)
@@ -265,7 +264,6 @@ class Transformed(nn.Module):
         return nn.cond(True, lambda block, x: block(x), lambda block, x: 2 * block(x), Block(name="cond"), x)
 
 
-@pytest.mark.slow
 def test_transformations_are_seen_through_or_refused():
     x = images(4, 4)
     call, variables, folded, new, report = fold(Transformed(), x)
@@ -278,7 +276,6 @@ def test_transformations_are_seen_through_or_refused():
     np.testing.assert_array_equal(jax.jit(call)(variables, x), before)
 
 
-@pytest.mark.slow
 def test_a_teacher_of_the_same_paths_is_left_alone():
     net, x = Block(), images(4, 4)
     variables, teacher = started(net, x), moved(jax.tree.map(lambda leaf: leaf * 2, started(net, x)))
@@ -480,7 +477,6 @@ def test_a_bfloat16_network_gives_what_it_gave_but_for_the_rounding():
     assert {leaf.dtype for leaf in jax.tree.leaves(new)} == {jnp.dtype(jnp.float32)}
 
 
-@pytest.mark.slow
 def test_maps_of_kernels_are_folded_too():
     """The layer then computes with the folded kernel as it is."""
     mapped = jaxbn.linen.map_kernel
@@ -494,7 +490,6 @@ def test_maps_of_kernels_are_folded_too():
     assert not left["rsqrt"] and not left["sub"] and not left["reduce_sum"]
 
 
-@pytest.mark.slow
 def test_chains_are_folded_as_a_whole():
     net = nn.Sequential([OURS(), nn.Dense(4), OURS(), OURS(use_bias=False), nn.relu])
     x = images(4, 3)

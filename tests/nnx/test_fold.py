@@ -115,7 +115,6 @@ class Methods(nnx.Module):
         return [norm(linear(x), residual=x[:, :3], **case.where(x)) for case, linear, norm in pairs]
 
 
-@pytest.mark.slow
 def test_every_method_is_folded_and_keeps_its_activation_and_residual():
     folded, report = fold(Methods(), images(8, 4))
     for i, case in enumerate(CASES):
@@ -267,7 +266,6 @@ class Transformed(nnx.Module):
         return nnx.scan(call, in_axes=(0, nnx.Carry), out_axes=nnx.Carry)(self.scan, x)
 
 
-@pytest.mark.slow
 def test_transformations_are_seen_through_or_refused():
     model, x = Transformed(), images(4, 4)
     folded, report = fold(model, x)

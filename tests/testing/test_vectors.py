@@ -361,3 +361,14 @@ def test_pooled_vectors_are_the_moments_of_all_rows():
         values = np.concatenate([step.inputs["x"] for step in updates])
         np.testing.assert_allclose(finalize.outputs["mean"], values.mean(0), rtol=1e-14)
         np.testing.assert_allclose(finalize.outputs["var"], values.var(0, ddof=ddof), rtol=1e-14)
+
+
+def test_the_program_writes_one_file_for_each_vector(tmp_path, monkeypatch, capsys):
+    made = {name: generate.VECTORS[name] for name in ("pooled", "mean_of_batches")}
+    monkeypatch.setattr(generate, "VECTORS", made)
+    monkeypatch.setattr(generate, "__file__", str(tmp_path / "generate.py"))
+    (tmp_path / "data").mkdir()
+    generate.main()
+    assert capsys.readouterr().out == f"2 vectors in {tmp_path / 'data'}\n"
+    assert {file.name for file in (tmp_path / "data").iterdir()} == {f"{name}.json" for name in made}
+    assert (tmp_path / "data" / "pooled.json").read_text() == vectors.dumps(made["pooled"]())
