@@ -97,11 +97,11 @@ def make_steps(optimizer: optax.GradientTransformation, net: nn.Module) -> jaxbn
 
 
 def train(
-    optimizer: optax.GradientTransformation, data: Batch, epochs: int, *, net: nn.Module = NET
+    optimizer: optax.GradientTransformation, data: Batch, epochs: int, *, net: nn.Module = NET, seed: int = 0
 ) -> Iterator[jaxbn.linen.TrainState]:
-    """Yields the state after each step."""
-    steps, rng = make_steps(optimizer, net), np.random.default_rng(0)
-    state = steps.init(jax.random.key(0), take(data, slice(0, BATCH)))
+    """Yields the state after each step; the seed is that of the initial parameters and of the order of the data."""
+    steps, rng = make_steps(optimizer, net), np.random.default_rng(seed)
+    state = steps.init(jax.random.key(seed), take(data, slice(0, BATCH)))
     for _ in range(epochs):
         for batch in in_batches(take(data, rng.permutation(len(data["y"])))):
             state, _ = steps.train_step(state, batch)

@@ -142,6 +142,72 @@ def test_averaged_weights_have_the_statistics_of_the_weights_that_are_evaluated(
     assert [row[:2] for row in printed[1:]] == [[round(a, 3) for a in pair] for pair in found.values()]
 
 
+@pytest.fixture
+def merged_weights(shared, monkeypatch):
+    """The recipe with the small network of the other recipes."""
+    recipe = importlib.import_module("merged_weights")
+    monkeypatch.setattr(recipe, "NET", shared.NET)
+    monkeypatch.setattr(recipe, "predict", shared.predict)
+    return recipe
+
+
+@pytest.mark.slow
+def test_merged_weights_match_hidden_units_and_have_the_statistics_of_the_average(merged_weights, shared, data):
+    a, b = ({**shared.NET.init(jax.random.key(seed), data["x"], train=False)} for seed in (0, 1))
+    orders = [np.random.default_rng(0).permutation(width) for width in shared.NET.widths]
+    shuffled = merged_weights.permute(a, orders)
+    assert moved(a["params"], shuffled["params"]) >= {f"Dense_{i}/kernel" for i in range(3)}
+    np.testing.assert_allclose(shared.predict(shuffled, data), shared.predict(a, data), rtol=1e-4, atol=1e-5)
+    back = merged_weights.permute(shuffled, merged_weights.match(a, shuffled, data))
+    # Units that are always 0 may be swapped; the average of both networks is the same function all the same.
+    np.testing.assert_allclose(
+        shared.predict(merged_weights.merge(a, back, 0.5), data), shared.predict(a, data), rtol=1e-4, atol=1e-5
+    )
+
+    average = {path: 0.75 * value + 0.25 * flat(b)[path] for path, value in flat(a).items()}
+    merged = merged_weights.merge(a, b, 0.25)
+    for path, value in flat(merged).items():
+        np.testing.assert_allclose(value, average[path], rtol=1e-5, atol=1e-6, err_msg=path)
+    repaired, _ = merged_weights.repair(merged, data)
+    assert_statistics(repaired["batch_stats"], population(merged["params"], shared.in_batches(data)))
+
+
+@pytest.mark.slow
+def test_merged_weights_fail_with_averaged_statistics_and_work_with_their_own(run):
+    found, printed = run("merged_weights")
+    assert [row[1:3] for row in printed[1:]] == [[round(value, 3) for value in pair] for pair in found.values()]
+    (averaged, own), ends = found[0.5], (found[0.0][1], found[1.0][1])
+    assert averaged < own - 0.05 and own > min(ends) - 0.02
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "amount"), [("pruned_weights", "prune", 0.9), ("quantized_weights", "with_quantized_kernels", 2)]
+)
+def test_compressed_weights_get_their_own_statistics(name, change, amount, shared, data, variables):
+    recipe = importlib.import_module(name)
+    params = getattr(recipe, change)(variables["params"], amount)
+    assert moved(variables["params"], params) == {f"Dense_{i}/kernel" for i in range(3)}
+    for path in moved(variables["params"], params):
+        before, after = flat(variables["params"])[path], flat(params)[path]
+        if name == "pruned_weights":
+            assert (after == 0).mean() == pytest.approx(amount, abs=0.01)
+            assert np.abs(before[after == 0]).max() <= np.abs(after[after != 0]).min()
+        else:
+            most = np.abs(before).max()
+            np.testing.assert_allclose(after, np.round(before / most) * most, rtol=1e-6)
+    recalibrated, _ = recipe.recalibrate(variables | {"params": params}, data)
+    assert_statistics(recalibrated["batch_stats"], population(params, shared.in_batches(data)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "amount"), [("pruned_weights", 0.9), ("quantized_weights", 2)])
+def test_compressed_weights_work_better_with_their_own_statistics(name, amount, run):
+    found, printed = run(name)
+    assert [row[-3:-1] for row in printed[1:]] == [[round(value, 3) for value in pair] for pair in found.values()]
+    before, after = found[amount]
+    assert after > before + 0.2
+
+
 @pytest.mark.slow
 def test_another_domain_is_seen_with_its_own_statistics(run, shared, data, variables):
     adapt = importlib.import_module("another_domain").adapt
@@ -170,7 +236,8 @@ def test_estimates_before_an_evaluation_leave_the_training_as_it_is(run, shared,
     evaluated = end(lambda state: recipe.evaluate(state, data, held_out))
     assert all(map(np.array_equal, *map(jax.tree.leaves, (evaluated, end(lambda state: None)))))
 
-    found, printed = run("estimate_before_evaluation", epochs=2)
+    found, printed = run("estimate_before_evaluation", epochs=4)
+    assert len(found) == 2
     assert all(estimated > running for running, estimated in found)
     assert [row for row in printed if row] == [[round(value, 3) for value in row] for row in found]
 
