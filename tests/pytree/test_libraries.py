@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import jaxbn
+import jaxbn.serving
 
 ROWS, CHANNELS, EPSILON = 24, 3, 1e-5
 # Of the two layers, after the name of the model or the states in the tree.
@@ -135,6 +136,8 @@ def test_consistent_statistics_freezing_and_further_training(library):
     np.testing.assert_allclose(evaluation(new, data())[0], expected, rtol=1e-3, atol=1e-3)
     frozen = jaxbn.freeze(new, report)
     assert [frozen.info.layer(path).method for path in paths] == ["batch_norm"] * 2
+    with pytest.raises(TypeError, match=f"'{paths[0]}' is a layer of Equinox or Haiku"):
+        jaxbn.serving.export("program", evaluation, frozen, data())
     # Training goes on from these statistics.
     going_on = (new[0], training(new, data() + 1)[1])
     (before, _), (after, _) = list(statistics(new))[0], list(statistics(going_on))[0]

@@ -96,6 +96,27 @@ def test_programs_do_not_outlive_the_function():
     assert left() is None
 
 
+def test_files_and_programs(tmp_path):
+    """A frozen tree is saved and exported; a call that trains is refused, also under jit."""
+    params, state = bn.init(CHANNELS)
+    call = jax.jit(lambda model, x: bn.eval(*model["norm"], x) @ model["kernel"])
+    model = {"norm": (params, state), "kernel": jnp.eye(CHANNELS)}
+    frozen = jaxbn.freeze(*jaxbn.postproc(call, model, batches()))
+    jaxbn.serving.export(tmp_path / "program", call, frozen, batches()[0])
+    program = jaxbn.serving.load_program(tmp_path / "program")
+    x = batches()[1][:5]
+    np.testing.assert_allclose(program(x), call(frozen.variables, x), rtol=1e-6)
+    assert program.info.layers == frozen.info.layers
+    training = jax.jit(lambda model, x: bn.train(*model["norm"], x)[0])
+    with pytest.raises(ValueError, match="'norm/1' normalizes with the statistics of the batch, as in training"):
+        jaxbn.serving.export(tmp_path / "program", training, frozen, x)
+    with pytest.raises(ValueError, match="'norm/1' were never estimated"):
+        jaxbn.serving.export(tmp_path / "program", call, model, x)
+    jaxbn.serving.save(tmp_path / "network", frozen)
+    loaded = jaxbn.serving.load(tmp_path / "network", like=model)
+    np.testing.assert_array_equal(call(loaded.variables, x), call(frozen.variables, x))
+
+
 def test_paths():
     """Names with slashes that are written alike are written in full; a state alone has the path ''."""
     state = bn.init(1)[1]
@@ -120,7 +141,5 @@ def test_errors():
         jaxbn.postproc(lambda state, x: x, state, [x])
     with pytest.raises(ValueError, match="never estimated"):
         jaxbn.freeze(state)
-    with pytest.raises(TypeError, match="Export the function itself"):
-        jaxbn.serving.export("program", call, state, x)
     with pytest.raises(ValueError, match="is not a normalization layer"):
         jaxbn.install_moments(state, {"norm": bn.measure(x)})

@@ -29,6 +29,11 @@ def find_states(tree: Any) -> dict[str, State]:
     return {path: states[path] for path in sorted(states, key=natural)}
 
 
+def foreign_layers(tree: Any) -> list[str]:
+    """The paths of the layers of other libraries."""
+    return [path for library in LIBRARIES if library is not OWN_STATES for path in library.find(tree)]
+
+
 def with_states(tree: Any, states: Mapping[str, State]) -> Any:
     """A new tree with these statistics at their paths."""
     for library in LIBRARIES:

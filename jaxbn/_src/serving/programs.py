@@ -26,7 +26,8 @@ from jaxbn._src.linen.layers import STATISTICS
 from jaxbn._src.linen.registry import evaluates
 from jaxbn._src.methods.protocol import State, holds_states
 from jaxbn._src.nnx.framework import NNX, SAVED
-from jaxbn._src.serving import atomic_files
+from jaxbn._src.pytree.framework import PYTREE
+from jaxbn._src.serving import atomic_files, plain_functions
 from jaxbn._src.serving.arrays import describe, describe_tree, info_of, pack, shapes_of, to_device, to_host, unpack
 from jaxbn._src.serving.batches import check_batch, lacks_examples, leave_open, shape_of, text, without_examples
 from jaxbn._src.serving.custom_calls import check_module
@@ -83,9 +84,11 @@ def export(path: str | os.PathLike[str], call: Callable[..., Any], network: Any,
     Args:
         path: The file, which is replaced if it exists; its folder must exist.
         call: `call(variables, batch)` runs a linen model, as `lambda v, x: net.apply(v, x, train=False)`; `call(model,
-            batch)` runs an NNX model, as `lambda model, x: model(x)`. Or the call that `fold` returned.
-        network: A `Frozen` of linen, all variables of a linen model, the variables or model that `fold` returned, or an
-            NNX model, such as that of `jaxbn.nnx.install_frozen`. The call must evaluate, not train.
+            batch)` runs an NNX model, as `lambda model, x: model(x)`. Or the call that `fold` returned, or, for plain
+            functions, the one that `jaxbn.postproc` takes.
+        network: A `Frozen` of linen or of plain functions, all variables of a linen model, the variables or model that
+            `fold` returned, a pytree with states of methods, or an NNX model, such as that of
+            `jaxbn.nnx.install_frozen`. The call must evaluate, not train.
         example: A batch, or its shapes: an array, or dicts, lists and tuples of arrays, whose first axis is the axis of
             examples. The values are not used. To make other axes dynamic, such as height, width or time, name them:
             `jax.ShapeDtypeStruct(jax.export.symbolic_shape("b, h, w, 3"), jnp.float32)`, with the requirements of the
@@ -100,7 +103,7 @@ def export(path: str | os.PathLike[str], call: Callable[..., Any], network: Any,
             examples, or several numbers of examples; if the model calls functions outside of XLA, such as LAPACK
             (`jnp.linalg.cholesky`), kernels and callbacks; if the `Frozen` is that of an NNX model; if this process
             does not hold all of an array; or if the outputs are not arrays in dicts, lists and tuples.
-        TypeError: If the network holds anything but arrays, or is that of plain functions.
+        TypeError: If the network holds anything but arrays.
 
     Example:
         >>> net = jaxbn.linen.BatchNorm(use_running_average=True)
@@ -221,6 +224,8 @@ def _check_estimated(network: Any) -> None:
     """Raises a ValueError for statistics that cannot be frozen; those of a `Frozen` have already been checked."""
     if isinstance(network, nnx.Module):
         make_info(_states_of(NNX, network))
+    elif holds_states(network) and not isinstance(network, Frozen):
+        make_info(PYTREE.states(network))
     elif isinstance(network, Mapping):
         make_info(_states_of(LINEN, network))
 
@@ -245,11 +250,9 @@ def _check_linen(frozen: Frozen) -> None:
 
 def _as_function(call: Callable[..., Any], network: Any) -> tuple[_Run, Any]:
     """Returns a pure function of arrays and a batch, which raises an error if a layer trains, and the arrays."""
-    if holds_states(network):
-        raise TypeError(
-            "Got the states of a model of plain functions, and this exports models of linen and NNX. Export the "
-            "function itself: jax.export.export(jax.jit(lambda x: call(frozen.variables, x)))(example)."
-        )
+    tree = network.variables if isinstance(network, Frozen) else network
+    if plain_functions.is_model(tree):
+        return plain_functions.as_function(call, tree, _TRAINS)
     if isinstance(network, nnx.Module):
         # Random states and intermediate values become constants of the program; a frozen network does not hold them.
         graph, variables, *others = nnx.split(network, SAVED, ...)
