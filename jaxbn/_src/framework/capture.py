@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, Protocol
 
+from jaxbn._src.framework.framework import Call, Captured
 from jaxbn._src.framework.layers import (
     Layer,
     Measured,
@@ -15,8 +16,6 @@ from jaxbn._src.framework.layers import (
 )
 from jaxbn._src.framework.mixing import Mixture
 from jaxbn._src.tracing import harvest as _harvest
-
-Call = Callable[[Any, Any], Any]  # (model, batch) -> outputs
 
 
 class MakeSlot(Protocol):
@@ -41,7 +40,7 @@ def capture(
     mode: str | Mixture,
     weights: Weights | None,
     examples: bool,
-) -> Callable[[Any, Any], tuple[Any, Measured]]:
+) -> Captured:
     """Makes a function that also returns the measurements of every layer; `hook` is the part of the framework."""
 
     def captured(model: Any, batch: Any) -> tuple[Any, Measured]:

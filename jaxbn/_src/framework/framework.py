@@ -23,9 +23,8 @@ class ModelLayer(NamedTuple):
     """A normalization layer of a model."""
 
     statistics: Mapping[str, Any]  # by their names in Flax's layer
-    norm: Any = (
-        None  # the layer with the attributes of Flax's; None where the model does not tell, as variables of linen
-    )
+    # The layer, with the attributes of Flax's; None where the model does not tell, as the variables of linen do not.
+    norm: Any = None
 
     @property
     def state(self) -> State:
