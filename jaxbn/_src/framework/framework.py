@@ -68,8 +68,8 @@ class Framework(NamedTuple):
     layers: Callable[[Any], Mapping[str, ModelLayer]]
     # (model, states by path) -> a new model with these statistics
     with_states: Callable[[Any, Mapping[str, State]], Any]
-    # (model) -> the variables that a frozen network holds, as nested dicts of arrays
-    variables: Callable[[Any], dict[str, Any]]
+    # (model) -> the variables that a frozen network holds, as nested dicts of arrays; of plain functions, their tree
+    variables: Callable[[Any], Any]
     # (model) -> the paths of the learned parameters; None where they do not tell the layer
     params: Callable[[Any], Iterable[str] | None]
 

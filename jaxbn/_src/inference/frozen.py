@@ -54,11 +54,12 @@ class Info(NamedTuple):
 class Frozen:
     """A network to evaluate: its variables, and information on its statistics. A pytree; `info` is static.
 
-    Make one with `jaxbn.linen.freeze`, `jaxbn.nnx.freeze` or the `finalize` of `make_steps`. Training steps do not
-    accept it. Gradients flow to inputs and parameters; with jaxbn's layers, the statistics have no gradient.
+    Make one with `jaxbn.linen.freeze`, `jaxbn.nnx.freeze`, `jaxbn.freeze` or the `finalize` of `make_steps`. Training
+    steps do not accept it. Gradients flow to inputs and parameters; with jaxbn's layers, the statistics have none.
     """
 
-    variables: dict[str, Any]  # nested dicts of arrays: Flax's collections (linen), or the variables by path (NNX)
+    # Nested dicts of arrays: Flax's collections (linen), or the variables by path (NNX). Of plain functions, their tree
+    variables: Any
     info: Info = dataclasses.field(metadata={"static": True})
 
     def __post_init__(self) -> None:
