@@ -1,12 +1,11 @@
-"""A multi-host statistics pass: each process reads its part of the data, and all processes get identical statistics.
+"""A multi-host statistics pass: several processes, one network, and statistics that are identical on all of them.
 
     python examples/multihost.py
 
-This starts two processes on this machine, with two CPU devices each, and runs the statistics pass on both kinds of
-batches:
+This starts two processes on this machine, with two CPU devices each, and shows two ways to run the pass:
 
-- Global arrays over the devices of all processes, as in training: all processes run one program, and each batch counts
-  once.
+- Global arrays over the devices of all processes, as in training on a pod: this is the main way. Parameters are sharded
+  over the devices as in FSDP, and stay so; all processes run one program, and each batch counts once.
 - Local batches: each process has a replica of the parameters and its own batches. The numbers of batches may differ;
   no padding is needed.
 
@@ -25,7 +24,8 @@ from collections.abc import Sequence
 import flax.linen as nn
 import jax
 import numpy as np
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.experimental.multihost_utils import process_allgather
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import jaxbn
 import jaxbn.linen
@@ -66,11 +66,58 @@ def in_float64(variables: dict, x: np.ndarray) -> dict[str, tuple[np.ndarray, np
     return found
 
 
-def global_batches(data: Sequence[np.ndarray]) -> list[jax.Array]:
-    """Makes global batches that are sharded over the devices of all processes, from the shares of this process."""
-    mesh = jax.make_mesh((jax.device_count(),), ("data",), (AxisType.Auto,))
-    rows = NamedSharding(mesh, PartitionSpec("data"))
-    return [jax.make_array_from_process_local_data(rows, part) for part in data]
+def mesh_of(devices: Sequence[jax.Device]) -> Mesh:
+    """A mesh with one axis, over which data and parameters are sharded."""
+    return jax.make_mesh((len(devices),), ("data",), (AxisType.Auto,), devices=devices)
+
+
+def init(key: jax.Array) -> dict:
+    """The variables of the network; the same key gives the same variables everywhere."""
+    return Net().init(key, np.zeros((1, FEATURES), np.float32), train=False)
+
+
+def init_sharded(mesh: Mesh) -> dict:
+    """The variables, sharded over all processes as in FSDP from the start: no device ever holds a whole kernel."""
+
+    def sharding(leaf: jax.ShapeDtypeStruct) -> NamedSharding:
+        divides = leaf.ndim > 0 and leaf.shape[0] % mesh.size == 0
+        return NamedSharding(mesh, PartitionSpec("data") if divides else PartitionSpec())
+
+    key = jax.random.key(0)
+    return jax.jit(init, out_shardings=jax.tree.map(sharding, jax.eval_shape(init, key)))(key)
+
+
+def with_global_arrays() -> None:
+    """The main way: parameters and batches are arrays over the devices of all processes."""
+    mesh = mesh_of(jax.devices())
+    variables = init_sharded(mesh)
+    # Each process reads an equal share of each batch.
+    processes = range(jax.process_count())
+    share, fewest = BATCH // len(processes), min(len(data_of(i)) for i in processes)
+    mine, rows = data_of(jax.process_index()), NamedSharding(mesh, PartitionSpec("data"))
+    batches = [
+        jax.make_array_from_process_local_data(rows, mine[start : start + share]) for start in range(0, fewest, share)
+    ]
+    # All processes run this program on the same global batches; no merge is needed afterwards.
+    found, report = jaxbn.linen.postproc(predict, variables, batches, consistent=True)
+    assert jax.tree.all(jax.tree.map(lambda new, old: new.sharding == old.sharding, found, variables))
+    jaxbn.check_replicas(found)
+    whole = process_allgather(found, tiled=True)  # for the comparison only
+    if jax.process_index() == 0:
+        print(report)
+        report_error("Global batches", whole, np.concatenate([data_of(i)[:fewest] for i in processes]))
+
+
+def with_local_batches() -> None:
+    """The second way: each process runs its own batches on its own devices, and the accumulators are merged."""
+    variables, mine = init(jax.random.key(0)), data_of(jax.process_index())
+    batches = [mine[start : start + BATCH] for start in range(0, len(mine), BATCH)]
+    mesh = mesh_of(jax.local_devices())
+    found, report = jaxbn.linen.postproc(predict, variables, batches, consistent=True, mesh=mesh)
+    jaxbn.check_replicas(found)
+    if jax.process_index() == 0:
+        print(report)
+        report_error("Local batches", found, np.concatenate([data_of(i) for i in range(jax.process_count())]))
 
 
 def report_error(title: str, variables: dict, everything: np.ndarray) -> None:
@@ -79,34 +126,7 @@ def report_error(title: str, variables: dict, everything: np.ndarray) -> None:
         np.abs(np.asarray(variables["batch_stats"][path]["mean"]) - mean).max() / np.sqrt(var.min())
         for path, (mean, var) in in_float64(variables, everything.astype(np.float64)).items()
     )
-    print(f"{title}: all processes agree bit for bit, and with float64 to {off:.0e} standard deviations.")
-
-
-def work() -> None:
-    """Runs both statistics passes in one process."""
-    processes, process = range(jax.process_count()), jax.process_index()
-    variables = Net().init(jax.random.key(0), data_of(0), train=False)  # the same key, the same parameters
-
-    # As on a pod: batches are global arrays, and each process reads an equal share of each.
-    share, fewest = BATCH // len(processes), min(len(data_of(i)) for i in processes)
-    shares = [slice(start, start + share) for start in range(0, fewest, share)]
-    batches = global_batches([data_of(process)[rows] for rows in shares])
-    # All processes run this program on the same global batches; no merge is needed afterwards.
-    found, report = jaxbn.linen.postproc(predict, variables, batches, consistent=True)
-    jaxbn.check_replicas(found)
-    if process == 0:
-        print(report)
-        report_error("Global batches", found, np.concatenate([data_of(i)[:fewest] for i in processes]))
-
-    # Each process runs its own batches on its own devices; the pass merges the accumulators once per sweep.
-    mine = data_of(process)
-    own = [mine[start : start + BATCH] for start in range(0, len(mine), BATCH)]
-    mesh = jax.make_mesh((jax.local_device_count(),), ("data",), (AxisType.Auto,), devices=jax.local_devices())
-    found, report = jaxbn.linen.postproc(predict, variables, own, consistent=True, mesh=mesh)
-    jaxbn.check_replicas(found)
-    if process == 0:
-        print(report)
-        report_error("Local batches", found, np.concatenate([data_of(i) for i in processes]))
+    print(f"{title}: all processes agree bit for bit, and with float64 to {off:.0e} std.")
 
 
 def start_processes() -> int:
@@ -136,7 +156,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         jax.distributed.initialize(args.address, PROCESSES, args.process)
     else:
         return start_processes()
-    work()
+    with_global_arrays()
+    with_local_batches()
     jax.distributed.shutdown()
     return 0
 
