@@ -86,6 +86,7 @@ def size(tree):
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
+@pytest.mark.sample(every=2)
 @pytest.mark.parametrize("api", APIS)
 def test_resnet_50_is_resnet_50(resnet, api):
     params, stats, layers = shapes(resnet, api)

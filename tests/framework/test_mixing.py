@@ -235,8 +235,8 @@ def test_weights_leave_out_what_fills_up_a_batch():
     variables = jax.jit(Linen().init)(jax.random.key(0), x)
     padded = {"x": np.concatenate([x, 100 * x[:3]]), "valid": np.arange(N + 3) < N}
     call = lambda v, b: Linen().apply(v, b["x"])
-    y = jaxbn.linen.adapt(call, prior_count=8, weights=lambda b: b["valid"])(variables, padded)
-    expected = jaxbn.linen.adapt(call, prior_count=8)(variables, {"x": x})
+    y = jax.jit(jaxbn.linen.adapt(call, prior_count=8, weights=lambda b: b["valid"]))(variables, padded)
+    expected = jax.jit(jaxbn.linen.adapt(call, prior_count=8))(variables, {"x": x})
     np.testing.assert_allclose(y[:N], expected, rtol=1e-5, atol=1e-5)
 
 

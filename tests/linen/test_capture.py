@@ -111,7 +111,7 @@ def test_as_called_follows_the_model(norm, images):
     net, variables = started(norm)
     for train in (True, False):
         call = lambda v, b, train=train: net.apply(v, b, train, mutable=["batch_stats"] if train else False)
-        outputs, moments = jaxbn.linen.capture_moments(jax.jit(call), mode="as_called")(variables, images[0])
+        outputs, moments = jax.jit(jaxbn.linen.capture_moments(call, mode="as_called"))(variables, images[0])
         expected, inputs = plain(net, variables, images[0], "batch" if train else "eval")
         if train:
             outputs, updates = outputs

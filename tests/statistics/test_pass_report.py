@@ -208,6 +208,7 @@ def extent(text):
     return text.get_window_extent()
 
 
+@pytest.mark.sample(every=2)
 @pytest.mark.parametrize(("number", "factor"), [(1, 1.01), (4, 50), (20, 1e3), (100, 1e11)])
 def test_the_picture_is_whole(number, factor):
     """Every text lies in the figure, and none lies on another; variances were off by up to so much in both ways."""
