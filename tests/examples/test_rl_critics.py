@@ -51,16 +51,12 @@ def test_each_member_has_statistics_of_its_own(example):
 
 @pytest.mark.slow
 def test_it_learns_and_critics_know_single_states(example, capsys):
-    """Holds in at least one of three runs: the training loop is chaotic, and rounding may spoil a run."""
-    runs = [example.main(["--no-progress", "--seed", str(seed)]) for seed in range(3)]
-    _, err = capsys.readouterr()
-    assert not err.strip()
-    for numbers in runs:
-        assert numbers["best linear (Riccati)"] >= numbers["learned"] - 0.01
-    good = [numbers for numbers in runs if numbers["learned"] > 2 * numbers["best linear (Riccati)"]]
-    assert good
-    for numbers in good:
-        assert numbers["learned"] > numbers["untrained"]
-        assert 2 * numbers["best linear (Riccati)"] > numbers["untrained"]
-        errors = [value for name, value in numbers.items() if name.startswith(("running", "population"))]
-        assert len(errors) == 2 * example.MEMBERS and max(errors) < abs(numbers["untrained"]) / 2
+    """In one of three runs, of which the others are made only where the training loop, which is chaotic, went wrong."""
+    runs = (example.main(["--no-progress", "--seed", str(seed)]) for seed in range(3))
+    numbers = next(numbers for numbers in runs if numbers["learned"] > 2 * numbers["best linear (Riccati)"])
+    assert not capsys.readouterr().err.strip()
+    assert numbers["best linear (Riccati)"] >= numbers["learned"] - 0.01
+    assert numbers["learned"] > numbers["untrained"]
+    assert 2 * numbers["best linear (Riccati)"] > numbers["untrained"]
+    errors = [value for name, value in numbers.items() if name.startswith(("running", "population"))]
+    assert len(errors) == 2 * example.MEMBERS and max(errors) < abs(numbers["untrained"]) / 2
