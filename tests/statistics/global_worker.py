@@ -186,6 +186,24 @@ def in_calls(framework, model, call, statistics_of):
     return {"arrays": listed(gather((y, statistics_of(installed), adapted))), "tables": tables}
 
 
+def in_plain_jax():
+    """A network of functions, with parameters and states in one pytree."""
+    bn = jaxbn.batch_norm()
+    keys = jax.random.split(jax.random.key(0))
+    kernels = [jax.random.normal(key, shape) for key, shape in zip(keys, ((3, 4), (4, 4)), strict=True)]
+    model = sharded([(kernel, *bn.init(4)) for kernel in kernels])
+
+    def call(model, x):
+        for kernel, params, state in model:
+            x = bn.eval(params, state, x @ kernel)
+        return x
+
+    after, report = jaxbn.postproc(call, model, watched(batches(6, AxisType.Auto)))
+    check_places(model, after)
+    jaxbn.freeze(after, report)
+    return {"model": listed(gather(after)), "report": report.to_dict()}
+
+
 def agrees_without_devices():
     """So that the devices need not wait for the agreement, nor the agreement for the devices."""
     with mock.patch.object(processes, "process_allgather", side_effect=AssertionError("through the devices")):
@@ -248,6 +266,7 @@ AGREE = {
     "nnx, sharded parameters in calls": lambda: in_calls(
         jaxbn.nnx, sharded_nnx(), None, lambda model: nnx.state(model, nnx.BatchStat)
     ),
+    "plain functions, sharded parameters": in_plain_jax,
     "diagnose": diagnosed,
     "diagnose, sharded parameters": lambda: diagnosed(sharded(variables_of()), AxisType.Auto),
     "nnx, diagnose": diagnosed_nnx,
