@@ -61,7 +61,7 @@ from jaxbn._src.statistics.estimators import Estimator as Estimator
 from jaxbn._src.statistics.estimators import mean_of_batches as mean_of_batches
 from jaxbn._src.statistics.estimators import moving_average as moving_average
 from jaxbn._src.statistics.estimators import pooled as pooled
-from jaxbn._src.statistics.pass_report import LayerChange as LayerChange
+from jaxbn._src.statistics.layer_change import LayerChange as LayerChange
 from jaxbn._src.statistics.pass_report import Report as Report
 
 if _typing.TYPE_CHECKING:  # type checkers and editors do not run `__getattr__`

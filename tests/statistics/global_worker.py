@@ -329,7 +329,6 @@ FAIL = {
     "nan": (lambda p: linen(with_nan()), ["ValueError: Batch 1 .*not finite"] * 2),
     "a mesh": (lambda p: linen(batches(3), mesh=mesh()), ["ValueError: mesh= shards batches of a single process"] * 2),
     "a mesh of all": (lambda p: linen(raw(3), mesh=mesh()), ["ValueError: mesh= holds devices of other processes"] * 2),
-    "read once": (lambda p: linen(iter(batches(3)), consistent=True), ["TypeError: .*read only once"] * 2),
     "diagnose, fewer on one": (
         lambda p: jaxbn.linen.diagnose(apply, variables_of(), batches(4)[: 3 + p]),
         ["RuntimeError: Process 0 has 3 global batches"] * 2,

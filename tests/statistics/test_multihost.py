@@ -217,7 +217,6 @@ def test_processes_diagnose_what_all_have_seen(results, worker):
             ["Process 1 failed.*OSError: batch 10 cannot be read", "batch 10"],
         ),
         ("diagnose, one breaks", ["RuntimeError", "OSError"], ["Process 1 failed: OSError: batch 1 ", "batch 1 "]),
-        ("one can be read once", ["RuntimeError", "TypeError"], ["Process 1 failed.*read only once", "read only once"]),
         ("none", ["ValueError", "ValueError"], ["There was no batch"] * 2),
         ("nan", ["RuntimeError", "ValueError"], ["Process 1 failed.*Batch 1", "Batch 1 .*'BatchNorm_0'"]),
         ("other models", ["RuntimeError"] * 2, ["run different models"] * 2),
@@ -285,7 +284,7 @@ def test_the_example_runs_as_a_user_runs_it(tmp_path):
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()  # among those of Gloo, in which the processes may cut each other short
     for title, batches in (("Global batches", 5), ("Local batches", 8)):
-        assert any(line.startswith(f"pooled statistics from {batches} batches; 3 sweeps") for line in lines)
+        assert any(line.startswith(f"pooled statistics from {batches} batches, in 2 stages") for line in lines)
         agrees = f"{title}: all processes agree bit for bit, and with float64"
         (result,) = (line for line in lines if line.startswith(agrees))
         assert float(result.split()[-2]) < 1e-5

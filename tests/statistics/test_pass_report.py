@@ -20,25 +20,26 @@ import jaxbn.linen
 import jaxbn.nnx
 from jaxbn._src.display import tables
 from jaxbn._src.framework.layers import LayerKind
+from jaxbn._src.statistics.layer_change import Way
 from jaxbn._src.statistics.standard_errors import Errors
 
 CHANNELS = 4
 
 
-def layer(moved, *, constant=0, count=2e7, batches=40, var=4.0):
+def layer(moved, *, constant=0, count=2e7, batches=40, var=4.0, way=None):
     """A layer whose means were `moved` standard deviations off, in all channels alike."""
     mean, new_var = np.arange(CHANNELS, dtype=np.float32), np.full(CHANNELS, var, np.float32)
     new_var[:constant] = 0
     errors = Errors(np.full(CHANNELS, batches), np.linspace(0.1, 0.2, CHANNELS), np.linspace(1, 2, CHANNELS))
     old = mean + np.float32(moved * np.sqrt(var)), np.full(CHANNELS, var, np.float32)
-    return jaxbn.LayerChange(count, *old, mean, new_var, LayerKind("batch_norm", 1e-5), True, batches, errors)
+    return jaxbn.LayerChange(count, *old, mean, new_var, LayerKind("batch_norm", 1e-5), True, batches, errors, way)
 
 
-def report_of(number, **fields):
+def report_of(number, way=None, **fields):
     """Layers with long names that differ in their middle; the last but one was not reached."""
     moved = np.random.default_rng(0).permutation(number) / 10
     name = "backbone/encoder/stage_{}/block_{}/BottleneckResidualBlock/normalization"
-    layers = {name.format(i // 9, i): layer(moved[i], constant=i == 3) for i in range(number)}
+    layers = {name.format(i // 9, i): layer(moved[i], constant=i == 3, way=way) for i in range(number)}
     if number > 1:
         layers[list(layers)[-2]] = layer(0, count=0.0)
     return jaxbn.Report("pooled", 40, layers, **fields)
@@ -116,7 +117,7 @@ def test_constant_channels_do_not_affect_the_others():
 @pytest.mark.parametrize("number", [1, 3, 20, 100])
 def test_the_table_fits_keeps_the_order_of_the_layers_and_marks_those_that_changed_most(number, width, monkeypatch):
     monkeypatch.setattr(tables, "WIDTH", width)
-    report = report_of(number, skipped=3, sweeps=5, change=3.456e-7, stop_when=0.01)
+    report = report_of(number, Way(2, 5, 3.456e-7), skipped=3, stages=2, stop_when=0.01)
     lines, found = str(report).splitlines(), rows(report)
     assert max(map(len, lines)) <= width
     assert len(found) == number
@@ -181,16 +182,18 @@ def test_whether_it_stopped_is_said():
 
 
 def test_the_dict_is_json():
-    report = report_of(5, stop_when=0.1, change=float("nan"))
+    report = report_of(5, Way(1, 2, 1e-3), stop_when=0.1)
     path = next(iter(report.layers))
     odd = jaxbn.LayerChange(
         9.0, np.array([1 + 2j], np.complex64), np.zeros(1, jnp.bfloat16), np.array([np.nan]), np.array([np.inf])
     )
     with np.errstate(invalid="ignore"):
-        given = jaxbn.Report("pooled", 40, report.layers | {"odd": odd}, change=1e-3).to_dict()
+        given = jaxbn.Report("pooled", 40, report.layers | {"odd": odd}, stages=1).to_dict()
     found = json.loads(json.dumps(given, allow_nan=False))
     assert found == given
     assert (found["estimator"], found["batches"], found["stopped"], found["change"]) == ("pooled", 40, False, 1e-3)
+    assert (found["stages"], found["sweeps"]) == (1, 2)
+    assert found["layers"][path]["way"] == {"stage": 1, "sweeps": 2, "last_change": 1e-3}
     one = found["layers"][path]
     assert one["new"] == {"mean": [0, 1, 2, 3], "var": [4] * 4}
     assert (one["values"], one["values_per_batch"], one["method"], one["epsilon"]) == (2e7, 5e5, "batch_norm", 1e-5)

@@ -127,7 +127,6 @@ SCENARIOS = {
     "diagnose, all on one": lambda p: diagnosed(batches_of(0, 3) + batches_of(1, 2) if p else []),
     "one breaks": lambda p: statistics(breaks_at(3, batches_of(p, 5)) if p else batches_of(p, 5)),
     "one breaks at once": lambda p: statistics(breaks_at(0, []) if p else batches_of(p, 5)),
-    "one can be read once": lambda p: statistics(iter(batches_of(p, 2)) if p else batches_of(p, 2), consistent=True),
     "none": lambda p: statistics([]),
     "nan": lambda p: statistics(with_nan(batches_of(p, 2)) if p else batches_of(p, 2)),
     "nan left out": lambda p: statistics(with_nan(batches_of(p, 2)) if p else batches_of(p, 3), skip_nonfinite=True),

@@ -29,6 +29,17 @@ MODES = ("batch", "eval", "as_called")
 # writes statistics.
 HEEDED = "heeded"
 
+
+class Staged(NamedTuple):
+    """The mode of a capture that returns the record of each call, for consistent statistics.
+
+    The layers normalize with their running statistics. Those at the paths `unsettled` use the statistics of the batch
+    where their running statistics are NaN.
+    """
+
+    unsettled: frozenset[str] = frozenset()
+
+
 # The statistics that every layer has; further ones depend on the method.
 POPULATION = ("mean", "var")
 
@@ -58,7 +69,7 @@ class Layer:
 
     path: str
     shape: tuple[int, ...]  # of its statistics
-    mode: str | Mixture
+    mode: str | Mixture | Staged
     # Number of examples in a batch, for moments of the means of the examples; else None.
     examples: int | None = None
     # Set when the layer runs, and harvested with the moments. Not part of the comparison, because the harvested tag
@@ -97,6 +108,8 @@ class Measured:
     calls: dict[str, Moments] = dataclasses.field(default_factory=dict)
     # The layers that the model runs in evaluation in all their calls.
     held: tuple[str, ...] = dataclasses.field(default=(), metadata={"static": True})
+    # In the mode `Staged`: one for each call of a layer.
+    records: tuple[_records.Record, ...] = ()
 
     @property
     def is_mixed(self) -> bool:
@@ -104,7 +117,9 @@ class Measured:
         return 0 < len(self.held) < len(self.kinds)
 
 
-def measured(records: Sequence[_records.Record], whole: Mapping[Layer, jax.Array], *, calls: bool = False) -> Measured:
+def measured(
+    records: Sequence[_records.Record], whole: Mapping[Layer, jax.Array | None], *, calls: bool = False
+) -> Measured:
     """Assembles the values harvested from a program; `whole` holds the positions of all statistics by layer.
 
     Raises:
@@ -129,6 +144,7 @@ def measured(records: Sequence[_records.Record], whole: Mapping[Layer, jax.Array
             if part is not None
         },
         held=tuple(path for path, group in reached.items() if all(layer.evaluates for layer in group)),
+        records=tuple(records) if any(isinstance(layer.mode, Staged) for layer in whole) else (),
     )
 
 
@@ -238,7 +254,7 @@ def captured_call(
     return sown(y, index, layer, moments, x, axis=norm.axis, mask=mask)
 
 
-def normalize_as(mode: str | Mixture, norm: CalledNorm, moments: Moments, operands: Operands) -> jax.Array:
+def normalize_as(mode: str | Mixture | Staged, norm: CalledNorm, moments: Moments, operands: Operands) -> jax.Array:
     """Normalizes an input with moments `moments` in a mode other than "as_called".
 
     Mode "batch" uses the statistics that `postproc` makes of the moments of the batch, which is right for every method.
@@ -246,7 +262,7 @@ def normalize_as(mode: str | Mixture, norm: CalledNorm, moments: Moments, operan
     """
     if isinstance(mode, Mixture):
         return normalize_mixed(mode, norm, moments, operands)
-    if mode == "eval":
+    if mode == "eval" or (isinstance(mode, Staged) and norm.path not in mode.unsettled):
         return norm.apply(norm.running, operands)
     moments = norm.over_devices(moments)
     prior = as_prior(norm.running, moments)
@@ -254,5 +270,11 @@ def normalize_as(mode: str | Mixture, norm: CalledNorm, moments: Moments, operan
     finite = jnp.isfinite(moments.mean) & jnp.isfinite(moments.m2)
     prior = prior._replace(mean=jnp.where(finite, prior.mean, jnp.nan))
     state = norm.transform.postproc(prior, moments)
+    if isinstance(mode, Staged):
+        return norm.apply(jax.tree.map(_where_unsettled, norm.running, state), operands)
     with statistics_of_input(True):
         return norm.apply(state, operands._replace(x=without_padding(operands.x, operands.mask)))
+
+
+def _where_unsettled(running: jax.Array, of_batch: jax.Array) -> jax.Array:
+    return jnp.where(jnp.isnan(running), of_batch, running.astype(of_batch.dtype))

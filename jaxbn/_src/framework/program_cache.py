@@ -17,7 +17,7 @@ import jax
 # Maximum number of programs. Functions that live as long as the process, such as `run_model` of NNX, would otherwise
 # collect one program for each structure of a model.
 _MOST = 32
-_kept: "collections.OrderedDict[Hashable, Callable[..., Any]]" = collections.OrderedDict()
+_kept: "collections.OrderedDict[Hashable, Any]" = collections.OrderedDict()
 
 
 class Recipe(NamedTuple):
@@ -49,16 +49,22 @@ def compiled(
     Returns:
         The compiled function. Keep a reference to the recipe while you call it.
     """
+    found: Callable[..., Any] = cached(jax.jit, recipe, wrap, *static)
+    return found
+
+
+def cached(make: Callable[..., Any], recipe: Recipe, wrap: Callable[..., Any] = _itself, *static: Hashable) -> Any:
+    """`make` of the function in the place of `jax.jit`, see `compiled`; `make` is defined in a module."""
     # Python reuses the id of a function that was freed; `_forget` has removed its programs by then.
-    key = (wrap, static, recipe.make, recipe.static, tuple(map(_identity, recipe.functions)))
+    key = (make, wrap, static, recipe.make, recipe.static, tuple(map(_identity, recipe.functions)))
     try:
         references = tuple(_reference(function, functools.partial(_forget, key)) for function in recipe.functions)
         found = _kept.get(key)
     except TypeError:
         # Not hashable, or without weak references: this program is not cached, and may hold its functions.
-        return _jitted(wrap, static, recipe.make, tuple(map(_strongly, recipe.functions)), recipe.static)
+        return make(_running(wrap, static, recipe.make, tuple(map(_strongly, recipe.functions)), recipe.static))
     if found is None:
-        found = _kept[key] = _jitted(wrap, static, recipe.make, references, recipe.static)
+        found = _kept[key] = make(_running(wrap, static, recipe.make, references, recipe.static))
         if len(_kept) > _MOST:
             _kept.popitem(last=False)
     else:
@@ -66,11 +72,11 @@ def compiled(
     return found
 
 
-def _jitted(wrap: Any, static: Any, make: Any, references: Sequence[Callable[[], Any]], others: Any) -> Any:
+def _running(wrap: Any, static: Any, make: Any, references: Sequence[Callable[[], Any]], others: Any) -> Any:
     def run(*args: Any) -> Any:
         return wrap(Recipe(make, tuple(reference() for reference in references), others), *static)(*args)
 
-    return jax.jit(run)
+    return run
 
 
 def _forget(key: Hashable, _: Any) -> None:

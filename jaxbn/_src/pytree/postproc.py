@@ -27,6 +27,7 @@ def postproc(
     consistent: bool = False,
     tolerance: float = 1e-5,
     max_sweeps: int | None = None,
+    memory: int | None = None,
     stop_when: float | None = None,
     weights: Weights | None = None,
     skip_nonfinite: bool = False,
@@ -50,11 +51,19 @@ def postproc(
         batches: Any iterable of batches (pytrees of arrays), or a function that returns an iterator. Sizes may differ:
             every value counts once. With several processes, global arrays or batches of each process's own.
         estimator: `jaxbn.pooled()`, `jaxbn.mean_of_batches()` or `jaxbn.moving_average()`.
-        consistent: Estimate the statistics of the network as it will be served; the result does not depend on the size
-            or the order of the batches.
-        tolerance: Stop the sweeps of `consistent` when no statistic changes by more than this: means in standard
-            deviations, variances relative.
-        max_sweeps: Maximum number of sweeps of `consistent`. None: one more than there are layers.
+        consistent: Estimate the statistics of the network as it will be served. A plain pass normalizes the layers
+            before a layer with the statistics of each batch, so statistics of deep layers depend on the batch size.
+            With True the layers are estimated in the order in which the data meets them, in stages: each batch is read
+            once, and goes one stage further when the statistics before are final. The result does not depend on the
+            size or the order of the batches. Between the stages all batches wait in memory, see `memory`. A layer that
+            sees its own output, or lies in a `while_loop`, `cond`, `lax.map` or `shard_map`, is estimated by sweeps
+            over what its stage kept, until its statistics agree with those that it normalizes with.
+        tolerance: Stop these sweeps when no statistic changes by more than this: means in standard deviations,
+            variances relative.
+        max_sweeps: The largest number of these sweeps. None: 100; the report tells the last change.
+        memory: Bytes of each device for the values that wait between the stages of `consistent`; further ones wait in
+            host memory. None: half of the free memory, and no limit on a CPU. `stop_when` is then decided by the layers
+            of the first stage, and a batch that `skip_nonfinite` leaves out is left out from the stage that shows it.
         stop_when: Stop reading batches when all standard errors are at or below this value, those of means in standard
             deviations, those of variances relative. None: read all batches.
         weights: `batch -> [N]`, booleans or real weights of the examples, such as 0 for padding. They multiply the mask
@@ -73,7 +82,6 @@ def postproc(
         ValueError: If there is no batch, no state of a method, none was reached, or a batch gave NaN; if a variance
             would be computed from one value per channel, unless the method has `allow_single_value=True`; for
             `stop_when` with an estimator that has no standard errors, such as `jaxbn.moving_average`.
-        TypeError: If `consistent` is given an iterator that can be read only once.
         RuntimeError: If another process failed, has different global batches, or batches of its own where this one has
             global ones. The process that failed raises its own error.
 
@@ -89,7 +97,7 @@ def postproc(
     References:
         Ioffe & Szegedy, `Batch Normalization <https://arxiv.org/abs/1502.03167>`_, 2015, Algorithm 2, steps 7-12.
     """
-    options = Options(estimator, consistent, tolerance, max_sweeps, stop_when, skip_nonfinite, mesh, progress)
+    options = Options(estimator, consistent, tolerance, max_sweeps, memory, stop_when, skip_nonfinite, mesh, progress)
     return run_pass(PYTREE, call, state, batches, weights, options)
 
 

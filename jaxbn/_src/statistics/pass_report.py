@@ -10,105 +10,14 @@ import numpy as np
 from jaxbn._src.display import tables as _tables
 from jaxbn._src.display.plots import draw_report
 from jaxbn._src.framework.layer_paths import AS_THEY_ARE, LayerPath
-from jaxbn._src.framework.layers import LayerKind
 from jaxbn._src.framework.processes import here
 from jaxbn._src.numerics.moments import Moments
-from jaxbn._src.statistics import standard_errors as _standard_errors
 from jaxbn._src.statistics.estimators import Estimator
-from jaxbn._src.statistics.standard_errors import Errors
+from jaxbn._src.statistics.layer_change import SUMMARY, LayerChange, Way
 from jaxbn._src.statistics.sweep import Pass
 
 _MARKED = 3  # layers that changed most
 _NAMED = 5  # layers named in a note
-
-
-@dataclasses.dataclass(frozen=True, repr=False)
-class LayerChange:
-    """Old and new statistics of one layer: NumPy arrays in the shape of its features."""
-
-    count: float  # values per channel behind the new statistics; 0: not reached or frozen
-    old_mean: np.ndarray
-    old_var: np.ndarray
-    new_mean: np.ndarray
-    new_var: np.ndarray
-    kind: LayerKind | None = None  # None: not reached or frozen
-    reached: np.ndarray | bool = True  # channels that were reached; False occurs in stacks of layers
-    batches: float | None = None  # number of batches in which the layer was reached
-    errors: Errors | None = None  # standard errors of new_mean and new_var, in their units
-    last_change: float | None = None  # largest change in the last of several sweeps, in standard deviations
-
-    def __repr__(self) -> str:
-        """One line; `to_dict` has the numbers."""
-        return f"<LayerChange: {self.new_mean.size} channels, {self.count:.0f} values, mean shift {self.shift:.2g} std>"
-
-    @property
-    def mean_shift(self) -> np.ndarray:
-        """Distance between the old and the new mean, in new standard deviations."""
-        return np.abs(self.old_mean - self.new_mean) / np.sqrt(self._divisor)
-
-    @property
-    def std_shift(self) -> np.ndarray:
-        """Distance between the old and the new standard deviation, in new standard deviations."""
-        return np.abs(np.sqrt(self.var_ratio) - 1)
-
-    @property
-    def var_ratio(self) -> np.ndarray:
-        """Old variance over new variance."""
-        return self.old_var / self._divisor
-
-    @property
-    def relative_errors(self) -> tuple[np.ndarray, np.ndarray] | None:
-        """Standard errors of the mean in new std, and of the variance relative to it; 0 in constant channels."""
-        return None if self.errors is None else _standard_errors.relative(self.errors, self.new_mean, self.new_var)
-
-    @property
-    def per_batch(self) -> float | None:
-        """Values per channel in a batch, averaged over the batches in which the layer was reached."""
-        return self.count / self.batches if self.batches else None
-
-    @property
-    def constant(self) -> np.ndarray:
-        """Reached channels that are constant; numbers relative to their variance have no meaning."""
-        return _standard_errors.is_constant(self.new_mean, self.new_var) & self.reached
-
-    @property
-    def shift(self) -> float:
-        """The larger of both shifts, averaged over the channels; NaN if all are constant."""
-        return float(np.mean(self._shown(np.maximum(self.mean_shift, self.std_shift))))
-
-    @property
-    def summary(self) -> dict[str, float]:
-        """Shifts, ratios and the largest standard errors of the channels that were reached and are not constant."""
-        shift, ratio = self._shown(self.mean_shift), self._shown(self.var_ratio)
-        errors = [self._shown(part) for part in self.relative_errors or (np.full_like(self.mean_shift, np.nan),) * 2]
-        numbers = shift.mean(), shift.max(), ratio.min(), ratio.max(), *(part.max() for part in errors)
-        return dict(zip(_SUMMARY, map(float, numbers), strict=True))
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns numbers, lists and None; complex means are pairs."""
-        errors = self.errors and {"mean": _listed(self.errors.mean), "var": _listed(self.errors.var)}
-        return {
-            "values": self.count,
-            "values_per_batch": self.per_batch,
-            "method": self.kind and self.kind.method,
-            "epsilon": self.kind and self.kind.epsilon,
-            "old": {"mean": _listed(self.old_mean), "var": _listed(self.old_var)},
-            "new": {"mean": _listed(self.new_mean), "var": _listed(self.new_var)},
-            "standard_error": errors,
-            "last_change": self.last_change,
-            **({name: _listed(value) for name, value in self.summary.items()} if self.count else {}),
-        }
-
-    @property
-    def _divisor(self) -> np.ndarray:
-        return np.maximum(self.new_var.astype(np.float64), np.finfo(np.float32).tiny)
-
-    def _shown(self, values: np.ndarray) -> np.ndarray:
-        shown = values[np.broadcast_to(self.reached, values.shape) & ~self.constant]
-        return shown if shown.size else np.array([np.nan])
-
-
-_SUMMARY = ("mean_shift", "worst_mean_shift", "min_var_ratio", "max_var_ratio", "worst_mean_error", "worst_var_error")
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -140,8 +49,7 @@ class Report:
     batches: int
     layers: dict[str, LayerChange]
     skipped: int = 0  # batches whose moments were not finite
-    sweeps: int = 1  # passes over all batches
-    change: float | None = None  # largest change in the last of several sweeps, in standard deviations
+    stages: int | None = None  # number of stages of a consistent pass
     stop_when: float | None = None  # the requested standard error
     stopped: bool = False  # whether it was reached before the batches ended
 
@@ -149,6 +57,17 @@ class Report:
     def not_reached(self) -> tuple[str, ...]:
         """Layers that no batch reached; their statistics are unchanged."""
         return tuple(path for path, change in self.layers.items() if change.count == 0)
+
+    @property
+    def sweeps(self) -> int:
+        """The largest number of sweeps that a layer took."""
+        return max((change.way.sweeps for change in self.layers.values() if change.way), default=1)
+
+    @property
+    def change(self) -> float | None:
+        """The largest change in a last sweep, of means in standard deviations; None if there were no further sweeps."""
+        changes = [change.way.last_change for change in self.layers.values() if change.way]
+        return max((each for each in changes if each is not None), default=None)
 
     @property
     def old(self) -> dict[str, Moments]:
@@ -160,13 +79,13 @@ class Report:
         """Returns dicts, lists, numbers, strings and None, for `json.dumps`; numbers that are not finite are None."""
         names = [field.name for field in dataclasses.fields(self) if field.name != "layers"]
         layers = {path: change.to_dict() for path, change in self.layers.items()}
-        return {name: getattr(self, name) for name in names} | {"layers": layers}
+        return {name: getattr(self, name) for name in [*names, "sweeps", "change"]} | {"layers": layers}
 
     def plot(self) -> Any:
         """Returns a matplotlib figure with a row for each layer: `report.plot().savefig("report.png")`."""
         paths = [path for path in self.layers if path not in self.not_reached]
         summaries = [self.layers[path].summary for path in paths]
-        numbers = {name: np.array([summary[name] for summary in summaries]) for name in _SUMMARY}
+        numbers = {name: np.array([summary[name] for summary in summaries]) for name in SUMMARY}
         return draw_report(f"{self.estimator} statistics from {self.batches} batches", paths, numbers)
 
     def __repr__(self) -> str:
@@ -186,8 +105,13 @@ class Report:
         line = f"{self.estimator} statistics from {self.batches} batches"
         if self.skipped:
             line += f", {self.skipped} of which were not finite and left out"
+        if self.stages is not None:
+            line += f", in {self.stages} stage{'s' * (self.stages != 1)}"
         if self.change is not None:
-            line += f"; {self.sweeps} sweeps, the last of which changed them by {self.change:.2g} std"
+            swept = [path for path, each in self.layers.items() if each.way and each.way.last_change is not None]
+            line += (
+                f"; {_named(swept)} in {self.sweeps} sweeps, the last of which changed them by {self.change:.2g} std"
+            )
         return line
 
     def _stop_notes(self) -> list[str]:
@@ -195,7 +119,7 @@ class Report:
             return []
         if self.stopped:
             return [f"stopped early: no standard error was above {self.stop_when:g}"]
-        errors = [change.summary[name] for change in self.layers.values() if change.count for name in _SUMMARY[-2:]]
+        errors = [change.summary[name] for change in self.layers.values() if change.count for name in SUMMARY[-2:]]
         return [f"not stopped early: stop_when={self.stop_when:g}, and the largest standard error is {max(errors):.2g}"]
 
     def _notes(self, marked: bool) -> list[str]:
@@ -242,7 +166,7 @@ def report(
     old: Mapping[str, Any],
     new: Mapping[str, Any],
     *,
-    changes: Mapping[str, float] | None = None,
+    ways: Mapping[str, Way] | None = None,
     **about: Any,
 ) -> Report:
     """Makes the report of a pass.
@@ -253,7 +177,7 @@ def report(
         moments: The moments that were installed, by path.
         old: The states before, by path; each has a mean and a var.
         new: The states after.
-        changes: The change of each layer in the last of several sweeps.
+        ways: How a consistent pass estimated each layer.
         **about: Further fields of the `Report`.
 
     Returns:
@@ -271,12 +195,11 @@ def report(
             np.asarray(leaf) for state in (old[path], new[path]) for leaf in (state.mean, state.var)
         )
         batches = float(done.batches - done.skipped if found is None else found.batches.max())
-        states, change = (old_mean, old_var, new_mean, new_var), None if changes is None else changes[path]
-        return LayerChange(float(counts.max()), *states, kinds.get(path), counts > 0, batches, found, change)
+        states, way = (old_mean, old_var, new_mean, new_var), (ways or {}).get(path)
+        return LayerChange(float(counts.max()), *states, kinds.get(path), counts > 0, batches, found, way)
 
     layers = {path: of(path) for path in _tables.in_order(old, kinds)}  # in the order in which data meets them
-    change = None if changes is None else max(changes.values())
-    made = Report(estimator.name, int(done.batches), layers, skipped=int(done.skipped), change=change, **about)
+    made = Report(estimator.name, int(done.batches), layers, skipped=int(done.skipped), **about)
     if len(made.not_reached) == len(made.layers):
         if done.kinds:
             raise ValueError(
@@ -296,7 +219,7 @@ def _cells(change: LayerChange) -> list[str]:
         return ["-"] * len(_COLUMNS)
     values = f"{change.count:.0f}" if change.count < 1e7 else _tables.short(change.count)
     summary = change.summary
-    return [values, *(_tables.short(summary[name]) for name in _SUMMARY)]
+    return [values, *(_tables.short(summary[name]) for name in SUMMARY)]
 
 
 def _named(paths: Sequence[str]) -> str:
@@ -308,13 +231,3 @@ def _as_moments(change: LayerChange) -> Moments:
     var = change.old_var.astype(np.promote_types(change.old_var.dtype, np.float32))
     reached = np.broadcast_to(change.reached, var.shape)
     return Moments(*map(jnp.asarray, (reached.astype(var.dtype), change.old_mean, np.where(reached, var, 0))))
-
-
-def _listed(values: Any) -> Any:
-    """Nested lists of numbers, or None where they are not finite."""
-    values = np.asarray(values)
-    if np.iscomplexobj(values):
-        values = np.stack([values.real, values.imag], -1)
-    values = values.astype(np.float64)
-    listed: Any = np.where(np.isfinite(values), values.astype(object), None)
-    return listed.tolist()

@@ -6,9 +6,10 @@ Accumulators stay on the device and the host does not block on each batch; each 
 import collections
 import contextlib
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Generator, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -54,13 +55,37 @@ class Pass:
         return f"<Pass: {len(self.kinds)} layers in {self.batches} batches>"
 
 
-def stages(
-    measure: Recipe,
+class Work(NamedTuple):
+    """The functions that run on each batch; both are compiled once for each batch shape."""
+
+    start: Callable[[Any, Any], Pass]  # (model, batch) -> the state before the first batch
+    step: Callable[[Pass, Any, Any], Pass]  # (state, model, batch) -> the state after this batch
+
+
+def measuring(measure: Recipe, estimator: Estimator) -> Work:
+    """The work of a sweep that measures each batch once. `measure` is the recipe of a `Measure`."""
+    # Looked up once, because functions that cannot be held weakly are not found again.
+    program = functools.cache(lambda mesh: compiled(measure, _step, estimator, mesh))
+
+    def step(state: Pass, model: Any, batch: Any) -> Pass:
+        after: Pass = program(mesh_of(state))(state, model, batch)
+        return after
+
+    return Work(lambda model, batch: start(compiled(measure), model, batch, estimator=estimator), step)
+
+
+def prepared(batches: Iterable[Any], mesh: Mesh | None) -> Generator[Any, None, None]:
+    """Checks each batch of the user, and shards it over the mesh, if any."""
+    for number, batch in enumerate(batches):
+        check_batch(batch, number)
+        yield batch if mesh is None else spread(batch, mesh)
+
+
+def rounds(
+    work: Work,
     model: Any,
     batches: Iterable[Any],
     *,
-    estimator: Estimator,
-    mesh: Mesh | None,
     title: str,
     progress: bool | None,
     length: int | None,
@@ -68,14 +93,12 @@ def stages(
     synchronizes: bool,
     checks: bool,
 ) -> Generator[tuple[Pass | None, bool], None, None]:
-    """Measures the batches one by one, and yields the state where the caller may have to decide.
+    """Runs the batches one by one, and yields the state where the caller may have to decide.
 
     Args:
-        measure: Recipe of a `Measure`, which is compiled once for the same user functions.
+        work: What to do with each batch.
         model: A pytree of parameters, which stay fixed.
         batches: Any iterable of pytrees of arrays, of any sizes.
-        estimator: How moments are accumulated.
-        mesh: Devices over which to shard each batch; None: use batches as they are.
         title: Title of the progress bar.
         progress: Whether to show a progress bar; None: if this is a terminal.
         length: Number of batches for the progress bar, if known.
@@ -88,21 +111,17 @@ def stages(
         batches stands right after the last measured batch.
     """
     state: Pass | None = None
-    step: Callable[[Pass, Any, Any], Pass]
     under_way: collections.deque[jax.Array] = collections.deque()
     decided = decisions()
     decision = next(decided)
     with contextlib.closing(track(batches, title, progress, length)) as tracked:
         for seen, batch in enumerate(tracked, 1):
-            check_batch(batch, seen - 1)
-            batch = batch if mesh is None else spread(batch, mesh)
             if state is None:
                 # Abstract evaluation of the first batch gives the layers and their shapes.
-                state = earlier = start(compiled(measure), model, batch, estimator=estimator)
-                step = compiled(measure, _step, estimator, mesh_of(state))
+                state = earlier = work.start(model, batch)
                 if synchronizes:
                     yield state, False
-            state = step(state, model, batch)
+            state = work.step(state, model, batch)
             under_way.append(state.batches)
             if len(under_way) > _IN_FLIGHT:
                 # Dispatch is asynchronous: without a bound, the host would read ahead and fill the device memory.
@@ -115,7 +134,7 @@ def stages(
                 if checks:
                     yield state, False
     if state is None and like is not None:
-        state = start(compiled(measure), model, like, estimator=estimator)
+        state = work.start(model, like)
     yield state, True
 
 
@@ -146,20 +165,44 @@ def empty(like: Layers, kinds: tuple[tuple[str, LayerKind], ...], *, estimator: 
 
 def update(state: Pass, model: Any, batch: Any, *, measure: Measure, estimator: Estimator) -> Pass:
     """Adds one batch to the state; pure. A batch with non-finite moments is counted as skipped and ignored."""
-    moments = measure(model, batch).moments
+    return add(state, measure(model, batch).moments, estimator=estimator)
+
+
+def add(state: Pass, moments: Layers, *, estimator: Estimator) -> Pass:
+    """Adds the moments of one batch to the state; pure."""
+    state, skip = judge(state, moments)
+    return dataclasses.replace(state, estimate=accumulate(state.estimate, moments, skip, estimator=estimator))
+
+
+def judge(state: Pass, moments: Layers, skip: jax.Array | bool = False) -> tuple[Pass, jax.Array]:
+    """Counts a batch; pure.
+
+    Args:
+        state: The state of a pass.
+        moments: The moments of all its layers.
+        skip: bool[]: whether to skip the batch in any case.
+
+    Returns:
+        The state, and whether to skip the batch. If any layer is not finite, the batch is dropped for all layers, so
+        that they all average over the same batches.
+    """
     bad = {path: ~(jnp.isfinite(part.mean).all() & jnp.isfinite(part.m2).all()) for path, part in moments.items()}
-    any_bad = jnp.stack(list(bad.values())).any()
-    after = estimator.update(state.estimate, moments)
-    # If any layer is non-finite, drop the batch for all layers, so that they all average over the same batches.
-    return dataclasses.replace(
+    skip = jnp.stack([jnp.asarray(skip), *bad.values()]).any()
+    state = dataclasses.replace(
         state,
-        estimate=jax.tree.map(lambda old, new: jnp.where(any_bad, old, new), state.estimate, after),
         batches=state.batches + 1,
-        skipped=state.skipped + any_bad.astype(jnp.int32),
+        skipped=state.skipped + skip.astype(jnp.int32),
         first_bad={
             path: jnp.where((before < 0) & bad[path], state.batches, before) for path, before in state.first_bad.items()
         },
     )
+    return state, skip
+
+
+def accumulate(estimate: Any, moments: Layers, skip: jax.Array, *, estimator: Estimator) -> Any:
+    """Adds the moments of one batch to an accumulator, unless it is skipped; pure."""
+    after = estimator.update(estimate, moments)
+    return jax.tree.map(lambda old, new: jnp.where(skip, old, new), estimate, after)
 
 
 def _step(measure: Measure, estimator: Estimator, mesh: Mesh | None) -> Callable[[Pass, Any, Any], Pass]:

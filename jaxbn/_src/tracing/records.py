@@ -21,7 +21,9 @@ class Record:
     moments: _moments.Moments  # f32[..., C] each
 
 
-def collect(records: Iterable[Record], whole: Mapping[Any, jax.Array] | None = None) -> dict[Any, _moments.Moments]:
+def collect(
+    records: Iterable[Record], whole: Mapping[Any, jax.Array | None] | None = None
+) -> dict[Any, _moments.Moments]:
     """Exact pooled moments, flat `[layer.size]`, of each layer with a record; 0 at positions without one.
 
     Args:
