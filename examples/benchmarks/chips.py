@@ -114,7 +114,7 @@ def compile_for(device: str, program: Program) -> jax.stages.Compiled | None:
     arguments = _place(program.variables, everywhere), *_place(program.data, divided)
     lowered = jax.jit(program.run, donate_argnums=donated).lower(*arguments)
     try:
-        with _uncached():
+        with uncached():
             return lowered.compile(compiler_options=DEVICES[device].options)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
@@ -123,7 +123,7 @@ def compile_for(device: str, program: Program) -> jax.stages.Compiled | None:
 
 
 @contextlib.contextmanager
-def _uncached() -> Iterator[None]:
+def uncached() -> Iterator[None]:
     """Keeps JAX from writing to its persistent cache, since it cannot load programs for absent devices from it."""
     name = "jax_persistent_cache_min_compile_time_secs"
     before = getattr(jax.config, name)
@@ -137,15 +137,19 @@ def _uncached() -> Iterator[None]:
 @functools.cache
 def _shardings(device: str) -> tuple[Sharding, Sharding]:
     """The shardings of replicated and of sharded arrays."""
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # keep libtpu from querying the metadata server
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # safe, because no process uses a chip
-    topology = topologies.get_topology_desc(**DEVICES[device].topology)
-    chips = np.array(topology.devices[: DEVICES[device].chips])
+    chips = chips_of(DEVICES[device].topology)[: DEVICES[device].chips]
     if chips.size == 1:
         return (SingleDeviceSharding(chips[0]),) * 2
     # Data parallelism: batches are split over one axis, variables are replicated.
     mesh = Mesh(chips, ("data",))
     return NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
+
+
+def chips_of(topology: dict[str, str]) -> np.ndarray:
+    """The chips of a topology, in one dimension; they need not be present."""
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # keep libtpu from querying the metadata server
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # safe, because no process uses a chip
+    return np.array(topologies.get_topology_desc(**topology).devices)
 
 
 def _place(shapes: Any, sharding: Sharding) -> Any:
