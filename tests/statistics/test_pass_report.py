@@ -174,6 +174,8 @@ def test_reprs_are_short():
 
 def test_whether_it_stopped_is_said():
     assert "stopped early: no standard error was above 0.5" in str(report_of(3, stop_when=0.5, stopped=True))
+    text = "no standard error of the first stage was above 0.1; the largest of all is 0.5"
+    assert text in str(report_of(3, stop_when=0.1, stopped=True, stages=2))
     text = "not stopped early: stop_when=0.5, and the largest standard error is 0.5"  # of a variance: 2 / 4
     assert text in str(report_of(1, stop_when=0.5))
 

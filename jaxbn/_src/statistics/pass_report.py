@@ -117,10 +117,17 @@ class Report:
     def _stop_notes(self) -> list[str]:
         if self.stop_when is None:
             return []
-        if self.stopped:
-            return [f"stopped early: no standard error was above {self.stop_when:g}"]
         errors = [change.summary[name] for change in self.layers.values() if change.count for name in SUMMARY[-2:]]
-        return [f"not stopped early: stop_when={self.stop_when:g}, and the largest standard error is {max(errors):.2g}"]
+        largest = max(errors)
+        if not self.stopped:
+            return [f"not stopped early: stop_when={self.stop_when:g}, and the largest standard error is {largest:.2g}"]
+        if self.stages is None or largest <= self.stop_when:
+            return [f"stopped early: no standard error was above {self.stop_when:g}"]
+        # The batches are read in the first stage, which knows the errors of its layers only.
+        return [
+            f"stopped early: no standard error of the first stage was above {self.stop_when:g}; the largest of all is "
+            f"{largest:.2g}"
+        ]
 
     def _notes(self, marked: bool) -> list[str]:
         notes = [f"* the {_MARKED} layers that changed most"] if marked else []
