@@ -46,16 +46,21 @@ def test_barriers_on_a_cpu():
 
 
 def test_other_platforms_have_no_barrier():
-    text = program("tpu", jnp.bfloat16)
-    assert BARRIER not in text
-    # The shift of the statistics is rounded everywhere, in float32.
-    assert text.count(ROUNDING) == program("tpu").count(ROUNDING)
+    assert BARRIER not in program("tpu", jnp.bfloat16) and BARRIER not in program("tpu")
+
+
+def count_roundings(platform, dtype, residual=False):
+    return program(platform, dtype, residual=residual).count(ROUNDING)
 
 
 def test_outputs_in_half_precision_are_rounded_explicitly():
-    count = lambda platform, dtype: program(platform, dtype, residual=True).count(ROUNDING)
-    assert count("cuda", jnp.bfloat16) == count("tpu", jnp.bfloat16) + 1
-    assert count("cuda", jnp.float32) == count("tpu", jnp.float32)
+    assert count_roundings("cuda", jnp.bfloat16, True) == count_roundings("cuda", jnp.float32, True) + 1
+
+
+def test_bfloat16_is_summed_exactly_on_a_tpu_alone():
+    """The shift of the statistics is rounded everywhere; exact sums split the squares, the mean, the sum and n."""
+    assert count_roundings("tpu", jnp.float32) == count_roundings("cpu", jnp.bfloat16) == 1
+    assert count_roundings("tpu", jnp.bfloat16) == 1 + 4
 
 
 def test_a_barrier_returns_its_arguments():

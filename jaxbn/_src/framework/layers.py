@@ -194,7 +194,7 @@ def weigh(mask: Any, carried: jax.Array, x: jax.Array, path: str, axis: Any) -> 
         )
     weights = weights.reshape(-1, *(1,) * (x.ndim - 1))
     given, own = _axes.weights_like(mask, x), _axes.weights_like(weights, x)
-    return weights if given is None or own is None else given * own
+    return weights if given is None or own is None else given.astype(jnp.float32) * own.astype(jnp.float32)
 
 
 def merged(found: Measured, axis_name: _collectives.AxisName | None) -> Measured:

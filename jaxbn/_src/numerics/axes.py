@@ -116,7 +116,7 @@ def check_training_batch(shape: Sequence[int], axis: Axis, values: int, allow_si
 
 
 def weights_like(mask: ArrayLike | None, x: jax.Array) -> jax.Array | None:
-    """The mask as constant float32 weights of the rank of x: booleans become 0 or 1, negative weights become 0.
+    """The mask as constant weights of the rank of x: booleans, or float32 in which negative weights become 0.
 
     Raises:
         ValueError: If the mask does not broadcast to the input, or if it fits the leading axes as well as the last.
@@ -128,8 +128,21 @@ def weights_like(mask: ArrayLike | None, x: jax.Array) -> jax.Array | None:
     shape = _aligned(weights.shape, x.shape)
     if jnp.issubdtype(weights.dtype, jnp.complexfloating):
         raise TypeError(f"A mask must hold booleans or real weights, but this one is {weights.dtype}.")
-    weights = weights.reshape(shape).astype(jnp.float32)
-    return _explicit_meshes.on_values(lax.stop_gradient(jnp.where(weights > 0, weights, 0)), x)
+    weights = weights.reshape(shape)
+    if weights.dtype != bool:
+        weights = weights.astype(jnp.float32)
+        weights = lax.stop_gradient(jnp.where(weights > 0, weights, 0))
+    return _explicit_meshes.on_values(weights, x)
+
+
+def is_valid(weights: jax.Array) -> jax.Array:
+    """Which positions have a weight, as booleans; takes the result of `weights_like`."""
+    return weights if weights.dtype == bool else weights > 0
+
+
+def on_each_value(weights: jax.Array, x: jax.Array) -> jax.Array:
+    """The weights in float32, one for each value of x."""
+    return _explicit_meshes.on_values(jnp.ones_like(x, jnp.float32) * weights.astype(jnp.float32), x)
 
 
 def _aligned(mask: tuple[int, ...], shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -1,10 +1,11 @@
-"""Optimization barriers that keep XLA from storing intermediate arrays that are cheaper to recompute.
+"""The choices that depend on the platform: above all, optimization barriers.
 
-The barriers do not change results: both functions could return their arguments instead. They apply on CUDA and CPU,
-where measurements showed a gain; elsewhere they compile to no operation, since they would cost time on TPU. Tests with
-the marker `compiled` pin the saved bytes.
+They keep XLA from storing intermediate arrays that are cheaper to recompute. The barriers do not change results: both
+functions could return their arguments instead. They apply on CUDA and CPU, where measurements showed a gain; elsewhere
+they compile to no operation, since they would cost time on TPU. Tests with the marker `compiled` pin the saved bytes.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -23,6 +24,11 @@ def barrier(tree: Any, *platforms: str) -> Any:
     """
     leaves, structure = jax.tree.flatten(tree)
     return jax.tree.unflatten(structure, _bind(leaves, platforms) if leaves else leaves)
+
+
+def on_tpu(tpu: Callable[..., Any], elsewhere: Callable[..., Any], *operands: jax.Array | None) -> Any:
+    """Calls one of two functions with equal results, by the platform that the program is compiled for."""
+    return lax.platform_dependent(*operands, tpu=tpu, default=elsewhere)
 
 
 def rounded(y: jax.Array) -> jax.Array:

@@ -12,7 +12,7 @@ from jaxbn._src.numerics import axes as _axes
 from jaxbn._src.numerics import barriers as _barriers
 from jaxbn._src.numerics import collectives as _collectives
 from jaxbn._src.numerics import dtypes as _dtypes
-from jaxbn._src.numerics import explicit_meshes as _explicit_meshes
+from jaxbn._src.numerics import exact_sums as _exact_sums
 from jaxbn._src.numerics import shift as _shift
 
 
@@ -41,6 +41,16 @@ def sum_in_blocks(axes: _axes.Axes, *values: jax.Array) -> jax.Array:
 @functools.partial(jax.jit, static_argnames=("axes", "fast"))  # one program even outside jit, as at init
 def moments_of_whole(x: jax.Array, axes: _axes.Axes, fast: bool) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Count, mean and m2 of a single block: the common case, with a shorter program."""
+    values = math.prod(x.shape[a] for a in axes.reduced)
+    shifted = functools.partial(_shifted_whole, axes=axes, fast=fast)
+    if fast and _exact_sums.fits(x, axes.reduced, None):
+        mean, m2 = _barriers.on_tpu(functools.partial(_exact_whole, axes=axes), shifted, x)
+    else:
+        mean, m2 = shifted(x)
+    return jnp.full_like(m2, values), mean, m2
+
+
+def _shifted_whole(x: jax.Array, axes: _axes.Axes, fast: bool) -> tuple[jax.Array, jax.Array]:
     dtype, values = _dtypes.compute(x), math.prod(x.shape[a] for a in axes.reduced)
 
     def mean(x: jax.Array) -> jax.Array:
@@ -54,8 +64,14 @@ def moments_of_whole(x: jax.Array, axes: _axes.Axes, fast: bool) -> tuple[jax.Ar
 
     first = mean(centred(shift))
     squares = abs_sq(centred(_barriers.barrier(shift, "cpu"))).sum(axes.reduced)
-    m2 = jnp.maximum(squares - values * abs_sq(first), 0)
-    return jnp.full_like(m2, values), shift + first, m2
+    return shift + first, jnp.maximum(squares - values * abs_sq(first), 0)
+
+
+def _exact_whole(x: jax.Array, axes: _axes.Axes) -> tuple[jax.Array, jax.Array]:
+    sums = _exact_sums.sums(axes.reduced, x)
+    shift, first, second = (part.squeeze(axes.reduced) for part in sums)
+    values = math.prod(x.shape[a] for a in axes.reduced)
+    return shift + first, values * jnp.maximum(second - jnp.square(first), 0)
 
 
 @functools.partial(jax.jit, static_argnames=("axes", "fast"))  # one program even outside jit, as at init
@@ -65,7 +81,8 @@ def block_means(axes: _axes.Axes, fast: bool, x: jax.Array, weights: jax.Array |
     x = _collectives.cut(x, axes.rows, blocks)
     if weights is not None:
         weights = _collectives.cut(weights, axes.rows, blocks)
-        x = jnp.where(weights > 0, x, jnp.zeros((), x.dtype))  # before any arithmetic: masked values may be NaN
+        # Before any arithmetic: masked values may be NaN.
+        x = jnp.where(_axes.is_valid(weights), x, jnp.zeros((), x.dtype))
 
     def total(values: jax.Array) -> jax.Array:
         return values.sum(axes.reduced_in_blocks, keepdims=True)
@@ -74,19 +91,26 @@ def block_means(axes: _axes.Axes, fast: bool, x: jax.Array, weights: jax.Array |
     if weights is None:  # a static number: a float32 sum of ones stops at 2^24
         count = jnp.full_like(total(x), values, jnp.float32)
     else:
-        count = total(_explicit_meshes.on_values(jnp.ones_like(x, jnp.float32) * weights, x))
+        count = total(_axes.on_each_value(weights, x))
     divisor = jnp.where(count > 0, count, 1)
 
-    def mean(values: jax.Array) -> jax.Array:
-        weighted = values if weights is None else values * weights.astype(values.dtype)
-        return total(weighted) / divisor.astype(values.dtype)
+    def shifted(x: jax.Array, weights: jax.Array | None) -> tuple[jax.Array, jax.Array, jax.Array]:
+        def mean(values: jax.Array) -> jax.Array:
+            weighted = values if weights is None else values * weights.astype(values.dtype)
+            return total(weighted) / divisor.astype(values.dtype)
+
+        near = _shift.first_samples(x, axes.rows + 1, values).astype(dtype) if one_read else None
+        shift = mean(x.astype(dtype)) if near is None else near.mean(axes.reduced_in_blocks, keepdims=True)
+        shift = _shift.rounded(lax.stop_gradient(shift))  # the result does not depend on it
+        d = x.astype(dtype) - shift
+        return shift, mean(d), mean(abs_sq(d))
 
     one_read = fast and weights is None and x.size
-    near = _shift.first_samples(x, axes.rows + 1, values).astype(dtype) if one_read else None
-    shift = mean(x.astype(dtype)) if near is None else near.mean(axes.reduced_in_blocks, keepdims=True)
-    shift = _shift.rounded(lax.stop_gradient(shift))  # the result does not depend on it
-    d = x.astype(dtype) - shift
-    return Block(*(_blocks_to_front(part, axes) for part in (count, shift, mean(d), mean(abs_sq(d)))))
+    if fast and _exact_sums.fits(x, axes.reduced_in_blocks, weights):
+        parts = _barriers.on_tpu(functools.partial(_exact_sums.sums, axes.reduced_in_blocks), shifted, x, weights)
+    else:
+        parts = shifted(x, weights)
+    return Block(*(_blocks_to_front(part, axes) for part in (count, *parts)))
 
 
 def _blocks_to_front(sums: jax.Array, axes: _axes.Axes) -> jax.Array:

@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from jaxbn._src.numerics import axes as _axes
+
 
 @jax.custom_vjp
 def add_to_gradient(x: jax.Array, weights: jax.Array | None, factor: jax.Array) -> jax.Array:
@@ -26,7 +28,7 @@ def _forward(*operands: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
 
 def _backward(saved: tuple[jax.Array, ...], dx: jax.Array) -> tuple[jax.Array, None, None]:
     x, weights, factor = saved
-    x = x if weights is None else jnp.where(weights > 0, x, 0) * weights.astype(x.dtype)
+    x = x if weights is None else jnp.where(_axes.is_valid(weights), x, 0) * weights.astype(x.dtype)
     return (dx.astype(factor.dtype) + x.astype(factor.dtype) * factor).astype(dx.dtype), None, None
 
 

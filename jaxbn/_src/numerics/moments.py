@@ -125,7 +125,7 @@ def example_moments(x: jax.Array, *, axis: _axes.Axis = -1, mask: jax.Array | No
     Values within an example depend on each other, but examples should not: these moments test their independence.
     """
     given = _axes.weights_like(mask, x)
-    weights = jnp.ones(x.shape, jnp.float32) if given is None else jnp.broadcast_to(given, x.shape)
+    weights = jnp.ones(x.shape, jnp.float32) if given is None else jnp.broadcast_to(given.astype(jnp.float32), x.shape)
     space = [a for a in _axes.split(x.ndim, axis).reduced if a != 0]
     total = weights.sum(space, keepdims=True)
     values = jnp.where(weights > 0, x.astype(_dtypes.compute(x)), 0)

@@ -273,7 +273,7 @@ def _centre(x: jax.Array, mean: jax.Array, weights: jax.Array | None) -> jax.Arr
 
 def _usable(x: jax.Array, weights: jax.Array) -> jax.Array:
     """False for padding that is NaN or infinite. Its output is the constant bias, so it does no harm."""
-    return (weights > 0) | jnp.isfinite(x)
+    return _axes.is_valid(weights) | jnp.isfinite(x)
 
 
 def without_padding(x: jax.Array, mask: ArrayLike | None) -> jax.Array:

@@ -13,7 +13,6 @@ from jax import lax
 from jaxbn._src.numerics import axes as _axes
 from jaxbn._src.numerics import collectives as _collectives
 from jaxbn._src.numerics import dtypes as _dtypes
-from jaxbn._src.numerics import explicit_meshes as _explicit_meshes
 from jaxbn._src.numerics import moments as _moments
 from jaxbn._src.numerics import shift as _shift
 
@@ -33,8 +32,8 @@ def domain_moments(
     weights = jnp.ones((1,) * x.ndim, jnp.float32) if weights is None else weights
     # One block per device, so that all sums before the gather are local.
     x, weights, members = (_collectives.cut(array, 0, blocks) for array in (x, weights, members))
-    x = jnp.where(weights > 0, x, jnp.zeros((), x.dtype)).astype(dtype)  # masked values may be NaN
-    count = _collect(axes, members, _explicit_meshes.on_values(jnp.ones_like(x, jnp.float32) * weights, x))
+    x = jnp.where(_axes.is_valid(weights), x, jnp.zeros((), x.dtype)).astype(dtype)  # masked values may be NaN
+    count = _collect(axes, members, _axes.on_each_value(weights, x))
     divisor = jnp.where(count > 0, count, 1).astype(dtype)
 
     def mean(values: jax.Array) -> jax.Array:
