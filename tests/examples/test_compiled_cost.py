@@ -153,8 +153,7 @@ def test_a_layer_on_a_tpu_moves_no_more_than_flax(cost, device, what):
         assert cost(device, what, form).moved <= cost(device, what, "flax").moved + CHANNELS, form
 
 
-# On a TPU the sums of Flax's fast variance are added to the convolution that makes x. A safe variance has to know its
-# mean or its shift first.
+# On a TPU the sums of Flax's fast variance are added to the convolution that makes x, and so are our exact sums.
 @pytest.mark.parametrize("norm", ["jaxbn", "fused"])
 @on_tpu
 def test_a_training_step_on_a_tpu_costs_less_than_with_another_safe_variance(cost, norm):
