@@ -320,18 +320,21 @@ def test_batches_that_reach_different_layers(data):
             first, second, both = (BatchNorm(True, name=name) for name in ("first", "second", "both"))
             if "swapped" in batch:
                 return first(second(batch["x"]))
+            if "alone" in batch:
+                return BatchNorm(True, name="other")(batch["x"])
             y = first(batch["x"])
             return both(second(y)) if "more" in batch else second(y)
 
     net = Heads()
-    variables = net.init(jax.random.key(0), {"x": data[:2], "more": 0})
+    variables, more = (net.init(jax.random.key(0), {"x": data[:2], name: 0}) for name in ("more", "alone"))
+    variables = {kind: variables[kind] | more[kind] for kind in variables}
     call = lambda variables, batch: net.apply(variables, batch)
-    new, report = jaxbn.linen.postproc(
-        call, variables, [{"x": data[:40]}, {"x": data[40:], "more": 0}], consistent=True
-    )
+    batches = [{"x": data[:40]}, {"x": data[40:], "more": 0}, {"x": data[:7], "alone": 0}]
+    new, report = jaxbn.linen.postproc(call, variables, batches, consistent=True)
     assert report.stages == 3
     counts = {path: change.count for path, change in report.layers.items()}
-    assert counts == {"first": 96, "second": 96, "both": 56}
+    assert counts == {"first": 96, "second": 96, "both": 56, "other": 7}
+    np.testing.assert_allclose(new["batch_stats"]["other"]["mean"], data[:7].mean(0), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(new["batch_stats"]["first"]["mean"], data.mean(0), rtol=1e-5, atol=1e-6)
     with pytest.raises(ValueError, match="Batches of different shapes or structures reach '.*' after other layers"):
         jaxbn.linen.postproc(call, variables, [{"x": data}, {"x": data, "swapped": 0}], consistent=True)

@@ -66,9 +66,8 @@ class Stages:
         self._plans: dict[frozenset[str], tuple[Recipe, _Plans]] = {}  # by the paths of the layers in cycles
         self._used: list[Plan] = []
         self._store = KeptValues(memory)
-        self.earlier: dict[
-            str, Any
-        ] = {}  # accumulators of stacks of layers, of which other layers have had their stage
+        # The accumulators of this process, of layers in earlier stages.
+        self.earlier: dict[str, Any] = {}
         self.items: list[Item] = []
 
     @property
@@ -159,24 +158,43 @@ class _StageWork:
     def start(self, arrays: Any, batch: Any) -> Pass:
         """The state before the first batch."""
         plan = batch.plan if isinstance(batch, Item) else self._stages.plan(arrays, batch)
-        stage = plan.stages[self._number] if self._number < len(plan.stages) else None
-        units = [] if stage is None else stage.cyclic if self._again else stage.units
-        paths = {unit.layer.path for unit in units}
-        layers = {path: moments for path, moments in plan.like.moments.items() if path in paths}
-        kinds = tuple((path, kind) for path, kind in plan.like.kinds if path in paths)
-        state = empty(layers, kinds, estimator=self._stages.estimator)
-        # Other layers of a stack had their stage before.
-        earlier = {path: part for path, part in self._stages.earlier.items() if path in paths}
-        state = dataclasses.replace(state, estimate=state.estimate | earlier)
         # Place the state where the step returns it, so that the step is not compiled for two placements.
         self._mesh = mesh_of((arrays, batch.kept.values if isinstance(batch, Item) else batch))
         self._leaves = jax.tree.leaves(arrays)
-        return state if self._mesh is None else replicate(state, self._mesh)
+        state = empty({}, (), estimator=self._stages.estimator)
+        if not isinstance(state.estimate, dict):
+            raise TypeError(
+                f"consistent=True accumulates layer by layer, and the accumulator of {self._stages.estimator.name} is "
+                f"no dict by layer. Make its functions return one, or use consistent=False."
+            )
+        return self._with_layers(state if self._mesh is None else replicate(state, self._mesh), plan)
+
+    def _with_layers(self, state: Pass, plan: Plan) -> Pass:
+        """The state with accumulators for all layers that this stage of the plan measures."""
+        stage = plan.stages[self._number] if self._number < len(plan.stages) else None
+        units = [] if stage is None else stage.cyclic if self._again else stage.units
+        paths = {unit.layer.path for unit in units} - state.first_bad.keys()
+        if not paths:
+            return state
+        layers = {path: moments for path, moments in plan.like.moments.items() if path in paths}
+        kinds = tuple((path, kind) for path, kind in plan.like.kinds if path in paths)
+        more = empty(layers, kinds, estimator=self._stages.estimator)
+        more = more if self._mesh is None else replicate(more, self._mesh)
+        # Other layers of a stack had their stage before.
+        earlier = {path: part for path, part in self._stages.earlier.items() if path in paths}
+        return dataclasses.replace(
+            state,
+            estimate=state.estimate | more.estimate | earlier,
+            first_bad=state.first_bad | more.first_bad,
+            kinds=(*state.kinds, *kinds),
+        )
 
     def step(self, state: Pass, arrays: Any, batch: Any) -> Pass:
         """The state after a batch, which moves one stage further."""
         stages, number, again, mesh = self._stages, self._number, self._again, self._mesh
         item, values = stages.take(arrays, batch)
+        # Batches of other shapes or structures may reach further layers.
+        state = self._with_layers(state, item.plan)
         model = [self._leaves[i] for i in item.plan.used(number, again)]
         counts, program = dataclasses.replace(state, estimate={}), _program(item.plan, number, again, mesh)
         counts, moments, kept, item.skipped = program(counts, model, values, item.skipped)
