@@ -94,7 +94,7 @@ def test_two_replacements_are_not_mistaken_for_each_other(x, in_field):
         return str(jax.make_jaxpr(lambda v: net.apply(v, x, train=True, mutable=["batch_stats"])[0])(variables))
 
     sizes = [replace(net, functools.partial(GhostBatchNorm, ghost_size=size)) for size in (2, 4)]
-    assert "f32[4,2,4]" in program(sizes[0]) and "f32[4,2,4]" not in program(sizes[1])  # groups of 2 in 8 rows
+    assert "f32[4,1,4]" in program(sizes[0]) and "f32[4,1,4]" not in program(sizes[1])  # means of groups of 2 of 8 rows
 
 
 @pytest.mark.slow

@@ -209,5 +209,5 @@ def test_a_pytorch_model_trains_on_and_loads_the_converted_state():
         assert torch.equal(tensor, old[name]) and tensor.dtype == old[name].dtype, name
         back[name] += 1
     jax.tree.map(np.testing.assert_array_equal, of_nnx(converted), before)
-    with pytest.raises(TypeError, match=r"Sequential is no model .* model\.state_dict\(\) for PyTorch"):
+    with pytest.raises(TypeError, match=r"Sequential is not a model .* model\.state_dict\(\) for PyTorch"):
         jaxbn.serving.match(net, model)
