@@ -189,7 +189,13 @@ class Siamese(nn.Module):
         return BatchNorm(True)(nn.Dense(WIDTH)(branch(x) - branch(x[:, ::-1])))
 
 
-@pytest.mark.parametrize("net, stages, sweeps", [(Siamese(), 3, 1), (Recurrent(), 2, 20)], ids=["siamese", "recurrent"])
+@pytest.mark.parametrize(
+    "net, stages, sweeps",
+    [
+        pytest.param(Siamese(), 3, 1, id="siamese"),
+        pytest.param(Recurrent(), 2, 20, id="recurrent", marks=pytest.mark.slow),
+    ],
+)
 def test_layers_that_are_called_several_times(net, stages, sweeps, data):
     """Calls that do not depend on each other are one stage; a layer that sees its own output is swept."""
     call, variables = of_module(net, data)
@@ -226,7 +232,7 @@ CALLS = {
 }
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in ("jit", "map") else n for n in CALLS])
+@pytest.mark.parametrize("name", [n if n == "while" else pytest.param(n, marks=pytest.mark.slow) for n in CALLS])
 def test_layers_inside_transformations(name, data):
     """Calls are inlined, and so are slices of stacked statistics; inside loops and branches layers are swept."""
     call, expected = CALLS[name]
@@ -353,9 +359,9 @@ def test_programs_are_compiled_once_for_a_shape(data):
     assert traces == [(36, WIDTH), (24, WIDTH)]
 
 
+@pytest.mark.slow
 def test_arrays_of_the_batch_may_be_deleted_after_they_were_read(data):
     """Values of the batch itself that later stages use are copies."""
-    call, variables = lambda v, x: CHAIN.apply(v, CHAIN.apply(v, x)[:, :WIDTH] * 0 + x), None
     net = Dense()  # its last layer uses the batch
     call, variables = of_module(net, data)
 
@@ -370,6 +376,7 @@ def test_arrays_of_the_batch_may_be_deleted_after_they_were_read(data):
     assert largest_difference(found["batch_stats"], all_as_one_batch(net, variables, data)) < 2e-6
 
 
+@pytest.mark.slow
 def test_nnx_loops_over_layers(data):
     class Layer(nnx.Module):
         def __init__(self, rngs):
