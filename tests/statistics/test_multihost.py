@@ -220,6 +220,7 @@ def test_processes_diagnose_what_all_have_seen(results, worker):
         ("none", ["ValueError", "ValueError"], ["There was no batch"] * 2),
         ("nan", ["RuntimeError", "ValueError"], ["Process 1 failed.*Batch 1", "Batch 1 .*'BatchNorm_0'"]),
         ("other models", ["RuntimeError"] * 2, ["run different models"] * 2),
+        ("one has a stage more", ["RuntimeError"] * 2, ["run different models"] * 2),
         (
             "one has params alone",
             ["RuntimeError", "ValueError"],

@@ -112,6 +112,17 @@ def diagnosed(batches):
     return jaxbn.linen.diagnose(Net().apply, variables, batches).to_dict()
 
 
+def of_other_depth(process):
+    """The batches of process 1 go through one layer more, so that it has one stage more."""
+    layers = nn.Sequential([nn.BatchNorm(True), nn.Dense(3), nn.BatchNorm(True)])
+    variables = layers.init(jax.random.key(0), np.zeros((2, 3), np.float32))
+
+    def call(variables, batch):
+        return layers.apply(variables, batch, method=lambda net, x: net(x) if process else net.layers[0](x))
+
+    return jaxbn.linen.postproc(call, variables, batches_of(process, 2), consistent=True)[1].batches
+
+
 SCENARIOS = {
     "five and none": lambda p: statistics(batches_of(p, 0 if p else 5)),
     "none and five": lambda p: statistics(batches_of(p, 5 if p else 0)),
@@ -131,6 +142,7 @@ SCENARIOS = {
     "nan": lambda p: statistics(with_nan(batches_of(p, 2)) if p else batches_of(p, 2)),
     "nan left out": lambda p: statistics(with_nan(batches_of(p, 2)) if p else batches_of(p, 3), skip_nonfinite=True),
     "other models": lambda p: pass_over(batches_of(p, 2), width=4 + p)[1].batches,
+    "one has a stage more": of_other_depth,
     "one has params alone": lambda p: (
         jaxbn.linen.postproc(
             nn.BatchNorm(True).apply,

@@ -179,7 +179,7 @@ def own_alone(batches: Iterable[Any]) -> Generator[Any, None, None]:
 
 
 def together(
-    stages: Iterator[tuple[Pass | None, bool]],
+    rounds: Iterator[tuple[Pass | None, bool]],
     enough: Callable[[Pass], bool],
     *,
     estimator: Estimator,
@@ -188,7 +188,7 @@ def together(
     """Runs every process's part of a pass and merges the accumulators, in the order of the processes.
 
     Args:
-        stages: The stages of this process, from `sweep.stages`.
+        rounds: The rounds of this process, from `sweep.rounds`.
         enough: Whether the pass may stop with this state, merged over all processes.
         estimator: How accumulators are merged.
         are_global: Whether the batches are global; the accumulator of one process then already covers all of them.
@@ -204,8 +204,7 @@ def together(
     over = False
     while True:
         # Every iteration is one round of communication, so all processes must leave the loop in the same one.
-        stage, said = agree(functools.partial(_next, stages, state, over, estimator))
-        state, over = stage
+        (state, over), said = agree(functools.partial(_next, rounds, state, over, estimator))
         if any(other["moments"] != said[0]["moments"] for other in said):
             raise RuntimeError(
                 "The processes run different models: the layers, or the shapes of their statistics, differ."
@@ -218,10 +217,10 @@ def together(
 
 
 def _next(
-    stages: Iterator[tuple[Pass | None, bool]], state: Pass | None, over: bool, estimator: Estimator
+    rounds: Iterator[tuple[Pass | None, bool]], state: Pass | None, over: bool, estimator: Estimator
 ) -> tuple[tuple[Pass | None, bool], dict[str, Any]]:
-    """The next stage of this process, and its summary for the other processes."""
-    state, over = (state, over) if over else next(stages)
+    """The next round of this process, and its summary for the other processes."""
+    state, over = (state, over) if over else next(rounds)
     said: dict[str, Any] = {"over": over, "moments": None}
     if state is not None:
         shapes = jax.eval_shape(estimator.finalize, state.estimate)

@@ -6,6 +6,7 @@ batches wait between the stages with the values that later stages use, see `stag
 
 import dataclasses
 import functools
+import itertools
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,6 +17,7 @@ from jax.sharding import Mesh
 
 from jaxbn._src.framework.framework import Framework
 from jaxbn._src.framework.layers import Staged
+from jaxbn._src.framework.processes import gather
 from jaxbn._src.framework.program_cache import Recipe, cached
 from jaxbn._src.numerics.collectives import mesh_of, pin, replicate
 from jaxbn._src.numerics.moments import Moments
@@ -69,16 +71,22 @@ class Stages:
         # The accumulators of this process, of layers in earlier stages.
         self.earlier: dict[str, Any] = {}
         self.items: list[Item] = []
+        self.cyclic: list[set[str]] = []  # the layers in cycles of each stage, known after the first one
+
+    def agree(self) -> None:
+        """Ends the reading of the user's batches: all plans are known. Every process must call it."""
+        own = [
+            {unit.layer.path for plan in self._used if number < len(plan.stages) for unit in plan.stages[number].cyclic}
+            for number in range(max(len(plan.stages) for plan in self._used))
+        ]
+        # All processes must run the same stages and sweeps, or some would wait for the others forever.
+        everyone = [own] if jax.process_count() == 1 else gather(own)
+        self.cyclic = [set().union(*stages) for stages in itertools.zip_longest(*everyone, fillvalue=set())]
 
     @property
     def count(self) -> int:
         """The number of stages, known after the first one."""
-        return max(len(plan.stages) for plan in self._used)
-
-    def cyclic(self, number: int) -> set[str]:
-        """The layers in cycles that a stage measures."""
-        stages = [plan.stages[number] for plan in self._used if number < len(plan.stages)]
-        return {unit.layer.path for stage in stages for unit in stage.cyclic}
+        return len(self.cyclic)
 
     def having(self, number: int) -> list[Item]:
         """The items that have a stage of this number."""

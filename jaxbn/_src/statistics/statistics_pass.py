@@ -157,8 +157,10 @@ def _run_stage(job: _Job, stages: Stages, number: int, model: Any) -> tuple[Any,
     framework, options = job.framework, job.options
     items = stages.having(number) if number else None
     sweeps = [_run_sweep(job, stages.work(number), model, items, stages.title(number))]
+    if not number:
+        stages.agree()
     current = install_moments(framework, model, sweeps[0].moments)
-    cyclic, changes = stages.cyclic(number), dict[str, float]()
+    cyclic, changes = stages.cyclic[number], dict[str, float]()
     most = _MOST_SWEEPS if options.max_sweeps is None else options.max_sweeps
     while cyclic and len(sweeps) < most and not (changes and max(changes.values()) <= options.tolerance):
         work, title = stages.work(number, again=True), f"{stages.title(number)}, sweep {len(sweeps) + 1}"
