@@ -164,7 +164,7 @@ print(json.dumps(errors))
 @pytest.mark.slow
 def test_variance_over_64_devices():
     flags = re.sub(r"--xla_force_host_platform_device_count=\d+", "", os.environ["XLA_FLAGS"])
-    environment = os.environ | {"XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count=64"}
+    environment = os.environ | {"XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count=64".strip()}
     program = PROGRAM.format(paths=[path for path in sys.path if path], table=TABLE)
     ran = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr

@@ -40,7 +40,8 @@ def of_processes(folder, *names):
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
     paths = [folder / f"{i}.json" for i in range(2)]
-    flags = re.sub(r"--xla_force_host_platform_device_count=\d+", "", os.environ["XLA_FLAGS"])
+    # XLA takes flags that start with a space for the name of a file.
+    flags = re.sub(r"--xla_force_host_platform_device_count=\d+", "", os.environ["XLA_FLAGS"]).strip()
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     started = [
         subprocess.Popen(
