@@ -203,7 +203,7 @@ def _units(calls: Iterable[Call], indices: Mapping[Value, np.ndarray | None]) ->
         same = [unit for unit in units if unit.layer.path == call.layer.path and (unit.at & at).any()]
         units = [unit for unit in units if not any(unit is each for each in same)]
         together = [*(each for unit in same for each in unit.calls), call]
-        units.append(Unit(call.layer, np.logical_or.reduce([at, *(unit.at for unit in same)]), together))
+        units.append(Unit(call.layer, np.any([at, *(unit.at for unit in same)], axis=0), together))
     return units
 
 
