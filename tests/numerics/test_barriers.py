@@ -18,7 +18,7 @@ def program(platform, dtype=jnp.float32, activation=jax.nn.relu, residual=False)
     def loss(params, x, r):
         return bn.train(params, state, x, residual=r if residual else None)[0].astype(jnp.float32).sum()
 
-    x = jax.ShapeDtypeStruct((64, 4), dtype)
+    x = jax.ShapeDtypeStruct((8, 8, 4), dtype)
     params = jax.tree.map(lambda p: p.astype(dtype), params)
     return jax.jit(jax.grad(loss, (0, 1))).trace(params, x, x).lower(lowering_platforms=(platform,)).as_text()
 

@@ -36,15 +36,13 @@ def variance(x, axes, valid=None):
     return np.float64(second - jnp.square(first))
 
 
-# Images, few large images, images too large for one sum, rows, very many rows, and channels in front.
+# Images, few large images, images too large for one sum, and channels in front.
 @pytest.mark.parametrize(
     "shape, axes",
     [
         ((8, 14, 14, 4), (0, 1, 2)),
         ((2, 120, 130, 4), (0, 1, 2)),
         ((1, 160, 160, 4), (0, 1, 2)),
-        ((100, 4), (0,)),
-        ((40_000, 4), (0,)),
         ((6, 4, 10, 10), (0, 2, 3)),
     ],
 )
@@ -67,11 +65,12 @@ def test_values_of_very_different_size():
 
 
 def test_what_does_not_fit():
-    fits = lambda x, weights=None: exact_sums.fits(x, (0,), weights)
-    x = jnp.ones((64, 2), jnp.bfloat16)
-    assert fits(x) and fits(x, jnp.ones((64, 1), bool))
-    assert not fits(x, jnp.ones((64, 1))) and not fits(x.astype(jnp.float32)) and not fits(x[:0])
-    assert not fits(jnp.ones((16_411, 2), jnp.bfloat16))  # a prime number of rows cannot be cut into pieces
+    fits = lambda x, weights=None: exact_sums.fits(x, (0, 1), weights)
+    x = jnp.ones((8, 8, 2), jnp.bfloat16)
+    assert fits(x) and fits(x, jnp.ones((8, 8, 1), bool))
+    assert not fits(x, jnp.ones((8, 8, 1))) and not fits(x.astype(jnp.float32)) and not fits(x[:0])
+    assert not fits(jnp.ones((1, 16_411, 2), jnp.bfloat16))  # a prime number of positions cannot be cut into pieces
+    assert not exact_sums.fits(x[:, 0], (0,), None)  # rows alone
 
 
 @pytest.fixture

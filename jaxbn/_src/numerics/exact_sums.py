@@ -31,6 +31,9 @@ def fits(x: jax.Array, reduced: Sequence[int], weights: jax.Array | None) -> boo
     """Whether the moments of x over these axes can be computed from exact sums."""
     if x.dtype != jnp.bfloat16 or x.size == 0 or (weights is not None and weights.dtype != bool):
         return False
+    # Sums over pieces of the rows do not fuse into the matrix product before the layer: they took 45 % more memory.
+    if len(reduced) < 2:
+        return False
     first, pieces = _first_inner(x.shape, reduced)
     return first != reduced[-1] or x.shape[first] // pieces >= min(x.shape[first], _FEWEST)
 
