@@ -160,7 +160,7 @@ def test_a_training_step_on_a_tpu_costs_less_than_with_another_safe_variance(cos
     ours, fast, safe = (cost("v5e", "train", name) for name in (norm, "flax", "flax-safe"))
 
     assert ours.accessed < safe.accessed
-    assert ours.accessed <= 1.005 * fast.accessed
+    assert ours.accessed <= 1.02 * fast.accessed
     # The exact sums of each image are merged after the convolution, so arrays of their size are alive: 0.03 % more.
     assert ours.temporary <= fast.temporary + 2**20
 
