@@ -1,4 +1,4 @@
-"""A call of a normalization layer: what it is given, and how the layer normalizes with other statistics."""
+"""A call of a normalization layer: its arguments, and normalization with other statistics."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple

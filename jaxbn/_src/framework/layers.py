@@ -215,7 +215,7 @@ def check_mode(mode: str) -> None:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Slot:
-    """What a layer carries while its calls are captured: a pytree, in which the layer is static."""
+    """A pytree that travels with the statistics of a layer while its calls are captured; the layer is static."""
 
     index: jax.Array  # i32, the flat positions of its statistics
     weights: jax.Array | None  # of the examples, as `carry_weights` laid them out

@@ -28,7 +28,7 @@ class CapturedState:
         Returns:
             What the function returns; a new state is a captured state of the same structure.
         """
-        raise NotImplementedError
+        raise NotImplementedError  # abstract: the states of a capture define it
 
 
 # The transform of each function that looks for captured states. Not an attribute of the function: `functools.wraps`

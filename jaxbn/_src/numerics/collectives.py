@@ -109,7 +109,7 @@ def gather(blocks: jax.Array, axis_name: AxisName | None, groups: Groups | None)
 
 
 def total(partial: jax.Array, axis_name: AxisName | None, groups: Groups | None) -> jax.Array:
-    """Sums [B, ...] over blocks and devices to [...]; what it sends does not grow with the number of devices."""
+    """Sums [B, ...] over blocks and devices to [...]; the bytes sent do not grow with the number of devices."""
     local = partial.sum(0)
     if axis_name is None:
         return local

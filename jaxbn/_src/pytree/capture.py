@@ -1,6 +1,6 @@
 """The capture hook of plain JAX: the moments of the inputs of all normalization layers, without changes to the model.
 
-Each layer gets a slot beside its statistics in the tree, as in linen. How a call meets it depends on the library.
+As in linen, the tree gets a slot next to the statistics of each layer. How a call finds it depends on the library.
 """
 
 import contextlib

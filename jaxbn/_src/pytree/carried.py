@@ -1,8 +1,8 @@
 """The states of methods in a pytree: finds them by their type, and makes them carry something to the call of a layer.
 
-Such a state is a NamedTuple with the same fields and one thing more. Its parts are leaves of one node, so that
-transformations slice what it carries together with the statistics, and the static part of what it carries makes jit
-caches distinguish it from the plain state. `train` and `eval` of every transform leave a call with it to the state.
+Such a state is a NamedTuple with the same fields and a slot. All are leaves of one node, so that transformations slice
+the slot together with the statistics, and the static part of the slot makes jit caches distinguish the state from the
+plain one. `train` and `eval` of every transform leave a call with it to the state.
 """
 
 import functools
@@ -33,7 +33,7 @@ def map_states(function: Callable[[str, Any], Any], tree: Any) -> Any:
 
 
 class Carrier(CapturedState):
-    """A state that carries a slot, a pytree. A subclass says in `run` what it does with the call of a layer."""
+    """A state with a slot, which is a pytree. The `run` of a subclass handles the call of a layer."""
 
     plain_class: Any  # of the state
     slot: Any

@@ -15,7 +15,7 @@ from jaxbn._src.pytree.states import foreign_layers
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class _Refusal:
-    """What a state carries: the error if its layer trains."""
+    """The slot of a state; it holds the error that is raised if the layer trains."""
 
     message: str
 

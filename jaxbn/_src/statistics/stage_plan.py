@@ -76,7 +76,7 @@ class Plan:
     model_inputs: int  # the number of inputs that belong to the model; the others are those of the batch
     indices: Mapping[Value, np.ndarray | None]  # the positions of each call, where they are known
     stages: list[Stage]
-    # What is made of the plan while it is used: compiled functions, and lists of inputs.
+    # A cache: compiled functions, and lists of inputs.
     made: dict[Hashable, Any] = dataclasses.field(default_factory=dict)
 
     @property

@@ -46,7 +46,7 @@ class Options(NamedTuple):
 
 
 class _Sweep(NamedTuple):
-    """The result of one sweep over the batches, or over what a stage kept of them."""
+    """The result of one sweep, over the batches or over the values that a stage kept."""
 
     done: Pass
     mine: Pass | None  # the part of this process

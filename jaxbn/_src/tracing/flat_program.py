@@ -1,8 +1,8 @@
 """A traced program as a flat list of steps that can run in parts: calls are inlined, loops over layers are unrolled.
 
 `flatten` numbers the values of a program. `needed` selects the steps that some values require, given those that are
-available, and `run` evaluates steps. A loop over layers is a `lax.scan` that slices statistics: each iteration has
-statistics of its own, so the iterations are separate layers. Other loops, and `shard_map`, remain single steps.
+available, and `run` evaluates steps. A loop over layers is a `lax.scan` that slices statistics: the iterations
+use different statistics, so they are separate layers. Other loops, and `shard_map`, remain single steps.
 """
 
 import dataclasses
