@@ -129,6 +129,12 @@ def test_each_batch_is_read_once(framework, data):
     assert_same_statistics(model.postproc(batches)[0], model.postproc(batches())[0], 1e-7)
 
 
+@pytest.mark.parametrize("options", [{"max_sweeps": 3}, {"memory": 0}])
+def test_options_of_consistent_statistics_are_not_ignored(options, data):
+    with pytest.raises(ValueError, match="memory= and max_sweeps= are options of consistent statistics"):
+        Model(LINEN).postproc([data], **options)
+
+
 @every_framework
 @pytest.mark.parametrize(
     "options", [{"max_sweeps": 0}, {"tolerance": -1.0}, {"tolerance": float("nan")}, {"memory": -1}]

@@ -79,9 +79,10 @@ def postproc(
         keep their statistics.
 
     Raises:
-        ValueError: If there is no batch, no state of a method, none was reached, or a batch gave NaN; if a variance
-            would be computed from one value per channel, unless the method has `allow_single_value=True`; for
-            `stop_when` with an estimator that has no standard errors, such as `jaxbn.moving_average`.
+        ValueError: If there is no batch, no state of a method, none was reached, or a batch gave NaN; for `memory` or
+            `max_sweeps` without `consistent`; if a variance would be computed from one value per channel, unless the
+            method has `allow_single_value=True`; for `stop_when` with an estimator that has no standard errors, such as
+            `jaxbn.moving_average`.
         RuntimeError: If another process failed, has different global batches, or batches of its own where this one has
             global ones. The process that failed raises its own error.
 

@@ -188,6 +188,11 @@ def _check(options: Options) -> None:
         )
     if options.memory is not None and options.memory < 0:
         raise ValueError(f"memory={options.memory} is a number of bytes of each device: 0 or more.")
+    if not options.consistent and (options.memory, options.max_sweeps) != (None, None):
+        raise ValueError(
+            "memory= and max_sweeps= are options of consistent statistics; the plain pass keeps no values, and sweeps "
+            "once. Pass consistent=True too, or leave them out."
+        )
     if options.stop_when is None:
         return
     if not options.stop_when > 0:
