@@ -7,6 +7,7 @@ from jaxbn._src.framework.framework import Call, Captured
 from jaxbn._src.framework.layers import (
     Layer,
     Measured,
+    Mode,
     Slot,
     Weights,
     carry_weights,
@@ -14,7 +15,6 @@ from jaxbn._src.framework.layers import (
     example_weights,
     measured,
 )
-from jaxbn._src.framework.mixing import Mixture
 from jaxbn._src.tracing import harvest as _harvest
 
 
@@ -37,7 +37,7 @@ class Hooked(NamedTuple):
 def capture(
     hook: Callable[[Call, Any, MakeSlot], Hooked],
     call: Call,
-    mode: str | Mixture,
+    mode: Mode,
     weights: Weights | None,
     examples: bool,
 ) -> Captured:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from jax.typing import ArrayLike
 
 from jaxbn._src.framework.layer_paths import averaging_method, is_put_back, keyed, method_at
-from jaxbn._src.framework.layers import LayerKind, Measured, Weights
+from jaxbn._src.framework.layers import LayerKind, Measured, Mode, Weights
 from jaxbn._src.framework.method import filled, state_of
 from jaxbn._src.framework.mixing import make_mixture
 from jaxbn._src.framework.norm_layer import evaluating_method, kind_of, method_of
@@ -83,14 +83,14 @@ class Framework(NamedTuple):
 
 
 def capture_arrays(
-    framework: Framework, structure: Any, call: Call, mode: str, weights: Weights | None, *, examples: bool = False
+    framework: Framework, structure: Any, call: Call, mode: Mode, weights: Weights | None, *, examples: bool = False
 ) -> Captured:
     """The capture of a call as a function of the arrays of the model, for `jax.jit`."""
     captured = framework.capture(call, mode=mode, weights=weights, examples=examples)
     return lambda arrays, batch: captured(framework.merge(structure, arrays), batch)
 
 
-def measuring(call: Call, weights: Weights | None, framework: Framework, structure: Any, mode: str) -> Measure:
+def measuring(call: Call, weights: Weights | None, framework: Framework, structure: Any, mode: Mode) -> Measure:
     """The measurements of one batch as a function of the arrays of the model; the `make` of a `Recipe`."""
     captured = capture_arrays(framework, structure, call, mode, weights)
     return lambda arrays, batch: captured(arrays, batch)[1]

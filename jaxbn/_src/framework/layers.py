@@ -40,6 +40,10 @@ class Staged(NamedTuple):
     unsettled: frozenset[str] = frozenset()
 
 
+# The modes of a capture: one of `MODES`, `HEEDED`, or one that carries values.
+Mode = str | Mixture | Staged
+
+
 # The statistics that every layer has; further ones depend on the method.
 POPULATION = ("mean", "var")
 
@@ -69,7 +73,7 @@ class Layer:
 
     path: str
     shape: tuple[int, ...]  # of its statistics
-    mode: str | Mixture | Staged
+    mode: Mode
     # Number of examples in a batch, for moments of the means of the examples; else None.
     examples: int | None = None
     # Set when the layer runs, and harvested with the moments. Not part of the comparison, because the harvested tag
@@ -254,7 +258,7 @@ def captured_call(
     return sown(y, index, layer, moments, x, axis=norm.axis, mask=mask)
 
 
-def normalize_as(mode: str | Mixture | Staged, norm: CalledNorm, moments: Moments, operands: Operands) -> jax.Array:
+def normalize_as(mode: Mode, norm: CalledNorm, moments: Moments, operands: Operands) -> jax.Array:
     """Normalizes an input with moments `moments` in a mode other than "as_called".
 
     Mode "batch" uses the statistics that `postproc` makes of the moments of the batch, which is right for every method.

@@ -20,8 +20,7 @@ from jaxbn._src.framework import capture as _capture
 from jaxbn._src.framework.called import CalledNorm
 from jaxbn._src.framework.capture import Hooked, MakeSlot
 from jaxbn._src.framework.framework import with_moments
-from jaxbn._src.framework.layers import Measured, Weights, captured_call, check_mode
-from jaxbn._src.framework.mixing import Mixture
+from jaxbn._src.framework.layers import Measured, Mode, Weights, captured_call, check_mode
 from jaxbn._src.framework.norm_layer import called_norm, method_of, operands_of
 from jaxbn._src.framework.unknown_layers import Touched, Watch, name_of
 from jaxbn._src.linen.layers import STATISTICS
@@ -79,7 +78,7 @@ def capture_moments(
 
 
 def capture(
-    call: Call, *, mode: str | Mixture, weights: Weights | None = None, examples: bool = False
+    call: Call, *, mode: Mode, weights: Weights | None = None, examples: bool = False
 ) -> Callable[[Any, Any], tuple[Any, Measured]]:
     """The capture hook of the framework: as `capture_moments`, but returns all measurements."""
     if isinstance(call, nn.Module) and call.scope is None:

@@ -18,8 +18,7 @@ from flax import nnx
 from jaxbn._src.framework import capture as _capture
 from jaxbn._src.framework.capture import Hooked, MakeSlot
 from jaxbn._src.framework.framework import Call, with_moments
-from jaxbn._src.framework.layers import Measured, Slot, Weights, captured_call, check_mode
-from jaxbn._src.framework.mixing import Mixture
+from jaxbn._src.framework.layers import Measured, Mode, Slot, Weights, captured_call, check_mode
 from jaxbn._src.framework.norm_layer import called_norm, method_of, operands_of
 from jaxbn._src.framework.registry import Registered
 from jaxbn._src.framework.selection import is_at_or_below, natural, select
@@ -81,7 +80,7 @@ def capture_moments(
 
 
 def capture(
-    call: Call, *, mode: str | Mixture, weights: Weights | None = None, examples: bool = False
+    call: Call, *, mode: Mode, weights: Weights | None = None, examples: bool = False
 ) -> Callable[[Any, Any], tuple[Any, Measured]]:
     """The capture hook of the framework: as `capture_moments`, but returns all measurements."""
     return _capture.capture(_hook, call, mode, weights, examples)

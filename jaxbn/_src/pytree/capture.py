@@ -10,8 +10,7 @@ from typing import Any
 from jaxbn._src.framework import capture as _capture
 from jaxbn._src.framework.capture import Hooked, MakeSlot
 from jaxbn._src.framework.framework import Call, with_moments
-from jaxbn._src.framework.layers import Measured, Weights, check_mode
-from jaxbn._src.framework.mixing import Mixture
+from jaxbn._src.framework.layers import Measured, Mode, Weights, check_mode
 from jaxbn._src.numerics import moments as _moments
 from jaxbn._src.pytree.states import LIBRARIES, find_states
 
@@ -52,7 +51,7 @@ def capture_moments(
 
 
 def capture(
-    call: Call, *, mode: str | Mixture, weights: Weights | None = None, examples: bool = False
+    call: Call, *, mode: Mode, weights: Weights | None = None, examples: bool = False
 ) -> Callable[[Any, Any], tuple[Any, Measured]]:
     """The capture hook of the framework: as `capture_moments`, but returns all measurements."""
     return _capture.capture(_hook, call, mode, weights, examples)

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from jaxbn._src.framework import processes as _processes
 from jaxbn._src.framework.framework import Call, Framework, measuring
-from jaxbn._src.framework.layers import Staged, Weights
+from jaxbn._src.framework.layers import Mode, Weights
 from jaxbn._src.framework.program_cache import Recipe
 from jaxbn._src.methods.protocol import State
 from jaxbn._src.numerics.collectives import replicate
@@ -72,7 +72,7 @@ class _Job(NamedTuple):
     source: _Source
     options: Options
 
-    def measure(self, mode: str | Staged) -> Recipe:
+    def measure(self, mode: Mode) -> Recipe:
         """The recipe of the function that measures a batch in this mode."""
         return Recipe(measuring, self.functions, (self.framework, self.structure, mode))
 
